@@ -1,0 +1,74 @@
+"""What the stages share: fair timing, and the files they write."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable) -> float:
+    """Wall time of one call, the device's work included."""
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def alternate(calls: dict[str, Callable], repeats: int, warm: int = 3) -> dict[str, dict]:
+    """Seconds of each call: median, least and most of `repeats` turns, in which all take part one after the other.
+
+    A call that fails (out of memory, say) leaves the comparison with its error.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, str] = {}
+    for turn in range(warm + repeats):
+        for name, call in calls.items():
+            if name in errors:
+                continue
+            try:
+                took = seconds(call)
+            except Exception as error:
+                errors[name] = first_line(error)
+                torch.cuda.empty_cache()
+                continue
+            if turn >= warm:
+                times[name].append(took)
+    return {name: {"error": errors[name]} if name in errors else summary(taken) for name, taken in times.items()}
+
+
+def summary(taken: list[float]) -> dict:
+    return {"median": statistics.median(taken), "least": min(taken), "most": max(taken), "n": len(taken)}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def save(out: Path, name: str, results: dict, tables: dict[str, list[list]]) -> None:
+    """Write NAME.json and add the tables (title -> rows, the header first) to report.md; print them too."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1))
+    text = "".join(f"### {title}\n\n{markdown(rows)}\n\n" for title, rows in tables.items())
+    with open(out / "report.md", "a") as file:
+        file.write(f"## {name}\n\n{text}")
+    print(text, flush=True)
+
+
+def markdown(rows: list[list]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])

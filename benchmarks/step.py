@@ -1,0 +1,276 @@
+"""How fast is a training step of configs/base.yaml, and how does it compare with BERT's and ViT's own?
+
+Batches are synthetic but go the real way: random tokens of realistic lengths, arranged by the objectives, gathered.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from common import alternate, device, first_line, save
+from torch import nn
+
+from multimodal_fm import optim
+from multimodal_fm.backbone import Backbone
+from multimodal_fm.batch import Batch, Item, count_asked, gather
+from multimodal_fm.config import Config, build, load, to_data
+from multimodal_fm.model import Model
+from multimodal_fm.tokenizers.image import grid
+from multimodal_fm.tokens import RISING, Tokens, patterns, sequence_of
+from multimodal_fm.train import _weights, forward_backward
+
+PEAK = 989e12  # FLOP/s: bfloat16, dense, of an H100 or H200 (SXM)
+CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
+TOY = {"width": 64, "depth": 2, "heads": 2}
+BERT_VOCABULARY = 30_522
+
+
+def run(out: Path, small: bool) -> bool:
+    torch.manual_seed(0)
+    data = to_data(load(CONFIG))
+    if small:
+        data |= {"model": TOY, "microbatches": 2, "precision": "float32"}
+        data["sections"] = {n: {**s, "take": 8} for n, s in data["sections"].items()}
+        data["sections"]["looks"]["decoder"] = TOY
+    config = build(data, str(CONFIG))
+    repeats = 3 if small else 10
+    steps, results = ours(config, repeats, out)
+    peers = {"masked text": text_peer(data, small, repeats), "pictures": picture_peer(data, small, repeats)}
+    size = f"{steps['tokens']:,.0f} tokens, {steps['flops'] / 1e12:.2f} TFLOP of the model"
+    columns = ["seconds", "tokens/s", "model FLOP utilisation", "GiB of a step", "GiB of weights and optimiser"]
+    tables = {
+        f"A training step of configs/base.yaml: {size}": [
+            ["", *columns],
+            *([name, *describe_step(one, steps)] for name, one in results.items()),
+        ],
+        "Against other implementations, in turn with ours": [
+            ["", "who", "seconds a step", "a second", "what", "against the peer"],
+            *([what, *row] for what, peer in peers.items() for row in describe_peer(peer)),
+        ],
+    }
+    save(out, "step", {"steps": results, "peers": peers, "shape": steps}, tables)
+    return all("error" not in one for one in results.values())
+
+
+def ours(config: Config, repeats: int, out: Path) -> tuple[dict, dict]:
+    """What a step holds, and each variant's time and memory."""
+    steps = [[batch.to(device()) for batch in synthetic(config, seed)] for seed in range(4)]
+    shape = {"tokens": sum(len(b.tokens) for step in steps for b in step) / len(steps)}
+    results = {}
+    for name in ("uncompiled", "compiled"):
+        before = memory()
+        trainer = Trainer(config)
+        if name == "uncompiled":
+            with counted(trainer.model) as flops:
+                trainer.step(steps[0])
+            shape["flops"] = flops[0] / sum(len(b.tokens) for b in steps[0]) * shape["tokens"]
+            profile(lambda t=trainer: t.step(steps[0]), out / "profile.txt")
+        else:
+            trainer.model.backbone.compile(dynamic=True)
+        turns = itertools.cycle(steps)
+        found = alternate({name: lambda t=trainer, s=turns: t.step(next(s))}, repeats, warm=4)[name]
+        kept = memory()
+        if device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            trainer.step(steps[0])
+            found |= {"peak": torch.cuda.max_memory_allocated() - kept}
+        results[name] = found | {"kept": kept - before}
+        del trainer
+        torch.cuda.empty_cache()
+    return shape, results
+
+
+class Trainer:
+    """The step of `mmfm pretrain` without its files: gradients, clipping, optimisers, averaged weights."""
+
+    def __init__(self, config: Config):
+        self.config, self.weights = config, _weights(config)
+        self.model, self.ema = Model(config).to(device()), Model(config).to(device()).requires_grad_(False)
+        self.optimisers = optim.build(config.optim, self.model)
+
+    def step(self, batches: list[Batch]) -> None:
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=False)
+        forward_backward(self.model, self.weights, batches, self.config.precision)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1e-3)
+
+
+def synthetic(config: Config, seed: int) -> list[Batch]:
+    """One step's microbatches of random items that have all parts of their section."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = list(config.tokenizers)
+    dealt, counts = [{} for _ in range(config.microbatches)], {}
+    for name, section in config.sections.items():
+        taken = []
+        for number in range(section.take):
+            parts = {kind: part(config, kind, kinds.index(kind), generator) for kind in section.parts}
+            objective = section.objective
+            taken.append((number, objective.module.arrange(objective.settings, Item(parts, number), generator)))
+        counts[name] = count_asked([one for _, one in taken], kinds)
+        for turn, batch in enumerate(dealt):
+            batch[name] = taken[turn :: config.microbatches]
+    return [gather(batch, kinds, counts, config.round_to) for batch in dealt]
+
+
+def part(config: Config, kind: str, place: int, generator: torch.Generator) -> Tokens:
+    """Captions of about 14 tokens, pictures of all aspect ratios, sounds of 2 to 10 seconds."""
+    settings = config.tokenizers[kind].settings
+    if kind == "text":
+        length = min(max(4, round(14 + 4 * float(torch.randn((), generator=generator)))), settings.limit)
+        position = torch.zeros(length, 3)
+        position[:, 0] = torch.arange(length)
+        return sequence_of(torch.randint(2, settings.vocabulary, (length,), generator=generator), position, place)
+    if kind == "image":
+        rows, columns = grid(settings, 300, int(torch.randint(200, 450, (), generator=generator)))
+        position = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+        content = torch.randint(0, 256, (len(position), 3 * settings.patch**2), generator=generator, dtype=torch.uint8)
+        return sequence_of(content, position, place)
+    span = settings.frames * settings.hop / settings.rate
+    length = min(math.ceil(float(2 + 8 * torch.rand((), generator=generator)) / span), settings.limit)
+    position = torch.zeros(length, 3)
+    position[:, 0] = torch.arange(length)
+    return sequence_of(torch.randn(length, settings.frames * settings.high, generator=generator), position, place)
+
+
+@contextmanager
+def counted(model: nn.Module):
+    """Counts the FLOP of a step: 6 a weight and token that passes it, and 12 L² D a sequence and layer of attention
+    (half of it where tokens only read those before). What runs without gradients is not counted."""
+    total = [0.0]
+
+    def linear(module, inputs, _):
+        if torch.is_grad_enabled():
+            total[0] += 6 * inputs[0].numel() * module.out_features
+
+    def backbone(module, inputs):
+        if torch.is_grad_enabled():
+            pattern, lengths, _ = patterns(inputs[0].sequence, inputs[0].order)
+            share = torch.where(pattern == RISING, 0.5, 1.0)
+            total[0] += 12 * module.config.width * module.config.depth * float((lengths.double() ** 2 * share).sum())
+
+    hooks = [m.register_forward_hook(linear) for m in model.modules() if isinstance(m, nn.Linear)]
+    hooks += [m.register_forward_pre_hook(backbone) for m in model.modules() if isinstance(m, Backbone)]
+    yield total
+    for hook in hooks:
+        hook.remove()
+
+
+def profile(call: Callable, path: Path) -> None:
+    """Write the ten kernels (on a CPU: operators) that take the most time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    cuda = device().type == "cuda"
+    with record(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
+        call()
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(recorded.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=80))
+
+
+def text_peer(data: dict, small: bool, repeats: int) -> dict:
+    """BERT-base's masked-language-model step (transformers; random weights, padded, SDPA), ours on the same lengths."""
+    try:
+        from transformers import BertConfig, BertForMaskedLM
+    except ImportError as error:
+        return {"skipped": first_line(error)}
+    count = 16 if small else 1024
+    section = {"objective": "masked", "share": 0.15, "parts": ["text"], "take": count}
+    trainer, batches = one_section(data, "words", section)
+    sequence = batches[0].tokens.sequence
+    lengths = torch.bincount(sequence[sequence >= 0])
+    toy = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    bert = BertForMaskedLM(BertConfig(attn_implementation="sdpa", **(toy if small else {}))).to(device()).train()
+    ids = torch.randint(1000, BERT_VOCABULARY, (count, int(lengths.max())), device=device())
+    mask = torch.arange(ids.shape[1], device=device()) < lengths[:, None]
+    labels = ids.masked_fill(~(mask & (torch.rand(ids.shape, device=device()) < 0.15)), -100)
+    theirs = peer_step(bert, lambda: bert(input_ids=ids, attention_mask=mask.long(), labels=labels).loss)
+    return versus("transformers BERT-base", theirs, trainer, batches, repeats) | {
+        "count": int(lengths.sum()),
+        "what": "text tokens (padding not counted)",
+    }
+
+
+def picture_peer(data: dict, small: bool, repeats: int) -> dict:
+    """A supervised step of ViT-B/16 (timm) and ours that guesses hidden patches, all 196 of a picture being read."""
+    try:
+        import timm
+    except ImportError as error:
+        return {"skipped": first_line(error)}
+    count = 4 if small else 256
+    section = {"objective": "masked", "share": 0.4, "parts": ["image"], "take": count}
+    trainer, batches = one_section(data, "looks", section)
+    vit = timm.create_model("vit_tiny_patch16_224" if small else "vit_base_patch16_224").to(device()).train()
+    pictures = torch.randn(count, 3, 224, 224, device=device())
+    labels = torch.randint(0, 1000, (count,), device=device())
+    theirs = peer_step(vit, lambda: nn.functional.cross_entropy(vit(pictures), labels))
+    return versus("timm ViT-B/16", theirs, trainer, batches, repeats) | {"count": count, "what": "pictures"}
+
+
+def one_section(data: dict, name: str, section: dict) -> tuple[Trainer, list[Batch]]:
+    """Our trainer and step for a single section, with BERT's vocabulary and plain AdamW as the peers have them."""
+    source = {"any": {"shards": []}}
+    tokenizers = {**data["tokenizers"], "text": {**data["tokenizers"]["text"], "vocabulary": BERT_VOCABULARY}}
+    changed = {**data, "sources": source, "sections": {name: {**section, "sources": {"any": 1}}}, "microbatches": 1}
+    config = build({**changed, "tokenizers": tokenizers, "optim": {"name": "adamw"}})
+    return Trainer(config), [batch.to(device()) for batch in synthetic(config, 0)]
+
+
+def peer_step(model: nn.Module, loss: Callable) -> Callable:
+    """A step of the peer under the same conditions: autocast, clipping, fused AdamW."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    cuda = device().type == "cuda"
+
+    def step():
+        optimiser.zero_grad(set_to_none=False)
+        with torch.autocast(device().type, torch.bfloat16, enabled=cuda):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+
+    return step
+
+
+def versus(name: str, theirs: Callable, trainer: Trainer, batches: list[Batch], repeats: int) -> dict:
+    """Both steps in turn, uncompiled, then ours compiled."""
+    found = alternate({name: theirs, "ours": lambda: trainer.step(batches)}, repeats)
+    trainer.model.backbone.compile(dynamic=True)
+    found |= alternate({"ours, compiled": lambda: trainer.step(batches)}, repeats)
+    return {"seconds": found}
+
+
+def memory() -> int:
+    return torch.cuda.memory_allocated() if device().type == "cuda" else 0
+
+
+def describe_step(found: dict, shape: dict) -> list[str]:
+    if "error" in found:
+        return [found["error"], "", "", "", ""]
+    took = found["median"]
+    use = shape["flops"] / took / PEAK
+    gib = [f"{found[k] / 2**30:.1f}" if k in found else "" for k in ("peak", "kept")]
+    return [f"{took:.3f}", f"{shape['tokens'] / took:,.0f}", f"{use:.1%}" if device().type == "cuda" else "", *gib]
+
+
+def describe_peer(peer: dict) -> list[list[str]]:
+    if "skipped" in peer:
+        return [["skipped", peer["skipped"], "", "", ""]]
+    times, first = peer["seconds"], next(iter(peer["seconds"].values()))
+    rows = []
+    for who, found in times.items():
+        if "error" in found:
+            rows.append([who, found["error"], "", peer["what"], ""])
+            continue
+        ratio = f"{first['median'] / found['median']:.2f}" if "median" in first else ""
+        rate = f"{peer['count'] / found['median']:,.0f}"
+        rows.append([who, f"{found['median']:.4f}", rate, peer["what"], ratio])
+    return rows

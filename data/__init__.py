@@ -1,0 +1,1 @@
+"""Recipes that make a corpus as webdataset shards: `python -m data.tuxpaint`, `python -m data.scenes`."""

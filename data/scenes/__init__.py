@@ -1,0 +1,1 @@
+"""Made-up scenes of shapes: each drawn, described in three languages, and played by a synthesiser."""

@@ -1,0 +1,34 @@
+"""The two ways in which input can be bad."""
+
+
+class BadInput(Exception):
+    """What the caller gave cannot be used: one line that says what, where and how to mend it.
+
+    The command line prints it and exits with 2.
+    """
+
+
+class Lost(Exception):
+    """One part of one item cannot be read. The run goes on without it and the ledger names it.
+
+    `reason` is one word or two from a fixed list (`REASONS`), `detail` is free text.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+REASONS = {
+    "decode": "the bytes are not what their name says, or are damaged",
+    "text-decode": "the text is not UTF-8",
+    "json": "the JSON cannot be parsed",
+    "empty": "there is nothing in it: no text, no samples, no pixels",
+    "pixel-limit": "the picture's header announces more pixels than the limit",
+    "byte-limit": "the member is larger than the limit",
+    "not-finite": "the sound contains NaN or infinity",
+    "shard": "the archive is damaged: what comes after the named offset is not read",
+    "duplicate": "a key or a part of this name came before; the later one is left out",
+    "name": "the member's name or type is not one that a sample may have",
+}

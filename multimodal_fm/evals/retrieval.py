@@ -1,0 +1,108 @@
+"""Retrieval between any two kinds that the data has, in both directions.
+
+A gallery holds each distinct thing once. A right answer is a thing of an item of the query's group. The rank of a query
+is that of its first right answer; ties count against it. Chance is exact: it counts the right answers of each query.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from ..encoded import Encoded, figure
+
+AT = (1, 5, 10)
+
+
+@dataclass
+class Config:
+    group: str = ""  # the field that says which items are right answers for each other; empty: an equal text
+    within: str = ""  # the field that query and gallery share; empty: the gallery is all there is
+
+
+def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
+    """`retrieval/A_to_B/{r@1,r@5,r@10,median_rank,mrr}` for every ordered pair of kinds."""
+    figures = {}
+    for query, answer in itertools.permutations(encoded.things, 2):
+        ranks, sizes, rights, clusters = [], [], [], []
+        for items in shares(encoded, config.within):
+            for found in _search(encoded, config, query, answer, items):
+                for into, value in zip((ranks, sizes, rights, clusters), found, strict=True):
+                    into.append(value)
+        if ranks:
+            name = f"retrieval/{query}_to_{answer}"
+            figures |= _figures(name, np.array(ranks), np.array(sizes), np.array(rights), np.array(clusters))
+    return figures
+
+
+def shares(encoded: Encoded, within: str) -> list[list[int]]:
+    """The items, in the shares that a query's gallery is kept to."""
+    if not within:
+        return [list(range(len(encoded.held)))]
+    shares = defaultdict(list)
+    for item in range(len(encoded.held)):
+        value = encoded.value(item, within)
+        if value is not None:
+            shares[value].append(item)
+    return list(shares.values())
+
+
+def _search(encoded: Encoded, config: Config, query: str, answer: str, items: list[int]):
+    """For each query among `items`: the rank, the size of its gallery, its right answers, its group."""
+    asks, answers = grouped(encoded, config.group, query, items), grouped(encoded, config.group, answer, items)
+    by_group = defaultdict(list)
+    for column, groups in enumerate(answers.values()):
+        for group in groups:
+            by_group[group].append(column)
+    gallery = encoded.things[answer].vectors[list(answers)].double()
+    for thing, groups in asks.items():
+        right = sorted({column for group in groups for column in by_group[group]})
+        if right:
+            scores = gallery @ encoded.things[query].vectors[thing].double()
+            wrong = torch.ones(len(scores), dtype=torch.bool)
+            wrong[right] = False
+            rank = 1 + int((scores[wrong] >= scores[right].max()).sum())
+            yield rank, len(scores), len(right), min(groups)
+
+
+def grouped(encoded: Encoded, name: str, kind: str, items: list[int]) -> dict[int, set[str]]:
+    """The things of one kind that the items hold, each with the groups of its items."""
+    things = defaultdict(set)
+    for item in items:
+        for thing in encoded.held[item].get(kind, []):
+            things[thing] |= encoded.groups(item, name)
+    return things
+
+
+def _figures(name: str, ranks, sizes, rights, clusters) -> dict[str, dict]:
+    guesses = [_guess(int(size), int(right)) for size, right in zip(sizes, rights, strict=True)]
+    longest = max(len(g) for g in guesses)
+    late = np.mean([np.pad(g, (0, longest - len(g))) for g in guesses], axis=0)  # P(a guess's rank > k), k = 0, 1, ...
+    mrr = float(np.mean([_reciprocal(int(size), int(right)) for size, right in zip(sizes, rights, strict=True)]))
+    figures = {f"{name}/r@{k}": figure((ranks <= k).astype(float), clusters, _at(late, k)) for k in AT}
+    figures[f"{name}/median_rank"] = figure(ranks.astype(float), clusters, float((late > 0.5).sum()), median=True)
+    figures[f"{name}/mrr"] = figure(1 / ranks, clusters, mrr)
+    return figures
+
+
+def _at(late: np.ndarray, k: int) -> float:
+    return 1 - float(late[k]) if k < len(late) else 1.0
+
+
+@cache
+def _guess(size: int, right: int) -> np.ndarray:
+    """P(the first of `right` answers, placed at random among `size`, ranks after k) for k = 0, 1, ..., size - right."""
+    k = np.arange(size - right)
+    return np.concatenate([[1.0], np.cumprod((size - right - k) / (size - k))])
+
+
+@cache
+def _reciprocal(size: int, right: int) -> float:
+    """The mean reciprocal rank of a guess."""
+    late = np.concatenate([_guess(size, right), [0.0]])
+    return float(((late[:-1] - late[1:]) / np.arange(1, len(late))).sum())

@@ -1,0 +1,80 @@
+"""Bring an item's parts together, all pairs of kinds that it offers: InfoNCE (CLIP, Radford et al. 2021) or the sigmoid
+loss (SigLIP, Zhai et al. 2023), with learned temperature. Items of an equal group are not each other's negatives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..batch import Arranged, Asked, Item
+
+
+@dataclass
+class Config:
+    loss: Literal["infonce", "sigmoid"] = "infonce"
+    scale: float = 14.0  # what cosines are multiplied by at the start; learned, at most 100
+    bias: float = -10.0  # sigmoid: what is added at the start; learned
+
+
+def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
+    """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
+    seen = [part.replace(sequence=part.sequence + number) for number, part in enumerate(item.parts.values())]
+    return Arranged(seen, [None] * len(seen), group=item.group)
+
+
+class Objective(nn.Module):
+    whole_step = True
+
+    def __init__(self, config: Config, model):
+        super().__init__()
+        self.config, self.kinds = config, list(model.kinds)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
+
+    def features(self, output, asked: Asked) -> Tensor:
+        """Unit vectors (S, E) of the section's sequences."""
+        return output.embedding(asked.sequence, asked.kind)
+
+    def compare(self, features: Tensor, asked: Asked) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss over the pairs of kinds that meet in at least one item, and each pair's accuracy."""
+        losses, report = [], {}
+        for a, b in itertools.combinations(range(len(self.kinds)), 2):
+            rows = [(asked.kind == kind).nonzero()[:, 0] for kind in (a, b)]
+            items = [asked.item[r] for r in rows]
+            groups = [asked.group[r] for r in rows]
+            pair = items[0][:, None] == items[1]  # (A, B)
+            if not bool(pair.any()) or min(pair.shape) < 2:
+                continue
+            left, right = (features.index_select(0, r) for r in rows)
+            logits = left.float() @ right.float().T * self.log_scale.exp().clamp(max=100.0)
+            ignored = (groups[0][:, None] == groups[1]) & ~pair
+            losses.append(self._loss(logits, pair, ignored))
+            with torch.no_grad():
+                name = f"{self.kinds[a]}_{self.kinds[b]}_accuracy"
+                best = logits.masked_fill(ignored, -torch.inf).argmax(1, keepdim=True)
+                report[name] = pair.gather(1, best)[:, 0][pair.any(1)].float().mean()
+        if not losses:
+            return (features * 0.0).sum(), report
+        return torch.stack(losses).mean(), report
+
+    def _loss(self, logits: Tensor, pair: Tensor, ignored: Tensor) -> Tensor:
+        if self.config.loss == "sigmoid":
+            sign = pair.float() * 2 - 1
+            each = -F.logsigmoid(sign * (logits + self.bias))
+            return each.masked_fill(ignored, 0.0).sum() / pair.sum()
+        logits = logits.masked_fill(ignored, -torch.inf)
+        each_way = (_info_nce(logits, pair), _info_nce(logits.T, pair.T))
+        return sum(each_way) / 2
+
+
+def _info_nce(logits: Tensor, pair: Tensor) -> Tensor:
+    """Cross-entropy of the right column, over the rows that have one."""
+    rows = pair.any(1).nonzero()[:, 0]
+    return F.cross_entropy(logits.index_select(0, rows), pair.index_select(0, rows).int().argmax(1))

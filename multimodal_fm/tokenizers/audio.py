@@ -1,0 +1,197 @@
+"""Sound: any rate, channel count and length -> mono, 16 kHz, log-mel, patches in time (and frequency)."""
+
+from __future__ import annotations
+
+import functools
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import Lost
+from ..tokens import Tokens, sequence_of
+
+extensions = ("flac", "wav", "ogg", "mp3")
+
+
+@dataclass
+class Config:
+    rate: int = 16_000  # samples a second
+    bands: int = 64  # mel bands
+    hop: int = 160  # samples a frame
+    window: int = 400  # samples that a frame's spectrum sees
+    frames: int = 16  # frames a patch
+    high: int = 64  # bands a patch; `bands` is one patch over all of them
+    limit: int = 128  # tokens a sequence: longer sound is cropped in training, cut into windows in inference
+    blank: float = 0.0  # training: at most this share of the bands, and of the frames, is blanked (SpecAugment)
+    gain: float = 0.0  # training: the rate of play changes by at most this share
+    windows: int = 64  # inference: at most so many windows of one sound
+    bytes: int = 200_000_000  # a longer member is refused
+
+    def __post_init__(self):
+        if self.bands % self.high:
+            raise ValueError(f"bands ({self.bands}) must be a multiple of high ({self.high})")
+        if self.limit < self.bands // self.high:
+            raise ValueError(f"limit ({self.limit}) must hold one column of patches ({self.bands // self.high})")
+
+    @property
+    def samples(self) -> int:
+        """Samples that `limit` tokens cover."""
+        return self.limit // (self.bands // self.high) * self.frames * self.hop
+
+
+def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
+    """Sequences of log-mel patches, content (N, frames * high) float32, position (time, band, 0).
+
+    raw: the item's members, a path, bytes, or (waveform (T,) or (C, T), rate). With a generator one random window, else
+    the windows that cover the sound. Raises Lost.
+    """
+    raw = next((raw[e] for e in extensions if e in raw), None) if isinstance(raw, dict) else raw
+    if raw is None:
+        return []
+    if generator is None:
+        pieces = (_wave(config, raw, i * config.samples, config.samples) for i in range(config.windows))
+        waves = []
+        for wave, total in pieces:
+            waves.append(wave)
+            if len(waves) * config.samples >= total:
+                break
+        if len(waves) > 1 and len(waves[-1]) < config.frames * config.hop:
+            waves.pop()  # less than a patch is left over
+        return [_patches(config, wave) for wave in waves]
+    wave = _random_window(config, raw, generator)
+    return [_patches(config, wave, generator)]
+
+
+def _random_window(config: Config, raw, generator: torch.Generator) -> Tensor:
+    speed = 1 + config.gain * (2 * float(torch.rand((), generator=generator)) - 1) if config.gain else 1.0
+    where = float(torch.rand((), generator=generator))
+    wave, _ = _wave(config, raw, where, config.samples, speed)
+    return wave
+
+
+def _wave(config: Config, raw, start: int | float, count: int, speed: float = 1.0) -> tuple[Tensor, int]:
+    """At most `count` samples at the config's rate from `start` (a sample, or a share of what could be skipped).
+
+    Also the sound's whole length in samples at that rate. Only the wanted part of a file is decoded.
+    """
+    if isinstance(raw, tuple):
+        wave, rate = torch.as_tensor(raw[0], dtype=torch.float32), int(raw[1])
+        wave = wave.mean(0) if wave.ndim == 2 else wave
+        total, take = len(wave), lambda first, n: wave[first : first + n]
+    else:
+        import soundfile
+
+        if isinstance(raw, (bytes, bytearray, memoryview)):
+            if len(raw) > config.bytes:
+                raise Lost("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+            raw = io.BytesIO(raw)
+        try:
+            file = soundfile.SoundFile(raw)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            raise Lost("decode", str(error)[:100]) from None
+        rate, total = file.samplerate, file.frames
+
+        def take(first: int, n: int) -> Tensor:
+            try:
+                file.seek(first)
+                data = file.read(n, dtype="float32", always_2d=True)  # (T, C)
+            except (soundfile.LibsndfileError, ValueError, RuntimeError) as error:
+                raise Lost("decode", str(error)[:100]) from None
+            return torch.from_numpy(data.mean(1) if data.shape[1] > 1 else np.ascontiguousarray(data[:, 0]))
+
+    rate = max(1, round(rate * speed))
+    if total <= 0:
+        raise Lost("empty", "no samples")
+    whole = -(-total * config.rate // rate)
+    first = start if isinstance(start, int) else int(start * max(whole - count, 0))
+    wave = take(first * rate // config.rate, -(-count * rate // config.rate))
+    if not len(wave):
+        raise Lost("decode", "the header announces samples that are not there")
+    if not torch.isfinite(wave).all():
+        raise Lost("not-finite", "NaN or infinity among the samples")
+    return _resample(wave, rate, config.rate)[:count], whole
+
+
+def _resample(wave: Tensor, rate: int, to: int) -> Tensor:
+    """To `to` samples a second. Odd rates are rounded to a hundred, which keeps the filter small."""
+    if rate == to:
+        return wave
+    return _resampler(max(100, round(rate, -2)), to)(wave)
+
+
+@functools.lru_cache(maxsize=64)
+def _resampler(rate: int, to: int):
+    import torchaudio
+
+    return torchaudio.transforms.Resample(rate, to)
+
+
+@functools.lru_cache(maxsize=8)
+def _mel(rate: int, window: int, hop: int, bands: int):
+    import torchaudio
+
+    size = 1 << (window - 1).bit_length()
+    return torchaudio.transforms.MelSpectrogram(
+        rate, n_fft=size, win_length=window, hop_length=hop, n_mels=bands, f_min=20.0, center=True
+    )
+
+
+def _patches(config: Config, wave: Tensor, generator: torch.Generator | None = None) -> Tokens:
+    """log-mel of one window (at most `limit` patches), normalised over the window, cut into patches."""
+    span = config.frames * config.hop
+    columns = max(1, min(round(len(wave) / span), config.samples // span))
+    wave = torch.nn.functional.pad(wave[: columns * span], (0, max(0, columns * span - len(wave))))
+    mel = _mel(config.rate, config.window, config.hop, config.bands)(wave)[:, : columns * config.frames]
+    mel = mel.clamp(min=1e-8).log10()
+    mel = mel.clamp(min=mel.max() - 8)  # eighty decibels of range
+    mel = (mel - mel.mean()) / (mel.std() + 1e-3)
+    if generator is not None and config.blank:
+        mel = _blank(config, mel, generator)
+    rows = config.bands // config.high
+    content = mel.unflatten(0, (rows, config.high)).unflatten(2, (columns, config.frames))  # (R, high, C, frames)
+    content = content.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # column by column
+    position = torch.zeros(columns * rows, 3)
+    position[:, 0] = torch.arange(columns).repeat_interleave(rows)
+    position[:, 1] = torch.arange(rows).repeat(columns)
+    return sequence_of(content.contiguous(), position)
+
+
+def _blank(config: Config, mel: Tensor, generator: torch.Generator) -> Tensor:
+    """One run of bands and one of frames set to the mean (SpecAugment, Park et al. 2019)."""
+    mel = mel.clone()
+    for axis in (0, 1):
+        most = int(mel.shape[axis] * config.blank)
+        width = int(torch.randint(most + 1, (), generator=generator))
+        start = int(torch.randint(mel.shape[axis] - width + 1, (), generator=generator))
+        mel.narrow(axis, start, width).zero_()
+    return mel
+
+
+class Embed(nn.Module):
+    """patches (N, frames * high) -> (N, D)"""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.project = nn.Linear(config.frames * config.high, width)
+        nn.init.normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.project(content)
+
+
+class Predict(nn.Module):
+    """Mean squared error a patch, each patch normalised to zero mean and unit variance: (M,)."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.levels = nn.Linear(width, config.frames * config.high)
+        nn.init.normal_(self.levels.weight, std=0.02)
+        nn.init.zeros_(self.levels.bias)
+
+    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
+        target = (content - content.mean(-1, keepdim=True)) / (content.var(-1, keepdim=True) + 1e-2).sqrt()
+        return (self.levels(vectors).float() - target).square().mean(-1)

@@ -1,0 +1,179 @@
+"""Pictures: patches on a grid of the picture's own aspect ratio (NaViT, Dehghani et al. 2023), no forced square."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from ..errors import Lost
+from ..tokens import Tokens, sequence_of
+
+extensions = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass
+class Config:
+    patch: int = 16  # pixels a side
+    limit: int = 196  # tokens a picture: the grid is the largest of the picture's shape that has no more
+    area: float = 1.0  # training: the smallest share of the picture that a random crop keeps; 1 is no crop
+    flip: float = 0.0  # training: the probability of a mirror image
+    rotate: float = 0.0  # training: at most so many degrees either way
+    colour: float = 0.0  # training: brightness, contrast and saturation change by at most this share
+    pixels: int = 50_000_000  # a header that announces more is refused before anything is decoded
+    bytes: int = 50_000_000  # so is a longer member
+
+
+def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
+    """One sequence of patches in rows, content (N, 3 * patch * patch) uint8, position (0, row, column).
+
+    raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
+    Raises Lost.
+    """
+    from torchvision.transforms.v2 import functional as T
+
+    raw = next((raw[e] for e in extensions if e in raw), None) if isinstance(raw, dict) else raw
+    if raw is None:
+        return []
+    side = config.patch * math.sqrt(config.limit)
+    picture = raw if isinstance(raw, Tensor) else decode(config, raw, side / math.sqrt(config.area) * 1.5)
+    if isinstance(picture, Image.Image):
+        picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
+    elif picture.is_floating_point():
+        picture = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    if picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
+        raise Lost("decode", f"a picture is a tensor (3, H, W), got {tuple(picture.shape)}")
+    if generator is not None and config.area < 1:
+        picture = _crop(config, picture, generator)
+    rows, columns = grid(config, *picture.shape[1:])
+    height, width = rows * config.patch, columns * config.patch
+    scale = max(height / picture.shape[1], width / picture.shape[2])  # cover the grid, then cut what hangs over
+    size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
+    picture = T.center_crop(T.resize(picture, size, antialias=True), [height, width])
+    if generator is not None:
+        picture = _vary(config, picture, generator)
+    patches = picture.unflatten(1, (rows, config.patch)).unflatten(3, (columns, config.patch))
+    content = patches.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # (rows * columns, 3 * patch * patch)
+    position = torch.zeros(rows * columns, 3)
+    position[:, 1] = torch.arange(rows).repeat_interleave(columns)
+    position[:, 2] = torch.arange(columns).repeat(rows)
+    return [sequence_of(content.contiguous(), position)]
+
+
+def grid(config: Config, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches for a picture of that shape: as near to its aspect ratio as the limit lets them."""
+    rows = min(max(1, math.floor(math.sqrt(config.limit * height / width))), config.limit)
+    columns = min(max(1, math.floor(math.sqrt(config.limit * width / height))), config.limit // rows)
+    # rounding down both ways wastes up to a row or a column: take one back where it fits and is nearer to the shape
+    options = [(r, c) for r in (rows, rows + 1) for c in (columns, columns + 1) if r * c <= config.limit]
+    return min(options, key=lambda o: abs(math.log(o[0] / o[1] * width / height)) - 0.5 * math.log(o[0] * o[1]))
+
+
+def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
+    """An upright RGB picture: EXIF orientation applied, transparency over white, 16 bits scaled to 8.
+
+    A JPEG much larger than `side` pixels is decoded at a reduced scale. Raises Lost.
+    """
+    if isinstance(raw, Image.Image):
+        return _rgb(raw)
+    try:
+        if isinstance(raw, (bytes, bytearray, memoryview)):
+            if len(raw) > config.bytes:
+                raise Lost("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+            raw = io.BytesIO(raw)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(raw) as picture:
+                if picture.width * picture.height > config.pixels:
+                    raise Lost("pixel-limit", f"{picture.width} x {picture.height}, the limit is {config.pixels}")
+                if side < math.inf:
+                    picture.draft("RGB", (math.ceil(side), math.ceil(side)))
+                picture.load()
+                return _rgb(picture)
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError:
+        raise Lost("decode", "no known picture format") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
+        raise Lost("decode", str(error)[:100]) from None
+    except Image.DecompressionBombError as error:
+        raise Lost("pixel-limit", str(error)[:100]) from None
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64)
+        top = 65535.0 if picture.mode.startswith("I") else max(values.max(initial=0), 1e-9)
+        picture = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _draw(generator: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _crop(config: Config, picture: Tensor, generator: torch.Generator) -> Tensor:
+    """A random part of the picture, of its shape, that keeps at least `area` of it."""
+    share = math.sqrt(_draw(generator, config.area, 1.0))
+    height, width = (max(1, round(n * share)) for n in picture.shape[1:])
+    top = round(_draw(generator, 0, picture.shape[1] - height))
+    left = round(_draw(generator, 0, picture.shape[2] - width))
+    return picture[:, top : top + height, left : left + width]
+
+
+def _vary(config: Config, picture: Tensor, generator: torch.Generator) -> Tensor:
+    """A random mirror image, turn and change of colour, as the config allows them."""
+    from torchvision.transforms.v2 import functional as T
+
+    if config.flip and _draw(generator, 0, 1) < config.flip:
+        picture = T.horizontal_flip(picture)
+    if config.rotate:
+        angle = _draw(generator, -config.rotate, config.rotate)
+        picture = T.rotate(picture, angle, interpolation=T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
+    if config.colour:
+        for change in (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation):
+            picture = change(picture, _draw(generator, 1 - config.colour, 1 + config.colour))
+    return picture
+
+
+def unit(content: Tensor) -> Tensor:
+    """uint8 pixels as floats of about unit size."""
+    return content.float().sub(127.5).div(64.0)
+
+
+class Embed(nn.Module):
+    """patches (N, 3 * patch * patch) uint8 -> (N, D)"""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.project = nn.Linear(3 * config.patch**2, width)
+        nn.init.normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.project(unit(content))
+
+
+class Predict(nn.Module):
+    """Mean squared error a patch, each patch normalised to zero mean and unit variance (MAE, He et al. 2022): (M,)."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.pixels = nn.Linear(width, 3 * config.patch**2)
+        nn.init.normal_(self.pixels.weight, std=0.02)
+        nn.init.zeros_(self.pixels.bias)
+
+    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
+        target = unit(content)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-2).sqrt()
+        return (self.pixels(vectors).float() - target).square().mean(-1)

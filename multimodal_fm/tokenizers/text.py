@@ -1,0 +1,219 @@
+"""Text: byte-level BPE (Sennrich et al. 2016, bytes as in GPT-2), learned from the run's own training text."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import BadInput, Lost
+from ..shards import lookup
+from ..tokens import Tokens, sequence_of
+
+extensions = ("txt", "json")
+USUAL_FIELDS = ("txt", "caption", "captions", "text")
+BEGIN, END = 0, 1  # ids that no text can spell: the merges start behind them
+FILE = "tokenizer.json"
+
+
+@dataclass
+class Config:
+    vocabulary: int = 4096  # ids, the two special ones and the 256 bytes among them
+    limit: int = 256  # tokens a sequence; training draws a window of longer text, evaluation covers it
+    fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
+    """Where an item's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
+    string, a list or a map of strings). A list: the first that the item has. A map: training draws by these weights."""
+    file: str = ""  # a trained tokenizer.json; empty: `fit` writes one into the run folder
+    fit_bytes: int = 20_000_000  # how much training text the merges are learned from
+
+
+def fit(config: Config, raws, folder: Path) -> Config:
+    """Learn the merges from at most `fit_bytes` of text and save them as `folder/tokenizer.json`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        limit_alphabet=256,
+    )
+
+    def texts():
+        left = config.fit_bytes
+        for raw in raws:
+            for text in _readable(config, raw):
+                text = text[: 1 + left // 4]
+                left -= len(text.encode())
+                yield text
+            if left <= 0:
+                return
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    path = Path(folder) / FILE
+    tokenizer.save(str(path))
+    return replace(config, file=str(path))
+
+
+def _readable(config: Config, raw: dict) -> list[str]:
+    try:
+        return [text for found in _fields(config, raw).values() for text in found]
+    except Lost:
+        return []
+
+
+@functools.cache
+def bpe(file: str):
+    """The trained merges in `file`. Raises BadInput where there are none."""
+    from tokenizers import Tokenizer
+
+    if not file:
+        raise BadInput("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:
+        raise BadInput(f"{file}: not a tokenizer ({error})") from None
+
+
+CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
+
+
+def encode(config: Config, text: str, limit: int | None = None) -> list[int]:
+    """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
+    ids, merges = [], bpe(config.file)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no text
+    for start in range(0, len(text), CHUNK):
+        ids += [i + 2 for i in merges.encode(text[start : start + CHUNK], add_special_tokens=False).ids]
+        if limit is not None and len(ids) >= limit:
+            return ids[:limit]
+    return ids
+
+
+def decode(config: Config, ids: list[int]) -> str:
+    """The text that `encode` made `ids` of."""
+    return bpe(config.file).decode([i - 2 for i in ids if i > END], skip_special_tokens=False)
+
+
+def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
+    """Sequences BEGIN ids END of at most `limit` tokens, content (N,) int64. raw: the item's members, or a string.
+
+    With a generator one text is drawn, and of a long one a window; without, the item's first text, cut into at most
+    `MOST_WINDOWS` windows. Raises Lost.
+    """
+    found = _offered(config, raw)
+    if not found:
+        return []
+    if generator is None:
+        return _windows(config, next(iter(found.values()))[0])
+    text = _draw(config, found, generator)
+    room = config.limit - 2
+    reach = room * 8  # characters: far more than `room` ids of nearly any text
+    start = int(torch.randint(max(len(text) - reach, 0) + 1, (), generator=generator))
+    ids = encode(config, text[start : start + reach])
+    start = int(torch.randint(max(len(ids) - room, 0) + 1, (), generator=generator))
+    return [_sequence(ids[start : start + room])]
+
+
+def things(config: Config, raw) -> list[str]:
+    """Each text of the first field that the item has: what evaluation and search take one by one."""
+    return next(iter(_offered(config, raw).values()), [])
+
+
+def _offered(config: Config, raw) -> dict[str, list[str]]:
+    """The texts that may be read, by field; empty where the item has none. Raises Lost where all are blank."""
+    found = {"given": [raw]} if isinstance(raw, str) else _fields(config, raw)
+    texts = {name: kept for name, texts in found.items() if (kept := list(filter(str.strip, texts)))}
+    if found and not texts:
+        raise Lost("empty", "no text in it")
+    return texts
+
+
+MOST_WINDOWS = 64
+
+
+def _windows(config: Config, text: str) -> list[Tokens]:
+    room = config.limit - 2
+    ids = encode(config, text, room * MOST_WINDOWS)
+    return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
+
+
+def _sequence(ids: list[int]) -> Tokens:
+    content = torch.tensor([BEGIN, *ids, END])
+    position = torch.zeros(len(content), 3)
+    position[:, 0] = torch.arange(len(content))
+    return sequence_of(content, position)
+
+
+def _draw(config: Config, found: dict[str, list[str]], generator: torch.Generator) -> str:
+    names = list(found)
+    if isinstance(config.fields, dict):
+        weights = torch.tensor([float(config.fields.get(name, 1.0)) for name in names])
+        texts = found[names[int(torch.multinomial(weights, 1, generator=generator))]]
+    else:
+        texts = found[names[0]]
+    return texts[int(torch.randint(len(texts), (), generator=generator))]
+
+
+def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
+    """The item's texts by field. Raises Lost where bytes are no UTF-8 or no JSON."""
+    found, row = {}, None
+    for name in config.fields:
+        if name == "txt":
+            if "txt" in raw:
+                found[name] = [_utf8(raw["txt"])]
+        elif "json" in raw:
+            row = parse_json(raw["json"]) if row is None else row
+            value = lookup(row, name)
+            value = list(value.values()) if isinstance(value, dict) else value
+            value = [value] if isinstance(value, str) else value
+            if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+                found[name] = value
+        if found and isinstance(config.fields, list):
+            break
+    return found
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Lost("text-decode", f"not UTF-8 at byte {error.start}") from None
+
+
+def parse_json(data: bytes):
+    """The JSON in `data`. Raises Lost."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Lost("json", str(error)[:100]) from None
+
+
+class Embed(nn.Embedding):
+    """ids (N,) -> (N, D)"""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__(config.vocabulary, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.weight.index_select(0, content)
+
+
+class Predict(nn.Module):
+    """Cross-entropy in nats of ids (M,) under vectors (M, D), one a token: (M,)."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.logits = nn.Linear(width, config.vocabulary)
+        nn.init.normal_(self.logits.weight, std=0.02)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(vectors).float(), content, reduction="none")

@@ -1,0 +1,115 @@
+"""`Tokens`, the one type that flows: sequences of any length and kind, end to end, never padded.
+
+N tokens, S sequences, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FILLER = -1  # the `sequence` of a token that only rounds a batch up
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A flat run of tokens. A room of the package returns a new one with other `content`.
+
+    content   (N, ...)  ids or raw patch values; after embedding (N, D) vectors
+    position  (N, 3)    time, row, column, counted in tokens or patches (rotary embedding reads it)
+    sequence  (N,)      which sequence a token belongs to; -1 is filler
+    order     (N,)      a token reads those of its own sequence whose order is not later than its own
+    kind      (N,)      which tokenizer made it
+    """
+
+    content: Tensor
+    position: Tensor
+    sequence: Tensor
+    order: Tensor
+    kind: Tensor
+
+    def __len__(self) -> int:
+        return self.sequence.shape[0]
+
+    def replace(self, **fields) -> Tokens:
+        return dataclasses.replace(self, **fields)
+
+    def select(self, rows: Tensor) -> Tokens:
+        """The tokens at `rows` (M,), in that order."""
+        return self._map(lambda field: field.index_select(0, rows))
+
+    def to(self, device) -> Tokens:
+        return self._map(lambda field: field.to(device, non_blocking=True))
+
+    def _map(self, change) -> Tokens:
+        return Tokens(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
+
+
+def sequence_of(content: Tensor, position: Tensor, kind: int = 0) -> Tokens:
+    """One sequence whose tokens all read each other (order 0): what a tokenizer's `read` returns."""
+    n = content.shape[0]
+    zeros = torch.zeros(n, dtype=torch.long)
+    return Tokens(content, position, zeros, zeros, torch.full((n,), kind))
+
+
+def join(parts: list[Tokens]) -> Tokens:
+    """Lay `parts` (of equal content shape) end to end; sequences of different parts stay apart."""
+    moved, start = [], 0
+    for part in parts:
+        filler = part.sequence == FILLER
+        moved.append(part.sequence.add(start).masked_fill(filler, FILLER))
+        start += int(part.sequence.max()) + 1 if len(part) else 0
+    fields = [torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Tokens)]
+    return Tokens(*fields).replace(sequence=torch.cat(moved))
+
+
+def split(tokens: Tokens) -> list[Tokens]:
+    """The inverse of `join`: one `Tokens` a sequence, in the order of their numbers, filler left out."""
+    numbers = tokens.sequence.unique()
+    parts = [tokens.select((tokens.sequence == s).nonzero()[:, 0]) for s in numbers if s != FILLER]
+    return [part.replace(sequence=torch.zeros_like(part.sequence)) for part in parts]
+
+
+def runs(sequence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The runs of equal numbers in `sequence` (N,): their numbers (R,), lengths (R,) and each row's run (N,)."""
+    numbers, rows, lengths = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
+    return numbers, lengths, rows
+
+
+WHOLE, RISING, MIXED, NOTHING = range(4)  # the patterns of a sequence's orders, see `patterns`
+
+
+def patterns(sequence: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What kind of attention each run of `sequence` (N,) needs: pattern (R,), length (R,), each row's run (N,).
+
+    WHOLE: all orders equal. RISING: each later than the one before. MIXED: anything else. NOTHING: filler.
+    """
+    numbers, lengths, rows = runs(sequence)
+    if not len(numbers):
+        return lengths, lengths, rows
+    same_run = rows[1:] == rows[:-1]
+    step = order[1:] - order[:-1]
+    count = torch.zeros(2, len(numbers), dtype=torch.long, device=sequence.device)
+    count[0].index_add_(0, rows[1:], (same_run & (step == 0)).long())
+    count[1].index_add_(0, rows[1:], (same_run & (step > 0)).long())
+    pattern = torch.full_like(numbers, MIXED)
+    pattern[count[1] == lengths - 1] = RISING
+    pattern[count[0] == lengths - 1] = WHOLE
+    pattern[numbers == FILLER] = NOTHING
+    return pattern, lengths, rows
+
+
+def layout(sequence: Tensor, order: Tensor) -> Tensor:
+    """The rows (N,) in the order that attention likes: each sequence in one run, alike runs side by side.
+
+    Sequences are sorted by pattern, then by length; rows of one sequence keep their order; filler comes last.
+    """
+    together = torch.argsort(sequence, stable=True)
+    pattern, lengths, rows = patterns(sequence[together], order[together])
+    key = pattern * (len(sequence) + 1) + lengths
+    rank = torch.empty_like(key)
+    rank[torch.argsort(key, stable=True)] = torch.arange(len(key), device=key.device)
+    return together[torch.argsort(rank[rows], stable=True)]

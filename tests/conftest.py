@@ -1,0 +1,119 @@
+"""What the tests share: a tiny corpus of all three kinds, made on the spot, and a tiny configuration over it."""
+
+import io
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default tests are for the CPU; `gpu` ones ask for more
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from PIL import Image
+
+from multimodal_fm import shards
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
+
+
+def jpeg(colour, size=(40, 30), kind="JPEG", mode="RGB") -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, size, colour).save(data, kind)
+    return data.getvalue()
+
+
+def tone(frequency: float, seconds: float = 0.5, rate: int = 16_000, kind: str = "FLAC", channels: int = 1) -> bytes:
+    data = io.BytesIO()
+    wave = 0.4 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)
+    soundfile.write(data, np.stack([wave] * channels, 1), rate, format=kind)
+    return data.getvalue()
+
+
+def items(count: int = 24, start: int = 0) -> list[dict]:
+    """Colours as words, pictures and tones; every item has an own key and says its colour in two languages."""
+    made = []
+    for i in range(start, start + count):
+        name, colour = list(COLOURS.items())[i % 4]
+        made.append(
+            {
+                "__key__": f"item{i:04d}",
+                "jpg": jpeg(tuple(max(0, c - i % 7) for c in colour)),
+                "txt": f"a {name} square number {i}",
+                "json": {
+                    "colour": name,
+                    "language": "en" if i % 2 else "fr",
+                    "captions": {"en": f"{name}", "fr": f"le {name}"},
+                },
+                "flac": tone(220.0 * (1 + i % 4)),
+                "cls": str(i % 4),
+            }
+        )
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with two training shards and one to measure on."""
+    folder = tmp_path_factory.mktemp("corpus")
+    shards.write(folder / "train-0.tar", items(16))
+    shards.write(folder / "train-1.tar", items(16, 16))
+    shards.write(folder / "validation-0.tar", items(16, 100))
+    return folder
+
+
+def tiny(corpus, **changes) -> dict:
+    """The plain data of a configuration that trains in a second or two."""
+    data = {
+        "sources": {"all": {"shards": f"{corpus}/train-*.tar", "group": "colour"}},
+        "sections": {
+            "words": {"objective": "masked", "parts": ["text"], "take": 4, "sources": {"all": 1}},
+            "next": {"objective": "causal", "parts": ["text"], "take": 4, "sources": {"all": 1}},
+            "looks": {
+                "objective": "masked",
+                "hide": "drop",
+                "share": {"image": 0.5, "audio": 0.5},
+                "decoder": {"width": 32, "depth": 1, "heads": 2},
+                "parts": ["image", "audio"],
+                "take": 6,
+                "sources": {"all": 1},
+            },
+            "pairs": {
+                "objective": "contrastive",
+                "parts": ["text", "image", "audio"],
+                "take": 8,
+                "sources": {"all": 1},
+            },
+        },
+        "tokenizers": {
+            "text": {"vocabulary": 300, "limit": 24},
+            "image": {"patch": 8, "limit": 12, "area": 0.6, "flip": 0.5},
+            "audio": {"frames": 8, "bands": 32, "high": 32, "limit": 8},
+        },
+        "model": {"width": 48, "depth": 2, "heads": 2},
+        "embedding": 32,
+        "optim": {"lr": 3e-3, "warmup": 3},
+        "steps": 12,
+        "save_every": 4,
+        "workers": 0,
+        "threads": 1,
+    }
+    data.update(changes)
+    return data
+
+
+@pytest.fixture
+def write_config(tmp_path, corpus):
+    """Writes the tiny configuration with changes; returns its path. The run folder is tmp_path / "run"."""
+
+    def write(name="tiny.yaml", **changes):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({"run": str(tmp_path / "run"), **tiny(corpus, **changes)}))
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)

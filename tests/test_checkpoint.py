@@ -1,0 +1,114 @@
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from conftest import tiny
+
+from multimodal_fm import checkpoint, train
+from multimodal_fm import load as load_model
+from multimodal_fm.config import build
+from multimodal_fm.errors import BadInput
+
+
+def publish(run, step, size=8):
+    tensors = {"model": {"w": torch.full((size,), float(step))}}
+    return checkpoint.save(checkpoint.folder_of(run, step), tensors, {"state": {"step": step}}, [])
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    folder = publish(tmp_path, 7)
+    assert folder.name == "step-00000007" and checkpoint.verify(folder) == ""
+    assert checkpoint.newest(tmp_path) == folder
+    assert checkpoint.read_tensors(folder, "model")["w"].tolist() == [7.0] * 8
+    assert checkpoint.read_data(folder, "state") == {"step": 7}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "MANIFEST.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_damage_is_seen_and_the_one_before_is_used(tmp_path, name, harm):
+    publish(tmp_path, 1)
+    file = publish(tmp_path, 2) / name
+    data = bytearray(file.read_bytes())
+    if harm == "remove":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data if harm == "flip" else data[:-5])
+    said = []
+    assert checkpoint.newest(tmp_path, said.append).name == "step-00000001"
+    assert len(said) == 1 and "step-00000002" in said[0]
+
+
+def test_nothing_whole_is_an_error(tmp_path):
+    for run, said in ((tmp_path / "none", "no such run"), (tmp_path, "no checkpoint")):
+        with pytest.raises(BadInput, match=said):
+            checkpoint.newest(run)
+    (publish(tmp_path, 1) / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="no whole checkpoint"):
+        checkpoint.newest(tmp_path, lambda _: None)
+
+
+def test_half_written_folders_are_never_taken_and_swept_away(tmp_path):
+    publish(tmp_path, 1)
+    torn = tmp_path / "checkpoints" / "step-00000002.tmp-abcd"
+    torn.mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+    for step in (2, 3):
+        publish(tmp_path, step)
+    checkpoint.retain(tmp_path, 2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    publish(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            publish(tmp_path, 2, size=100_000)
+        except BaseException:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.03])
+def test_kill_during_a_save_never_publishes_half(tmp_path, delay):
+    publish(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        for step in range(2, 1000):
+            publish(tmp_path, step, size=200_000)
+        os._exit(0)
+    import time
+
+    time.sleep(0.05 + delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for folder in checkpoint.steps(tmp_path):
+        assert checkpoint.verify(folder) == ""
+        assert checkpoint.read_tensors(folder, "model")["w"][0] == int(folder.name[5:])
+
+
+def test_a_manifest_cannot_point_elsewhere(tmp_path):
+    folder = publish(tmp_path, 1)
+    listing = json.loads((folder / "MANIFEST.json").read_text())
+    listing["../../../etc/passwd"] = {"bytes": 1, "sha256": ""}
+    (folder / "MANIFEST.json").write_text(json.dumps(listing))
+    assert checkpoint.verify(folder)
+
+
+def test_a_moved_run_loads_and_embeds(tmp_path, corpus):
+    train.pretrain(build({**tiny(corpus), "run": str(tmp_path / "run")}))
+    before = load_model(tmp_path / "run").embed(text=["a red square"])["text"]
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    model = load_model(tmp_path / "elsewhere")
+    torch.testing.assert_close(model.embed(text=["a red square"])["text"], before, rtol=0, atol=0)
+    last = load_model(tmp_path / "elsewhere", ema=False).embed(text=["a red square"])["text"]
+    assert not torch.equal(last, before)

@@ -1,0 +1,98 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny
+
+from multimodal_fm.config import build, load, to_data
+from multimodal_fm.errors import BadInput
+
+CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
+
+
+def mmfm(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "multimodal_fm", *map(str, words)], capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_config_is_read_and_opens_with_its_command(path):
+    config = load(path)
+    head = path.read_text().split("\n\n")[0]
+    assert f"mmfm pretrain configs/{path.name}" in head and "minute" in head
+    assert to_data(build(yaml.safe_load(yaml.safe_dump(to_data(config))))) == to_data(config)
+
+
+def test_a_config_survives_the_round_trip(corpus):
+    config = build(tiny(corpus))
+    assert to_data(build(to_data(config))) == to_data(config)
+
+
+def test_all_wrong_keys_come_in_one_message(write_config):
+    with pytest.raises(BadInput) as caught:
+        load(
+            write_config(), ["modle.width=64", "optim.lrr=1", "sections.words.shrae=0.1", "steps=many", "model.heads=7"]
+        )
+    message = str(caught.value)
+    assert "modle.width (did you mean model.width?)" in message
+    assert "optim.lrr (did you mean optim.lr?)" in message
+    assert "sections.words.shrae (did you mean sections.words.share?)" in message
+    assert "steps is a whole number, not 'many'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["sections.words.objective=maskd"], "did you mean masked?"),
+        (["sections.words.parts=[txt]"], "did you mean text?"),
+        (["sections.words.sources.al=1"], "did you mean all?"),
+        (["sections.words.take=0"], "sections.words.take is at least 1"),
+        (["optim.name=muonn"], "did you mean muon?"),
+        (["model.heads=5"], "must be heads (5) times an even number"),
+        (["tokenizers.audio.high=7"], "must be a multiple of high"),
+        (["precision=float16"], "is one of float32, bfloat16"),
+        (["sections.words.objective=no.such.module"], "cannot be imported"),
+        (["sections={}"], "at least one section"),
+        (["steps"], "is not key=value"),
+    ],
+)
+def test_what_is_wrong_is_named(write_config, change, said):
+    with pytest.raises(BadInput, match=".") as caught:
+        load(write_config(), change)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "\x00", ""])
+def test_a_broken_file_is_one_line(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_2(write_config):
+    for words in (
+        ("pretrain", write_config(), "modle.width=64"),
+        ("pretrain", "no-such.yaml"),
+        ("pretrain", write_config(), "sources.all.shards=nothing-*.tar"),
+        ("pretrain", write_config(), "--resume"),
+        ("evaluate", "no-such-run", "--on", "x.tar"),
+        ("search", "no-such-run", "a", "--in", "x.tar"),
+    ):
+        done = mmfm(*words)
+        assert done.returncode == 2, (words, done)
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, (words, done.stderr)
+
+
+def test_help_is_quick_and_complete():
+    done = mmfm("--help")
+    assert done.returncode == 0
+    for command in ("pretrain", "evaluate", "search"):
+        assert command in done.stdout
+    heavy = "import sys, multimodal_fm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0

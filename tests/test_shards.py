@@ -1,0 +1,128 @@
+import json
+import tarfile
+
+import pytest
+import webdataset
+from conftest import items
+
+from multimodal_fm.errors import BadInput
+from multimodal_fm.shards import Config, Corpus, find, scan, write
+
+
+def whole(path):
+    return {e.key: e for e in scan(str(path))[0]}
+
+
+def test_what_is_written_is_read_also_by_webdataset(tmp_path):
+    made = items(6)
+    write(tmp_path / "a.tar", made)
+    write(tmp_path / "b.tar", made)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    corpus = Corpus(Config(str(tmp_path / "a.tar")))
+    theirs = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    assert [e.key for e in corpus.entries] == [t["__key__"] for t in theirs] == [m["__key__"] for m in made]
+    for i, (mine, other) in enumerate(zip(made, theirs, strict=True)):
+        raw = corpus.raw(i)
+        assert raw.keys() == {k for k in other if not k.startswith("__")} == mine.keys() - {"__key__"}
+        assert all(raw[k] == other[k] for k in raw)
+        assert corpus.json(i) == mine["json"]
+
+
+def test_folders_and_endings_belong_as_webdataset_has_it(tmp_path):
+    write(
+        tmp_path / "a.tar", [{"__key__": "dir.d/x", "JPG": b"1", "seg.png": b"2"}, {"__key__": "dir.e/x", "txt": b"3"}]
+    )
+    entries, refused = scan(str(tmp_path / "a.tar"))
+    assert [(e.key, sorted(e.members)) for e in entries] == [("dir.d/x", ["jpg", "seg.png"]), ("dir.e/x", ["txt"])]
+    assert not refused
+
+
+def cut(path, size):
+    data = path.read_bytes()
+    path.write_bytes(data[:size])
+
+
+def test_a_cut_shard_gives_what_is_whole(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, items(5))
+    entry = whole(path)["item0003"]
+    offset, length = entry.members["jpg"]
+    cut(path, offset + length // 2)
+    entries, refused = scan(str(path))
+    assert [e.key for e in entries][:3] == ["item0000", "item0001", "item0002"]
+    assert all("jpg" not in e.members for e in entries if e.key == "item0003")
+    assert any(r.reason == "shard" and "byte" in r.detail for r in refused)
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, items(5))
+    data = bytearray(path.read_bytes())
+    offset, _ = whole(path)["item0002"].members["jpg"]
+    data[offset - 512 + 3] ^= 4  # the name, in the header
+    path.write_bytes(data)
+    entries, refused = scan(str(path))
+    assert {"item0000", "item0001"} <= {e.key for e in entries}
+    assert any(r.reason == "shard" and f"byte {offset - 512}" in r.detail for r in refused)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not found</html>" * 100, b"\0" * 10])
+def test_what_is_no_archive_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    entries, refused = scan(str(path))
+    assert not entries and all(r.shard == str(path) for r in refused)
+    with pytest.raises(BadInput, match="no items"):
+        Corpus(Config(str(path)))
+
+
+def test_names_that_no_sample_has(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (("../up.txt", tarfile.REGTYPE), ("/abs.txt", tarfile.REGTYPE), ("link.txt", tarfile.SYMTYPE),
+                           ("pipe.txt", tarfile.FIFOTYPE), ("good.txt", tarfile.REGTYPE)):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            archive.addfile(member)
+    entries, refused = scan(str(path))
+    assert [e.key for e in entries] == ["good"] and len(refused) == 4 and {r.reason for r in refused} == {"name"}
+
+
+def test_keys_and_parts_that_come_again(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, [{"__key__": "a", "txt": "1"}, {"__key__": "b", "txt": "2"}, {"__key__": "a", "jpg": b"3"}])
+    entries, refused = scan(str(path))
+    assert [(e.key, list(e.members)) for e in entries] == [("a", ["txt"]), ("b", ["txt"])]
+    assert [(r.key, r.reason) for r in refused] == [("a", "duplicate")]
+
+
+def test_jsonl_rows_and_paragraphs_are_items(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "label": 1}\n')
+    corpus = Corpus(Config(str(tmp_path / "a.jsonl")))
+    assert [corpus.json(i)["text"] for i in range(len(corpus))] == ["one", "two"]
+    text = "\n\n".join(["short"] * 30 + ["länger " * 200, "日本語" * 300])
+    (tmp_path / "b.txt").write_text(text)
+    corpus = Corpus(Config(str(tmp_path / "b.txt"), piece=256))
+    pieces = [corpus.raw(i)["txt"] for i in range(len(corpus))]
+    assert all(len(p) <= 256 for p in pieces) and len(pieces) < 40
+    assert "".join(p.decode() for p in pieces) == text  # no piece ends inside a character, nothing is lost
+
+
+def test_items_are_kept_by_their_json(tmp_path):
+    write(tmp_path / "a.tar", items(8))
+    corpus = Corpus(Config(str(tmp_path / "a.tar"), where={"colour": "red", "captions.en": "red"}))
+    assert [e.key for e in corpus.entries] == ["item0000", "item0004"]
+    with pytest.raises(BadInput, match="colour=pink"):
+        Corpus(Config(str(tmp_path / "a.tar"), where={"colour": "pink"}))
+
+
+def test_files_that_cannot_be_sources(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(BadInput, match="gunzip"):
+        find(str(tmp_path / "*.gz"))
+    with pytest.raises(BadInput, match="no file matches"):
+        find(str(tmp_path / "*.tar"))
+    (tmp_path / "broken.jsonl").write_text("{\n[]\n")
+    corpus = Corpus(Config(str(tmp_path / "broken.jsonl")))
+    assert [corpus.json(i) for i in range(2)] == [{}, {}]
+    assert json.loads(corpus.raw(1)["json"]) == []

@@ -1,0 +1,366 @@
+"""The whole line: a run learns, resumes exactly, survives bad data, and is the same for any number of workers."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import items, tiny
+from test_config import mmfm
+
+from multimodal_fm import checkpoint, shards, train
+from multimodal_fm import load as load_model
+from multimodal_fm.config import build, load
+from multimodal_fm.errors import BadInput
+from multimodal_fm.mixture import Steps
+from multimodal_fm.model import Model
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/tiny_*.yaml"))
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run) -> dict[int, dict]:
+    timing = ("seconds", "tokens_per_second")
+    return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in metrics(run)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus):
+    """An uninterrupted run of the tiny configuration."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train.pretrain(build({**tiny(corpus), "run": str(run)}))
+    return run
+
+
+def test_the_losses_fall_and_the_records_are_complete(whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert {"loss", "loss/words", "loss/next", "loss/looks", "loss/pairs", "tokens", "lr"} <= rows[0].keys()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(row["tokens"] > 0 for row in rows)
+    assert [p.name for p in checkpoint.steps(whole)] == ["step-00000008", "step-00000012"]
+    assert not list(whole.rglob("*.pt")) and not list(whole.rglob("*.pkl"))
+    assert list((whole / "tensorboard").iterdir())
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A small corpus of generated scenes in the place of the tiny configurations' own."""
+    folder = tmp_path_factory.mktemp("scenes")
+    words = ["--seed", "0", "--train", "150", "--validation", "20", "--to", str(folder)]
+    subprocess.run([sys.executable, "-m", "data.scenes", *words], check=True, capture_output=True, cwd=ROOT)
+    return folder / "0"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_tiny_config_learns(path, tmp_path, scenes):
+    train.pretrain(load(path, [f"run={tmp_path}/run", f"sources.scenes.shards={scenes}/train-*.tar", "workers=0"]))
+    rows = metrics(tmp_path / "run")
+    for name in (k for k in rows[0] if k.startswith("loss/") and k.count("/") == 1):
+        first, last = (sum(r[name] for r in part) / 6 for part in (rows[:6], rows[-6:]))
+        assert last < 0.97 * first, (name, first, last)
+
+
+def test_the_same_seed_gives_the_same_losses_for_any_number_of_workers(whole, tmp_path, corpus):
+    for workers in (1, 2):
+        run = tmp_path / str(workers)
+        train.pretrain(build({**tiny(corpus), "run": str(run), "workers": workers}))
+        assert losses(run) == losses(whole)
+    train.pretrain(build({**tiny(corpus), "run": str(tmp_path / "other"), "seed": 1}))
+    assert losses(tmp_path / "other") != losses(whole)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_stopping_and_resuming_changes_nothing(tmp_path, corpus, optimiser):
+    data = tiny(corpus, optim={"name": optimiser, "lr": 3e-3, "warmup": 3})
+    train.pretrain(build({**data, "run": str(tmp_path / "whole")}))
+    run = tmp_path / "run"
+    train.pretrain(build({**data, "run": str(run)}))
+    for folder in checkpoint.steps(run)[-1:]:  # as if it had been killed after step 8
+        import shutil
+
+        shutil.rmtree(folder)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # and in the middle of a line
+    for start in (8, 4):
+        train.pretrain(build({**data, "run": str(run)}), resume=True)
+        assert losses(run) == losses(tmp_path / "whole"), start
+        assert [row["step"] for row in metrics(run)] == list(range(1, 13))
+    for name in ("model", "ema", "optimiser"):
+        a, b = (checkpoint.read_tensors(checkpoint.newest(r), name) for r in (run, tmp_path / "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def start(path, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "multimodal_fm", "pretrain", str(path), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        file = run / "metrics.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, write_config, number, code):
+    changes = {"steps": 40, "save_every": 5, "workers": 1}
+    whole_path = write_config("whole.yaml", **changes)
+    train.pretrain(load(whole_path, [f"run={tmp_path / 'whole'}"]))
+    run = tmp_path / "run"
+    process = start(whole_path, f"run={run}")
+    wait_for_step(run, 12, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    if code > 0:
+        newest = checkpoint.newest(run)
+        assert int(newest.name[5:]) == len(metrics(run)), "it saves the step that it left at"
+        assert "--resume" in err and "Traceback" not in err
+    done = mmfm("pretrain", whole_path, f"run={run}", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_second_signal_leaves_at_once(tmp_path, write_config):
+    run = tmp_path / "run"
+    process = start(write_config(steps=100_000, save_every=100_000))
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, 143)
+
+
+def test_a_run_folder_is_not_overwritten(whole, corpus):
+    with pytest.raises(BadInput, match="--resume"):
+        train.pretrain(build({**tiny(corpus), "run": str(whole)}))
+
+
+def test_resume_refuses_another_config_and_other_data(whole, tmp_path, corpus):
+    with pytest.raises(BadInput, match="other model"):
+        train.pretrain(build({**tiny(corpus), "run": str(whole), "model": {"width": 64}}), resume=True)
+    data = tiny(corpus)
+    data["sources"]["all"]["shards"] = f"{corpus}/train-0.tar"
+    before = (whole / "metrics.jsonl").read_text()
+    with pytest.raises(BadInput, match="other sources"):
+        train.pretrain(build({**data, "run": str(whole)}), resume=True)
+    assert (whole / "metrics.jsonl").read_text() == before
+    shards.write(tmp_path / "train-0.tar", items(8))
+    data["sources"]["all"]["shards"] = f"{tmp_path}/train-*.tar"
+    train.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}))
+    shards.write(tmp_path / "train-0.tar", items(9))
+    with pytest.raises(BadInput, match="shards have changed"):
+        train.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}), resume=True)
+
+
+def broken_corpus(folder: Path) -> None:
+    """24 whole items and four with one part each that cannot be read."""
+    import soundfile
+
+    empty = io.BytesIO()
+    soundfile.write(empty, torch.zeros(0).numpy(), 16_000, format="WAV")
+    made = items(28)
+    made[3]["jpg"] = made[3]["jpg"][:200]
+    made[9]["jpg"] = b"<!DOCTYPE html><html><body>Not found</body></html>"
+    del made[15]["flac"]
+    made[15]["wav"] = empty.getvalue()
+    made[21]["txt"] = "un café carré".encode("latin-1")
+    shards.write(folder / "train-0.tar", made)
+
+
+def test_four_broken_parts_are_named_and_stop_nothing(tmp_path, write_config):
+    broken_corpus(tmp_path)
+    done = mmfm("pretrain", write_config(sources={"all": {"shards": f"{tmp_path}/train-*.tar"}}, steps=20))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert {(r["key"], r["part"], r["reason"]) for r in rows} == {
+        ("item0003", "image", "decode"),
+        ("item0009", "image", "decode"),
+        ("item0015", "audio", "empty"),
+        ("item0021", "text", "text-decode"),
+    }
+    assert rows[0].keys() == {"source", "shard", "key", "part", "reason", "detail", "step"}
+    for key in ("item0003", "item0009", "item0015", "item0021"):
+        assert key in "".join(done.stderr.splitlines(keepends=True)[-8:])
+    assert all(r["step"] <= 20 for r in rows)
+
+
+def test_a_bad_item_is_replaced_and_no_position_shifts(tmp_path, corpus):
+    """The other items of every step are the same with a broken one among them."""
+    good, bad = items(12), items(12)
+    bad[5]["txt"] = b"\xff\xfe\xfa"
+    streams = []
+    for name, made in (("good", good), ("bad", bad)):
+        (tmp_path / name).mkdir()
+        shards.write(tmp_path / name / "a.tar", made)
+        data = tiny(corpus, sources={"all": {"shards": f"{tmp_path}/{name}/a.tar"}})
+        data["sections"] = {"words": data["sections"]["words"]}
+        config = build({**data, "run": str(tmp_path / f"run-{name}")})
+        Path(config.run).mkdir()
+        corpora = {"all": shards.Corpus(config.sources["all"], "all")}
+        fitted = train._fit(config, corpora, Path(config.run))
+        steps = Steps(train._sections(config, corpora), fitted, 0)
+        streams.append([steps[s].keys for s in range(12)])
+    assert all(len(a) == len(b) == 4 for a, b in zip(*streams))
+    for a, b in zip(*streams):
+        for left, right in zip(a, b):
+            assert left == right or (left == "all/item0005" != right)
+    assert any("all/item0005" in step for step in streams[0])
+
+
+def test_microbatches_give_the_same_gradients(corpus, tmp_path):
+    """Dealing a step into several microbatches changes its gradients by rounding only."""
+    found = []
+    for microbatches in (1, 3):
+        config = build({**tiny(corpus), "run": str(tmp_path), "microbatches": microbatches})
+        corpora = {n: shards.Corpus(s, n) for n, s in config.sources.items()}
+        config.tokenizers = train._fit(config, corpora, tmp_path)
+        step = Steps(train._sections(config, corpora), config.tokenizers, 0, microbatches)[0]
+        assert len(step.batches) == microbatches
+        torch.manual_seed(0)
+        model = Model(config)
+        report = train.forward_backward(model, train._weights(config), step.batches)
+        found.append((report, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (one, gradients), (several, others) = found
+    for name in ("loss", "loss/words", "loss/next", "loss/looks", "loss/pairs"):
+        torch.testing.assert_close(one[name], several[name], rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == others.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], others[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+FOURTH = '''
+"""A fourth kind: a time series, a member `series` of text with one number a line."""
+from dataclasses import dataclass
+import torch
+from torch import nn
+from multimodal_fm.errors import Lost
+from multimodal_fm.tokens import sequence_of
+
+extensions = ("series",)
+
+@dataclass
+class Config:
+    patch: int = 4
+    limit: int = 16
+
+def read(config, raw, generator=None):
+    raw = raw["series"] if isinstance(raw, dict) else raw
+    try:
+        values = torch.tensor([float(v) for v in raw.split()])
+    except ValueError as error:
+        raise Lost("decode", str(error))
+    count = min(len(values) // config.patch, config.limit)
+    position = torch.zeros(count, 3)
+    position[:, 0] = torch.arange(count)
+    return [sequence_of(values[: count * config.patch].view(count, config.patch), position)]
+
+class Embed(nn.Linear):
+    def __init__(self, config, width):
+        super().__init__(config.patch, width)
+
+class Predict(nn.Linear):
+    def __init__(self, config, width):
+        super().__init__(width, config.patch)
+
+    def forward(self, vectors, content):
+        return (super().forward(vectors) - content).square().mean(-1)
+'''
+
+
+def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
+    (tmp_path / "series_kind.py").write_text(FOURTH)
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds" / "__init__.py").write_text("")
+    (tmp_path / "series_kind.py").rename(tmp_path / "kinds" / "series.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = items(24)
+    for i, item in enumerate(made):
+        wave = torch.sin(torch.arange(40.0) * (0.2 + 0.2 * (i % 4)))
+        item["series"] = "\n".join(f"{v:.3f}" for v in wave)
+    shards.write(tmp_path / "train.tar", made)
+    data = tiny(tmp_path, steps=30, optim={"lr": 3e-3, "warmup": 2})
+    data["sources"] = {"all": {"shards": f"{tmp_path}/train.tar", "group": "colour"}}
+    data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 24}, "series": {"tokenizer": "kinds.series"}}
+    decoder = {"width": 32, "depth": 1, "heads": 2}
+    data["sections"] = {
+        "shapes": {
+            "objective": "masked",
+            "hide": "drop",
+            "share": 0.5,
+            "decoder": decoder,
+            "parts": ["series"],
+            "take": 8,
+            "sources": {"all": 1},
+        },
+        "next": {"objective": "causal", "parts": ["series"], "take": 8, "sources": {"all": 1}},
+        "pairs": {"objective": "contrastive", "parts": ["text", "series"], "take": 8, "sources": {"all": 1}},
+    }
+    train.pretrain(build({**data, "run": str(tmp_path / "run")}))
+    rows = metrics(tmp_path / "run")
+    for name in ("loss/shapes", "loss/next", "loss/pairs"):
+        assert sum(r[name] for r in rows[-5:]) < 0.9 * sum(r[name] for r in rows[:5]), name
+    model = load_model(tmp_path / "run")
+    vectors = model.embed(series=["\n".join(["0.5"] * 40)], text=["a red square"])
+    assert vectors["series"].shape == vectors["text"].shape == (1, 32)
+
+
+def test_smoke_runs_at_toy_size(tmp_path, write_config):
+    path = write_config(steps=100_000, model={"width": 768, "depth": 12, "heads": 12})
+    config = train.smoke(load(path))
+    assert train.pretrain(config).name == "step-00000010"
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_finite_stops_with_a_line(tmp_path, corpus):
+    config = build({**tiny(corpus, optim={"lr": 1e30, "clip": 0, "warmup": 1}, steps=40), "run": str(tmp_path / "run")})
+    with pytest.raises(BadInput, match="without a finite gradient"):
+        train.pretrain(config)
+
+
+def test_loading_draws_nothing_from_the_global_generator(corpus, tmp_path):
+    config = build({**tiny(corpus), "run": str(tmp_path)})
+    corpora = {n: shards.Corpus(s, n) for n, s in config.sources.items()}
+    config.tokenizers = train._fit(config, corpora, tmp_path)
+    before = torch.get_rng_state()
+    iterator = iter(train._loader(Steps(train._sections(config, corpora), config.tokenizers, 0), 0, config))
+    next(iterator)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_package_imports_one_way():
+    """Nothing imports the loop, `tokens` imports nothing of ours, and plug-ins do not import each other."""
+    package = Path(train.__file__).parent
+    for file in package.rglob("*.py"):
+        lines = [
+            line.strip()
+            for line in file.read_text().splitlines()
+            if line.strip().startswith(("from .", "import multi"))
+        ]
+        if file.name not in ("cli.py", "train.py"):
+            assert not any("train" in line for line in lines), file
+        if file.name == "tokens.py":
+            assert not lines
+        if file.parent.name in ("tokenizers", "objectives", "evals") and file.name != "__init__.py":
+            assert not any(
+                line.startswith("from . import") or (line.startswith("from .") and not line.startswith("from .."))
+                for line in lines
+            ), file
