@@ -131,7 +131,7 @@ def search(
     top: int = 5,
     device: str = "auto",
 ) -> None:
-    """Find the items nearest to a text, a picture or a sound: `mmfm search runs/demo --in SHARDS -- "a red bus"`.
+    """Find the items nearest to a text, a picture or a sound: `mmfm search runs/demo --in SHARDS "a red bus"`.
 
     Parameters
     ----------
@@ -154,10 +154,16 @@ def search(
     """
     from .model import load
     from .search import search as find
+    from .shards import SHARDS
 
+    words = [one for one in in_ if not one.endswith(SHARDS)]  # the query, where it stands behind the shards
+    if words and not query and not image and not audio:
+        query, in_ = " ".join(words), [one for one in in_ if one.endswith(SHARDS)]
     given = {kind: value for kind, value in (("text", query), ("image", image), ("audio", audio)) if value}
     if len(given) != 1:
         raise BadInput("search for one thing: a text, --image FILE or --audio FILE")
+    if not in_:
+        raise BadInput("--in names no shards: give .tar, .jsonl or .txt files")
     find(load(run, device=device), given, in_, _pairs(where), top)
 
 

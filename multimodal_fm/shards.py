@@ -17,6 +17,8 @@ from pathlib import Path
 
 from .errors import BadInput
 
+SHARDS = (".tar", ".jsonl", ".txt")  # how a shard's name ends
+
 
 @dataclass
 class Config:
@@ -107,7 +109,7 @@ def find(patterns: str | list[str], name: str = "source") -> list[str]:
             raise BadInput(f"source {name}: no file matches {pattern}")
         files += found
     for file in files:
-        if not file.endswith((".tar", ".txt", ".jsonl")):
+        if not file.endswith(SHARDS):
             mend = "unpack it first: gunzip" if file.endswith((".gz", ".tgz")) else "give a .tar, .txt or .jsonl file"
             raise BadInput(f"source {name}: {file} cannot be read at random; {mend}")
     return files

@@ -185,8 +185,12 @@ def test_the_commands(run, corpus, tmp_path):
     done = mmfm("evaluate", run, "--on", shard, "--where", "language=en", "--parts", "text", "image")
     assert "text → image" in done.stdout and "audio" not in done.stdout
     (tmp_path / "red.jpg").write_bytes(jpeg("red"))
-    for words in (["a red square"], ["--image", tmp_path / "red.jpg"]):
-        done = mmfm("search", run, *words, "--in", shard, "--top", "3")
+    for words in (
+        ["a red square", "--in", shard],
+        ["--in", shard, "a red square"],
+        ["--image", tmp_path / "red.jpg", "--in", shard],
+    ):
+        done = mmfm("search", run, *words, "--top", "3")
         assert done.returncode == 0, done.stderr
         assert all(kind in done.stdout for kind in ("text", "image", "audio")) and done.stdout.count("item01") == 9
     for words in (

@@ -9,10 +9,10 @@ from pathlib import Path
 from data import writing
 from data.tuxpaint.convert import convert_all
 from data.tuxpaint.source import find_stamps
-from data.tuxpaint.stamps import ENGLISH, Sound, file_digest, read_stamps, validation_stamps
+from data.tuxpaint.stamps import ENGLISH, Sound, file_digest, read_stamps, validation_stamps, without_leaks
 from data.writing import Progress, RecipeError, digest
 
-VERSION = 1  # raise it when the items change, so that an older build is replaced
+VERSION = 2  # raise it when the items change, so that an older build is replaced
 LICENSE = "GPL-2"
 SOURCE = "Tux Paint stamps, Debian package tuxpaint-stamps-default"
 
@@ -27,9 +27,10 @@ def main(argv=None):
         return writing.already_there(folder)
     stamps, left_out = read_source(options.given, options.cache)
     digests = digest_files(stamps)
-    held_out = validation_stamps(stamps, digests, options.seed)
+    held_out = validation_stamps(stamps, options.seed)
     sources = [(sound.role, sound.path, digests[sound.path]) for _, sound in pairs(stamps)]
     files = convert_all(sources, options.cache, options.workers)
+    stamps = without_leaks(stamps, held_out, digests, left_out)
     specs = usable(pairs(stamps), digests, files, left_out)
     specs.sort(key=lambda spec: digest(options.seed, spec[0]))  # mixes the roles and stamps in each shard
     progress = Progress("packing", len(specs))
@@ -38,7 +39,11 @@ def main(argv=None):
         for split in writing.SPLITS:
             mine = [spec for spec in specs if (spec[1].name in held_out) == (split == "validation")]
             splits[split] = writing.write_split(part, split, make_items(mine, progress))
-        about = {"source": SOURCE, "license": LICENSE, "left_out": dict(sorted(left_out.items()))}
+        about = {
+            "source": SOURCE,
+            "license": LICENSE,
+            "left_out": {reason: n for reason, n in sorted(left_out.items()) if n},
+        }
         card = writing.write_card(part, recipe, about, splits)
     writing.summary(folder, card, time.monotonic() - start)
 

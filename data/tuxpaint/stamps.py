@@ -114,41 +114,34 @@ def file_digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def validation_stamps(stamps, digests, seed):
-    """The names of the stamps held out: those of a tenth of the distinct English captions.
+def validation_stamps(stamps, seed):
+    """The names of the stamps held out: those of the tenth of the English captions with the lowest hash.
 
-    Stamps that share a caption, a translation in any language, a picture or a sound (`digests`: path ->
-    digest) form a group that stays together. Groups are taken by the hash of the seed and their first
-    caption until they hold a tenth of the captions.
+    The hash is of the seed and the caption (case and outer spaces aside), so equal captions stay together.
     """
-    groups = caption_groups(stamps, digests)
-    wanted = sum(map(len, groups)) / 10
-    held_out = set()
-    for group in sorted(groups, key=lambda group: digest(seed, min(group))):
-        if len(held_out) >= wanted:
-            break
-        held_out |= group
+    captions = sorted({normal(stamp.texts[ENGLISH]) for stamp in stamps}, key=lambda caption: digest(seed, caption))
+    held_out = set(captions[: len(captions) // 10])
     return {stamp.name for stamp in stamps if normal(stamp.texts[ENGLISH]) in held_out}
 
 
-def caption_groups(stamps, digests):
-    """Sets of English captions (normalised) whose stamps share a text, a picture or a sound."""
-    parents = {}
+def without_leaks(stamps, held_out, digests, left_out):
+    """The stamps, those of training without what validation has too (`digests`: path -> digest); a new list.
 
-    def root(node):
-        parents.setdefault(node, node)
-        while parents[node] != node:
-            parents[node] = node = parents[parents[node]]
-        return node
-
+    Other stamps may have the same translation, the same recording or the same picture under another English
+    caption: training loses that text with its sounds, that sound, or that stamp, and `left_out` counts it.
+    """
+    kept = [stamp for stamp in stamps if stamp.name in held_out]
+    texts = {normal(text) for stamp in kept for text in stamp.texts.values()}
+    files = {digests[path] for stamp in kept for path in (stamp.picture, *(sound.path for sound in stamp.sounds))}
     for stamp in stamps:
-        caption = (ENGLISH, normal(stamp.texts[ENGLISH]))
-        shared = [(language, normal(text)) for language, text in stamp.texts.items()]
-        shared += [digests[path] for path in (stamp.picture, *(sound.path for sound in stamp.sounds))]
-        for node in shared:
-            parents[root(node)] = root(caption)
-    groups = defaultdict(set)
-    for stamp in stamps:
-        caption = normal(stamp.texts[ENGLISH])
-        groups[root((ENGLISH, caption))].add(caption)
-    return list(groups.values())
+        if stamp.name in held_out:
+            continue
+        if digests[stamp.picture] in files or normal(stamp.texts[ENGLISH]) in texts:
+            left_out["stamp of training with a picture or caption of validation"] += 1
+            continue
+        own = {language: text for language, text in stamp.texts.items() if normal(text) not in texts}
+        left_out["text of training that validation has"] += len(stamp.texts) - len(own)
+        sounds = [sound for sound in stamp.sounds if sound.language in own and digests[sound.path] not in files]
+        left_out["sound of training that validation has, or its text"] += len(stamp.sounds) - len(sounds)
+        kept.append(Stamp(stamp.name, stamp.picture, own, sounds))
+    return sorted(kept, key=lambda stamp: stamp.name)

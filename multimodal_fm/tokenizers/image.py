@@ -42,24 +42,19 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
     if raw is None:
         return []
     side = config.patch * math.sqrt(config.limit)
-    picture = raw if isinstance(raw, Tensor) else decode(config, raw, side / math.sqrt(config.area) * 1.5)
-    if isinstance(picture, Image.Image):
-        picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
-    elif picture.is_floating_point():
-        picture = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
-    if picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
-        raise Lost("decode", f"a picture is a tensor (3, H, W), got {tuple(picture.shape)}")
+    picture = decode(config, raw, side / math.sqrt(config.area) * 1.5)
     if generator is not None and config.area < 1:
         picture = _crop(config, picture, generator)
-    rows, columns = grid(config, *picture.shape[1:])
+    rows, columns = grid(config, picture.height, picture.width)
     height, width = rows * config.patch, columns * config.patch
-    scale = max(height / picture.shape[1], width / picture.shape[2])  # cover the grid, then cut what hangs over
-    size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
-    picture = T.center_crop(T.resize(picture, size, antialias=True), [height, width])
+    scale = max(height / picture.height, width / picture.width)  # cover the grid, then cut what hangs over
+    size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
+    picture = T.center_crop(T.resize(picture, size), [height, width])
     if generator is not None:
         picture = _vary(config, picture, generator)
-    patches = picture.unflatten(1, (rows, config.patch)).unflatten(3, (columns, config.patch))
-    content = patches.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # (rows * columns, 3 * patch * patch)
+    pixels = torch.from_numpy(np.array(picture))  # (height, width, 3)
+    patches = pixels.unflatten(0, (rows, config.patch)).unflatten(2, (columns, config.patch))
+    content = patches.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)  # (rows * columns, 3 * patch * patch)
     position = torch.zeros(rows * columns, 3)
     position[:, 1] = torch.arange(rows).repeat_interleave(columns)
     position[:, 2] = torch.arange(columns).repeat(rows)
@@ -82,6 +77,8 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
     """
     if isinstance(raw, Image.Image):
         return _rgb(raw)
+    if isinstance(raw, Tensor):
+        return _from_tensor(raw)
     try:
         if isinstance(raw, (bytes, bytearray, memoryview)):
             if len(raw) > config.bytes:
@@ -106,6 +103,14 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
         raise Lost("pixel-limit", str(error)[:100]) from None
 
 
+def _from_tensor(pixels: Tensor) -> Image.Image:
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+        raise Lost("decode", f"a picture is a tensor (3, H, W), got {tuple(pixels.shape)}")
+    if pixels.is_floating_point():
+        pixels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
 def _rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
@@ -122,16 +127,16 @@ def _draw(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-def _crop(config: Config, picture: Tensor, generator: torch.Generator) -> Tensor:
+def _crop(config: Config, picture: Image.Image, generator: torch.Generator) -> Image.Image:
     """A random part of the picture, of its shape, that keeps at least `area` of it."""
     share = math.sqrt(_draw(generator, config.area, 1.0))
-    height, width = (max(1, round(n * share)) for n in picture.shape[1:])
-    top = round(_draw(generator, 0, picture.shape[1] - height))
-    left = round(_draw(generator, 0, picture.shape[2] - width))
-    return picture[:, top : top + height, left : left + width]
+    width, height = (max(1, round(n * share)) for n in picture.size)
+    left = round(_draw(generator, 0, picture.width - width))
+    top = round(_draw(generator, 0, picture.height - height))
+    return picture.crop((left, top, left + width, top + height))
 
 
-def _vary(config: Config, picture: Tensor, generator: torch.Generator) -> Tensor:
+def _vary(config: Config, picture: Image.Image, generator: torch.Generator) -> Image.Image:
     """A random mirror image, turn and change of colour, as the config allows them."""
     from torchvision.transforms.v2 import functional as T
 
