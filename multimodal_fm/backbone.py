@@ -24,6 +24,8 @@ class Config:
     experts: bool = False  # a feed-forward layer a kind (multiway: BEiT-3, ONE-PEACE) in place of a shared one
 
     def __post_init__(self):
+        if min(self.width, self.heads, self.depth) < 1 or not 0 < self.expand < 1000:
+            raise ValueError("width, heads, depth are at least 1, expand is above 0")
         if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
             raise ValueError(f"width ({self.width}) must be heads ({self.heads}) times an even number from 6 up")
 
@@ -32,7 +34,9 @@ class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm (Zhang and Sennrich 2019); on a CPU, where torch takes it apart, a third of the time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.is_cuda else _RMSNorm.apply(x, self.weight)
+        if x.is_cuda or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight)
 
 
 class _RMSNorm(torch.autograd.Function):

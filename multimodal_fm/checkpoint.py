@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def verify(folder: Path) -> str:
     """Empty where every file of the manifest is whole, else what is wrong."""
     try:
         listing = json.loads((folder / MANIFEST).read_text())
+        if not listing.keys():
+            return f"{folder}: its manifest is empty"
         for name, wanted in listing.items():
             path = folder / Path(name).name
             if path.stat().st_size != wanted["bytes"] or _hash(path) != wanted["sha256"]:
@@ -82,15 +85,19 @@ def steps(run: str | Path) -> list[Path]:
     return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if p.name[5:].isdigit())
 
 
-def newest(run: str | Path, warn=print) -> Path:
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def newest(run: str | Path, warn=_warn) -> Path:
     """The newest checkpoint that is whole; damaged ones are named and passed over. Raises BadInput."""
     run = Path(run)
-    if (run / MANIFEST).exists():  # a checkpoint's own folder
-        found = [run]
-    elif not run.is_dir():
-        raise BadInput(f"{run}: no such run folder")
-    else:
-        found = steps(run)
+    try:
+        found = [run] if (run / MANIFEST).exists() else steps(run)  # a checkpoint's own folder, or a run's
+        if not run.is_dir():
+            raise BadInput(f"{run}: no such run folder")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{str(run)[:80]}: {getattr(error, 'strerror', error)}") from None
     for folder in reversed(found):
         wrong = verify(folder)
         if not wrong:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from . import __version__
 from .errors import BadInput
@@ -37,6 +37,8 @@ def pretrain(config: str, *settings: str, resume: bool = False, smoke: bool = Fa
     from .config import load
 
     loaded = load(config, list(settings))
+    if smoke and resume:
+        raise BadInput("--smoke always starts afresh: leave out --resume")
     train.pretrain(train.smoke(loaded) if smoke else loaded, resume=resume)
 
 
@@ -162,6 +164,8 @@ def search(
     given = {kind: value for kind, value in (("text", query), ("image", image), ("audio", audio)) if value}
     if len(given) != 1:
         raise BadInput("search for one thing: a text, --image FILE or --audio FILE")
+    if top < 1:
+        raise BadInput("--top is at least 1")
     if not in_:
         raise BadInput("--in names no shards: give .tar, .jsonl or .txt files")
     find(load(run, device=device), given, in_, _pairs(where), top)
@@ -179,13 +183,17 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the command line; a BadInput is one line on standard error and exit code 2."""
+    """Run the command line; bad input is one line on standard error and exit code 2."""
     # Waiting threads sleep rather than spin: on a busy machine a step takes two thirds of the time (benchmarks/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a corpus may hold what a terminal cannot show
     try:
-        app()
-    except BadInput as error:
-        print(f"mmfm: {error}", file=sys.stderr)
+        app(exit_on_error=False, print_error=False)
+    except (BadInput, CycloptsError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        hint = "" if isinstance(error, BadInput) else " (see mmfm --help)"
+        print(f"mmfm: {lines[-1] if lines else type(error).__name__}{hint}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from torch import nn
 
 from . import backbone, optim, shards
 from .errors import BadInput
@@ -112,7 +113,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         data = yaml.load(path.read_text(), _Loader) or {}
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise BadInput(f"{path}: not YAML{line}: {str(getattr(error, 'problem', error)).splitlines()[0]}") from None
@@ -124,7 +125,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
             raise BadInput(f"{override!r} is not key=value")
         try:
             _set(data, key.split("."), override, yaml.load(value, _Loader))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise BadInput(f"{override!r}: the value is not YAML") from None
     data.setdefault("run", f"runs/{path.stem}")
     return build(data, str(path))
@@ -197,8 +198,8 @@ def _build(cls, data, path: str, problems: Problems):
         return None
     try:
         return cls(**values)
-    except ValueError as error:
-        problems.add(path, str(error))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        problems.add(f"{path}:" if path else "config:", str(error))
 
 
 def _leaves(hint) -> list[str]:
@@ -267,6 +268,8 @@ def _section(data, path: str, problems: Problems):
         return problems.add(f"{path}.objective", "is missing")
     problems.known += [f"{path}.{name}" for name in own]
     objective = _plugin("objectives", "objective", settings, path, problems)
+    if objective is None:
+        return None
     return _build(Section, {**{k: v for k, v in data.items() if k in own}, "objective": objective}, path, problems)
 
 
@@ -295,6 +298,8 @@ def _plugin(folder: str, key: str, data, path: str, problems: Problems, default:
         module = plugin_module(folder, str(name))
     except BadInput as error:
         return problems.add(here, str(error))
+    if not hasattr(module, "Config"):
+        return problems.add(here, f"is no plug-in, it has no Config: {name!r}")
     settings = _build(module.Config, {k: v for k, v in data.items() if k != key}, path, problems)
     return Plugin(str(name), module, settings)
 
@@ -308,7 +313,7 @@ def plugin_module(folder: str, name: str):
         raise BadInput(f"is none of {', '.join(names)}: {name!r}" + (f" (did you mean {near[0]}?)" if near else ""))
     try:
         return importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise BadInput(f"cannot be imported: {error}") from None
 
 
@@ -322,13 +327,33 @@ def _cross_check(config: Config, problems: Problems) -> None:
             problems.add(f"{here}.take", "is at least 1")
         if not section.parts or not section.sources:
             problems.add(here, "needs at least one part and one source")
-        if any(w < 0 for w in section.sources.values()) or sum(section.sources.values()) <= 0:
+        weights = section.sources.values()
+        if not all(0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
             problems.add(f"{here}.sources", "are weights, none below 0 and not all 0")
+        for setting in ("share", "prefix"):
+            kinds = getattr(section.objective.settings, setting, ())
+            if isinstance(kinds, (dict, list)):
+                _known(kinds, config.tokenizers, f"{here}.{setting}", "tokenizer", problems)
+        for other, also in section.also.items():
+            if not getattr(also.objective.module.Objective, "whole_step", False):
+                problems.add(
+                    f"{here}.also", f"names objectives that compare whole sequences, as contrastive does: {other!r}"
+                )
+            if getattr(section.objective.settings, "fuse", False):
+                problems.add(f"{here}.also", "needs a sequence a part, and fuse makes one of them all")
+    for name in (*config.sections, *config.tokenizers):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
+            problems.add(name or "''", "cannot be a name: letters, digits, - and _, and no word of Python's own")
     if not config.sections:
         problems.add("sections", "names at least one section")
     for name in ("steps", "microbatches", "round_to", "save_every", "keep", "embedding"):
         if getattr(config, name) < 1:
             problems.add(name, "is at least 1")
+    for name, most in (("workers", 256), ("threads", 4096), ("ema", 1), ("seed", 2**62)):
+        if not 0 <= getattr(config, name) <= most:
+            problems.add(name, f"is from 0 to {most}")
+    for name, evaluation in config.evaluate.items():
+        _known(evaluation.parts, config.tokenizers, f"evaluate.{name}.parts", "tokenizer", problems)
 
 
 def _known(used, defined, path: str, what: str, problems: Problems) -> None:

@@ -161,7 +161,9 @@ class Steps(torch.utils.data.Dataset):
             generator.manual_seed(mix(self.seed, number(section.name), here.source, here.epoch, index) >> 1)
             raw = corpus.raw(index)
             parts, failed = read_parts(raw, section.parts, self.tokenizers, generator)
-            lost += [ledger_row(corpus, index, kind, error, step) for kind, error in failed]
+            if not parts and not failed:
+                failed = [("", Lost("empty", f"none of {', '.join(section.parts)} in it"))]
+            lost += [ledger_row(corpus, index, kind, error, step + 1) for kind, error in failed]
             if parts:
                 keys.append(f"{corpus.name}/{corpus.entries[index].key}")
                 group = group_of(corpus, index, raw, self.tokenizers)
@@ -180,7 +182,7 @@ def read_parts(raw: dict, parts: list[str], tokenizers: dict, generator) -> tupl
         except Lost as error:
             failed.append((kind, error))
             continue
-        if views:
+        if views and len(views[0]):
             place = list(tokenizers).index(kind)
             read[kind] = views[0].replace(kind=torch.full((len(views[0]),), place))
     return read, failed

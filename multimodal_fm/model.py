@@ -59,9 +59,12 @@ class Model(nn.Module):
         self.backbone = Backbone(config.model, len(self.kinds))
         self.head = Head(len(self.kinds), width, config.embedding)
         self.objectives = nn.ModuleDict()
+        self.parts: dict[str, list[str]] = {}  # the kinds that each objective reads
         for name, section in config.sections.items():
+            self.parts[name] = section.parts
             self.objectives[name] = section.objective.module.Objective(section.objective.settings, self)
             for other, also in section.also.items():
+                self.parts[f"{name}+{other}"] = section.parts
                 self.objectives[f"{name}+{other}"] = also.objective.module.Objective(also.objective.settings, self)
 
     def predictor(self, kind: str, width: int) -> nn.Module:

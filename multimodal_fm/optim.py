@@ -25,6 +25,11 @@ class Config:
 
     def __post_init__(self):
         self.betas = list(self.betas or [0.9, 0.98])
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas are two numbers from 0 to below 1")
+        numbers = (self.lr, self.muon_lr, self.weight_decay, self.clip, self.decay, self.final)
+        if not all(0 <= value < float("inf") for value in numbers):
+            raise ValueError("rates, decays and clip are numbers from 0 up")
 
 
 def factor(config: Config, step: int, steps: int) -> float:
@@ -47,7 +52,7 @@ def build(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
             continue
         if config.name == "muon" and name.startswith("backbone.blocks.") and weight.ndim == 2:
             matrices.append(weight)
-        elif weight.ndim == 2 and "embed" not in name:
+        elif weight.ndim >= 2 and "embed" not in name and not name.endswith(("vectors", "blank")):
             decayed.append(weight)
         else:
             plain.append(weight)

@@ -29,6 +29,10 @@ class Config:
     group: str = ""  # the JSON field that says which items mean the same; empty: an equal text
     piece: int = 2000  # .txt: paragraphs are joined, and longer ones cut, to pieces of at most so many bytes
 
+    def __post_init__(self):
+        if self.piece < 16:
+            raise ValueError("piece is at least 16 bytes")
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -39,15 +39,23 @@ def pretrain(config: Config, resume: bool = False, say=None) -> Path:
     folder = _start(run, resume)
     device = pick_device(config.device)
     corpora = {name: Corpus(source, name) for name, source in config.sources.items()}
+    _steps(config, corpora)  # refuses sources that offer a section nothing, before anything is written
     if folder:
         config = _resumed(config, folder, corpora)
     else:
+        run.mkdir(parents=True, exist_ok=True)
         config = dataclasses.replace(config, tokenizers=_fit(config, corpora, run))
+    for tokenizer in config.tokenizers.values():
+        if hasattr(tokenizer.module, "check"):
+            tokenizer.module.check(tokenizer.settings)
     torch.manual_seed(config.seed)
-    model = Model(config).to(device)
-    ema = Model(config).to(device).requires_grad_(False)
+    try:
+        model = Model(config).to(device)
+        ema = Model(config).to(device).requires_grad_(False)
+        optimisers = optim.build(config.optim, model)
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise BadInput(f"{run}: no model can be built of this config: {str(error).splitlines()[0]}") from None
     ema.load_state_dict(model.state_dict())
-    optimisers = optim.build(config.optim, model)
     start = 0
     if folder:
         model.load_state_dict(checkpoint.read_tensors(folder, "model"))
@@ -55,8 +63,7 @@ def pretrain(config: Config, resume: bool = False, say=None) -> Path:
         checkpoint.restore_optimisers(optimisers, checkpoint.read_tensors(folder, "optimiser"))
         start = checkpoint.read_data(folder, "state")["step"]
     leaving = _Leaving()
-    steps = Steps(_sections(config, corpora), config.tokenizers, config.seed, config.microbatches, config.round_to)
-    loader = iter(_loader(steps, start, config))
+    loader = iter(_loader(_steps(config, corpora), start, config))
     monitor = Monitor(run, start, config.steps)
     if not folder:
         monitor.quarantine([_refused_row(c.name, r) for c in corpora.values() for r in c.refused])
@@ -82,6 +89,9 @@ def pretrain(config: Config, resume: bool = False, say=None) -> Path:
                 data: Step = next(loader)
             if leaving.signal:
                 break
+            monitor.quarantine(data.lost)
+            if not data.batches:
+                raise BadInput(f"{run}: not one item of step {step + 1} could be read; see {run}/quarantine.jsonl")
             rate = optim.factor(config.optim, step, config.steps)
             optim.set_rates(optimisers, rate)
             torch.manual_seed(mix(config.seed, step))
@@ -99,7 +109,6 @@ def pretrain(config: Config, resume: bool = False, say=None) -> Path:
             failed = 0 if finite else failed + 1
             tokens = sum(len(batch.tokens) for batch in data.batches)
             seconds = time.monotonic() - began
-            monitor.quarantine(data.lost)
             monitor.log(
                 {
                     "step": step + 1,
@@ -123,6 +132,8 @@ def pretrain(config: Config, resume: bool = False, say=None) -> Path:
         if saved != checkpoint.folder_of(run, done):
             saved = save()
     finally:
+        if hasattr(loader, "_shutdown_workers"):
+            loader._shutdown_workers()  # they ignore signals, so that nobody else can end them
         monitor.close()
         leaving.restore()
     for line in (*summary(monitor.lost), f"checkpoint: {saved}"):
@@ -161,6 +172,8 @@ def forward_backward(model: Model, weights: dict[str, float], batches: list[Batc
                     if asked := batch.sections.get(name.split("+")[0]):
                         features[name].append((model.objectives[name].features(output, asked), asked))
         for name, pairs in features.items():
+            if not pairs:
+                continue
             leaf = torch.cat([f for f, _ in pairs]).requires_grad_()
             with cast:
                 loss, numbers = model.objectives[name].compare(leaf, table_of([asked for _, asked in pairs]))
@@ -194,6 +207,10 @@ def _weights(config: Config) -> dict[str, float]:
         weights[name] = section.weight
         weights |= {f"{name}+{other}": also.weight for other, also in section.also.items()}
     return weights
+
+
+def _steps(config: Config, corpora: dict[str, Corpus]) -> Steps:
+    return Steps(_sections(config, corpora), config.tokenizers, config.seed, config.microbatches, config.round_to)
 
 
 def _sections(config: Config, corpora: dict[str, Corpus]) -> list[Section]:
@@ -239,7 +256,8 @@ def _as_it_is(step: Step) -> Step:
 
 
 def _quiet_worker(_: int) -> None:
-    """Workers leave interrupts to the main process, which saves first."""
+    """Workers leave interrupts to the main process, which saves first, and the processor too, where it is short."""
+    os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -266,15 +284,18 @@ class _Leaving:
 
 def _start(run: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, None for a new run. Raises BadInput."""
-    if resume:
-        return checkpoint.newest(run)
-    if run.exists() and any(run.iterdir()):
-        raise BadInput(f"{run} already holds a run: go on with --resume, or name another folder with run=FOLDER")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        if resume and not (run.is_dir() and not checkpoint.steps(run)):
+            whole = checkpoint.newest(run)
+            for folder in checkpoint.steps(run):
+                if folder > whole:  # damaged, and made again by the run that goes on
+                    shutil.rmtree(folder)
+            return whole
+        if not resume and run.exists() and any(run.iterdir()):
+            raise BadInput(f"{run} already holds a run: go on with --resume, or name another folder with run=FOLDER")
+        return None  # a run that was stopped before its first checkpoint begins again
     except OSError as error:
-        raise BadInput(f"run={run}: {error.strerror}") from None
-    return None
+        raise BadInput(f"run={str(run)[:80]}: {error.strerror}") from None
 
 
 def _fit(config: Config, corpora: dict[str, Corpus], run: Path) -> dict[str, Plugin]:

@@ -57,6 +57,22 @@ def test_all_wrong_keys_come_in_one_message(write_config):
         (["precision=float16"], "is one of float32, bfloat16"),
         (["sections.words.objective=no.such.module"], "cannot be imported"),
         (["sections={}"], "at least one section"),
+        (["model.heads=0"], "at least 1"),
+        (["tokenizers.image.patch=0"], "patch and limit are at least 1"),
+        (["tokenizers.image.area=0"], "a share above 0"),
+        (["tokenizers.audio.hop=0"], "at least 1"),
+        (["tokenizers.text.vocabulary=100"], "at least 258"),
+        (["tokenizers.text.fields=[]"], "at least one field"),
+        (["optim.betas=[1]"], "two numbers"),
+        (["optim.clip=-1"], "from 0 up"),
+        (["sources.all.piece=0"], "at least 16"),
+        (["ema=2"], "is from 0 to 1"),
+        (["sections.looks.share={imgae: 0.5}"], "did you mean image?"),
+        (["sections.looks.also={causal: {}}"], "compare whole sequences"),
+        (["sections.words.sources.all=.nan"], "are weights"),
+        (["sections.items={objective: masked, parts: [text], take: 1, sources: {all: 1}}"], "cannot be a name"),
+        (["sections.words.objective=os.path"], "no plug-in"),
+        (["run=2024-13-45"], "the value is not YAML"),
         (["steps"], "is not key=value"),
     ],
 )
@@ -83,9 +99,15 @@ def test_the_command_line_says_it_in_one_line_and_exits_2(write_config):
         ("pretrain", write_config(), "--resume"),
         ("evaluate", "no-such-run", "--on", "x.tar"),
         ("search", "no-such-run", "a", "--in", "x.tar"),
+        ("search", "no-such-run", "a", "--in", "x.tar", "--top", "many"),
+        ("pretrain", write_config(), f"run={__file__}"),
+        ("pretrain", write_config(), "tokenizers.text.file=/nonexistent", "workers=1"),
+        ("evaluate", "x" * 300, "--on", "x.tar"),
+        ("nonsense",),
     ):
         done = mmfm(*words)
         assert done.returncode == 2, (words, done)
+        assert done.stdout == ""
         assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, (words, done.stderr)
 
 

@@ -129,6 +129,17 @@ def test_a_model_that_sees_nothing_is_at_the_bottom(tmp_path):
     )
 
 
+def test_vectors_that_are_no_numbers_are_at_the_bottom_too(tmp_path):
+    encoded = by_hand(
+        {"text": [[1, 0], [0, 1]], "image": [[1, 0], [0, 1]]},
+        [{"text": [i], "image": [i]} for i in range(2)],
+        [{"g": "a"}, {"g": "b"}],
+        tmp_path,
+    )
+    encoded.things["image"].vectors[:] = torch.nan
+    assert retrieval.run(encoded, retrieval.Config(group="g"))["retrieval/text_to_image/r@1"]["value"] == 0
+
+
 def test_within_keeps_the_gallery_to_its_share(tmp_path):
     rows = [{"language": "ab"[i % 2], "g": str(i // 2)} for i in range(8)]
     vectors = [[np.cos(i), np.sin(i)] for i in range(8)]

@@ -40,6 +40,19 @@ def test_any_text_round_trips(words, given_text):
     assert text.decode(words, text.encode(words, given_text)) == given_text
 
 
+def test_odd_captions_are_learned_from_and_drawn(tmp_path):
+    odd = {"json": json.dumps({"captions": {"en": "x \ud800 y", "fr": None, "de": 3}}).encode()}
+    config = text.fit(text.Config(vocabulary=300, limit=32), [odd, {"json": b"[1]"}, {"json": b"3"}], tmp_path)
+    assert len(text.things(config, odd)) == 1
+    only = text.Config(vocabulary=300, limit=32, file=config.file, fields={"txt": 0, "captions": 1})
+    assert text.read(only, {"txt": b"word"}, generator())[0].content.numel() > 2
+
+
+def test_bytes_are_counted(words):
+    for given_text in ("plain", "日本語", "🙂"):
+        assert text.count_bytes(words, text.encode(words, given_text)) == len(given_text.encode())
+
+
 def test_half_a_surrogate_pair_is_no_error(words):
     assert "\ufffd" in text.decode(words, text.encode(words, "x\ud800y"))
 
@@ -130,6 +143,19 @@ def test_exif_orientation_is_applied():
     assert upright.size == (20, 40) and upright.getpixel((15, 20))[0] > 200 and upright.getpixel((4, 20))[0] < 50
 
 
+def test_a_damaged_note_beside_the_pixels_is_no_matter():
+    data = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "red").save(data, "JPEG", exif=exif)
+    harmed = bytearray(data.getvalue())
+    start = harmed.index(b"Exif")
+    for place in range(start + 6, start + 30):
+        changed = bytearray(harmed)
+        changed[place] ^= 0xFF
+        assert image.decode(image.Config(), bytes(changed)).mode == "RGB"
+
+
 def test_pictures_that_cannot_be_read():
     whole = jpeg((1, 2, 3), (300, 300))
     for data in (b"", b"<html><body>404</body></html>", whole[: len(whole) // 2], b"\xff\xd8\xff"):
@@ -210,7 +236,15 @@ def test_sounds_that_cannot_be_read():
             audio.read(SOUND, {"wav": data})
 
 
+def test_sounds_that_overflow_or_lie_are_lost():
+    with pytest.raises(Lost, match="not-finite"):
+        audio.read(SOUND, (torch.randn(16_000) * 1e30, 16_000))
+    for rate in (1, 2**31):
+        with pytest.raises(Lost, match="samples a second"):
+            audio.read(SOUND, (torch.randn(16_000), rate))
+
+
 def test_silence_and_a_click_are_finite():
-    for wave in (torch.zeros(16_000), torch.ones(1), torch.full((100,), 1e9)):
+    for wave in (torch.zeros(16_000), torch.ones(1), torch.full((100,), 1e6)):
         for tokens in audio.read(SOUND, (wave, 16_000)):
             assert torch.isfinite(tokens.content).all()

@@ -203,6 +203,32 @@ def test_four_broken_parts_are_named_and_stop_nothing(tmp_path, write_config):
     assert all(r["step"] <= 20 for r in rows)
 
 
+def test_a_source_of_nothing_but_bad_items_stops_with_a_line(tmp_path, corpus):
+    made = items(6)
+    for item in made:
+        item["txt"] = b"\xff"
+    shards.write(tmp_path / "a.tar", made)
+    data = tiny(corpus, sources={"all": {"shards": f"{tmp_path}/a.tar"}}, run=str(tmp_path / "run"))
+    data["sections"] = {"words": data["sections"]["words"]}
+    with pytest.raises(BadInput, match="not one item of step 1"):
+        train.pretrain(build(data))
+    assert "text-decode" in (tmp_path / "run" / "quarantine.jsonl").read_text()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path, corpus):
+    config = build({**tiny(corpus, steps=2), "run": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.json").write_text("{")
+    with pytest.raises(BadInput, match="--resume"):
+        train.pretrain(config)
+    assert train.pretrain(config, resume=True).name == "step-00000002"
+
+
+def test_half_precision_runs_on_a_cpu(tmp_path, corpus):
+    train.pretrain(build({**tiny(corpus, steps=2, precision="bfloat16"), "run": str(tmp_path / "run")}))
+    assert all(row["skipped"] == 0 for row in metrics(tmp_path / "run"))
+
+
 def test_a_bad_item_is_replaced_and_no_position_shifts(tmp_path, corpus):
     """The other items of every step are the same with a broken one among them."""
     good, bad = items(12), items(12)

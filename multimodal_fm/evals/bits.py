@@ -14,12 +14,12 @@ from ..encoded import Encoded, figure
 
 @dataclass
 class Config:
-    batch: int = 128  # texts at a time
+    batch: int = 16  # texts at a time
 
 
 def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
     """`text/bits_per_byte`; nothing where no objective of the model scores text token by token."""
-    name = next((n for n, o in model.objectives.items() if hasattr(o, "score") and "text" in o.predict), None)
+    name = next((n for n, o in model.objectives.items() if hasattr(o, "score") and "text" in model.parts[n]), None)
     if name is None or "text" not in encoded.things:
         return {}
     tokenizer = model.tokenizers["text"]
@@ -43,7 +43,7 @@ def _score(model, name: str, tokenizer, texts: list[str]) -> tuple[list[float], 
             window = window.replace(kind=torch.full_like(window.kind, place))
             arranged.append((len(arranged), objective.arrange(Item({"text": window}))))
             owner.append(number)
-            sizes[number] += len(tokenizer.module.decode(tokenizer.settings, window.content.tolist()).encode())
+            sizes[number] += tokenizer.module.count_bytes(tokenizer.settings, window.content.tolist())
     batch = gather({name: arranged}, model.kinds, {name: count_asked([a for _, a in arranged], model.kinds)})
     batch = batch.to(model.device)
     asked = batch.sections[name]

@@ -36,6 +36,9 @@ def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for fit, test in folds.split(features, labels, groups):
+                if len(np.unique(labels[fit])) < 2:
+                    right[test] = labels[test] == labels[fit][0]
+                    continue
                 probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
                 probe.fit(features[fit], labels[fit])
                 right[test] = probe.predict(features[test]) == labels[test]

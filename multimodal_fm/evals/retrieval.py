@@ -66,7 +66,7 @@ def _search(encoded: Encoded, config: Config, query: str, answer: str, items: li
             scores = gallery @ encoded.things[query].vectors[thing].double()
             wrong = torch.ones(len(scores), dtype=torch.bool)
             wrong[right] = False
-            rank = 1 + int((scores[wrong] >= scores[right].max()).sum())
+            rank = 1 + int((~(scores[wrong] < scores[right].max())).sum())  # what is not a number counts against it
             yield rank, len(scores), len(right), min(groups)
 
 

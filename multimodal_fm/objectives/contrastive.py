@@ -22,6 +22,10 @@ class Config:
     scale: float = 14.0  # what cosines are multiplied by at the start; learned, at most 100
     bias: float = -10.0  # sigmoid: what is added at the start; learned
 
+    def __post_init__(self):
+        if not 0 < self.scale <= 100:
+            raise ValueError("scale is above 0, at most 100")
+
 
 def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
     """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
@@ -53,7 +57,8 @@ class Objective(nn.Module):
             if not bool(pair.any()) or min(pair.shape) < 2:
                 continue
             left, right = (features.index_select(0, r) for r in rows)
-            logits = left.float() @ right.float().T * self.log_scale.exp().clamp(max=100.0)
+            with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round cosines times 100 away
+                logits = left.float() @ right.float().T * self.log_scale.exp().clamp(max=100.0)
             ignored = (groups[0][:, None] == groups[1]) & ~pair
             losses.append(self._loss(logits, pair, ignored))
             with torch.no_grad():

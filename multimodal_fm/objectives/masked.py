@@ -74,7 +74,7 @@ class Objective(nn.Module):
             width = config.decoder.width
             self.narrow = nn.Linear(self.width, width, bias=False)
             self.blank = nn.Parameter(torch.randn(len(self.kinds), width) * 0.02)
-            self.decoder = Backbone(config.decoder)
+            self.decoder = Backbone(config.decoder, len(self.kinds))
         else:
             width = self.width
         wanted = config.share if isinstance(config.share, dict) else self.kinds

@@ -31,6 +31,10 @@ class Config:
     bytes: int = 200_000_000  # a longer member is refused
 
     def __post_init__(self):
+        if min(self.rate, self.bands, self.hop, self.window, self.frames, self.high, self.limit, self.windows) < 1:
+            raise ValueError("rate, bands, hop, window, frames, high, limit and windows are at least 1")
+        if not 0 <= self.blank <= 1 or not 0 <= self.gain < 1:
+            raise ValueError("blank and gain are shares from 0 to 1")
         if self.bands % self.high:
             raise ValueError(f"bands ({self.bands}) must be a multiple of high ({self.high})")
         if self.limit < self.bands // self.high:
@@ -102,7 +106,9 @@ def _wave(config: Config, raw, start: int | float, count: int, speed: float = 1.
                 raise Lost("decode", str(error)[:100]) from None
             return torch.from_numpy(data.mean(1) if data.shape[1] > 1 else np.ascontiguousarray(data[:, 0]))
 
-    rate = max(1, round(rate * speed))
+    if not 100 <= rate <= 1_000_000:
+        raise Lost("decode", f"{rate} samples a second")
+    rate = round(rate * speed)
     if total <= 0:
         raise Lost("empty", "no samples")
     whole = -(-total * config.rate // rate)
@@ -148,6 +154,8 @@ def _patches(config: Config, wave: Tensor, generator: torch.Generator | None = N
     mel = mel.clamp(min=1e-8).log10()
     mel = mel.clamp(min=mel.max() - 8)  # eighty decibels of range
     mel = (mel - mel.mean()) / (mel.std() + 1e-3)
+    if not torch.isfinite(mel).all():
+        raise Lost("not-finite", "too loud: its spectrum overflows")
     if generator is not None and config.blank:
         mel = _blank(config, mel, generator)
     rows = config.bands // config.high

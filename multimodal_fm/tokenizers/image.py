@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..errors import Lost
 from ..tokens import Tokens, sequence_of
 
 extensions = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # whatever the ending says
+LONGEST = 65_535  # pixels a side
 
 
 @dataclass
@@ -28,6 +30,12 @@ class Config:
     colour: float = 0.0  # training: brightness, contrast and saturation change by at most this share
     pixels: int = 50_000_000  # a header that announces more is refused before anything is decoded
     bytes: int = 50_000_000  # so is a longer member
+
+    def __post_init__(self):
+        if self.patch < 1 or self.limit < 1:
+            raise ValueError("patch and limit are at least 1")
+        if not 0 < self.area <= 1:
+            raise ValueError("area is a share above 0, at most 1")
 
 
 def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
@@ -86,8 +94,8 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
             raw = io.BytesIO(raw)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(raw) as picture:
-                if picture.width * picture.height > config.pixels:
+            with Image.open(raw, formats=FORMATS) as picture:
+                if picture.width * picture.height > config.pixels or max(picture.size) > LONGEST:
                     raise Lost("pixel-limit", f"{picture.width} x {picture.height}, the limit is {config.pixels}")
                 if side < math.inf:
                     picture.draft("RGB", (math.ceil(side), math.ceil(side)))
@@ -97,10 +105,12 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise Lost("decode", "no known picture format") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
-        raise Lost("decode", str(error)[:100]) from None
     except Image.DecompressionBombError as error:
         raise Lost("pixel-limit", str(error)[:100]) from None
+    except Lost:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
+        raise Lost("decode", f"{type(error).__name__}: {error}"[:100]) from None
 
 
 def _from_tensor(pixels: Tensor) -> Image.Image:
@@ -111,8 +121,25 @@ def _from_tensor(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
+Turn = Image.Transpose
+TURNS = {
+    2: Turn.FLIP_LEFT_RIGHT,
+    3: Turn.ROTATE_180,
+    4: Turn.FLIP_TOP_BOTTOM,
+    5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE,
+    8: Turn.ROTATE_90,
+}
+"""What brings a picture upright, by the EXIF orientation."""
+
+
 def _rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
+    try:
+        turn = TURNS.get(picture.getexif().get(0x0112))
+    except Exception:  # a damaged note beside the pixels, which may be fine
+        turn = None
+    picture = picture if turn is None else picture.transpose(turn)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture, dtype=np.float64)
         top = 65535.0 if picture.mode.startswith("I") else max(values.max(initial=0), 1e-9)

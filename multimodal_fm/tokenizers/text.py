@@ -31,6 +31,13 @@ class Config:
     file: str = ""  # a trained tokenizer.json; empty: `fit` writes one into the run folder
     fit_bytes: int = 20_000_000  # how much training text the merges are learned from
 
+    def __post_init__(self):
+        if self.vocabulary < 258 or self.limit < 3:
+            raise ValueError("vocabulary is at least 258 (the bytes and two marks), limit at least 3")
+        weights = self.fields.values() if isinstance(self.fields, dict) else [1.0]
+        if not self.fields or not all(0 <= weight < float("inf") for weight in weights):
+            raise ValueError("fields names at least one field, with weights from 0 up")
+
 
 def fit(config: Config, raws, folder: Path) -> Config:
     """Learn the merges from at most `fit_bytes` of text and save them as `folder/tokenizer.json`."""
@@ -50,7 +57,7 @@ def fit(config: Config, raws, folder: Path) -> Config:
         left = config.fit_bytes
         for raw in raws:
             for text in _readable(config, raw):
-                text = text[: 1 + left // 4]
+                text = _whole(text[: 1 + left // 4])
                 left -= len(text.encode())
                 yield text
             if left <= 0:
@@ -69,6 +76,15 @@ def _readable(config: Config, raw: dict) -> list[str]:
         return []
 
 
+def check(config: Config) -> None:
+    """Raises BadInput where the trained file is missing or holds more ids than the model has."""
+    held = bpe(config.file).get_vocab_size() + 2
+    if held > config.vocabulary:
+        raise BadInput(
+            f"{config.file} holds {held} ids: set tokenizers.text.vocabulary to that, not {config.vocabulary}"
+        )
+
+
 @functools.cache
 def bpe(file: str):
     """The trained merges in `file`. Raises BadInput where there are none."""
@@ -82,13 +98,18 @@ def bpe(file: str):
         raise BadInput(f"{file}: not a tokenizer ({error})") from None
 
 
+def _whole(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which are no characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
 
 
 def encode(config: Config, text: str, limit: int | None = None) -> list[int]:
     """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
     ids, merges = [], bpe(config.file)
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no text
+    text = _whole(text)
     for start in range(0, len(text), CHUNK):
         ids += [i + 2 for i in merges.encode(text[start : start + CHUNK], add_special_tokens=False).ids]
         if limit is not None and len(ids) >= limit:
@@ -99,6 +120,11 @@ def encode(config: Config, text: str, limit: int | None = None) -> list[int]:
 def decode(config: Config, ids: list[int]) -> str:
     """The text that `encode` made `ids` of."""
     return bpe(config.file).decode([i - 2 for i in ids if i > END], skip_special_tokens=False)
+
+
+def count_bytes(config: Config, ids: list[int]) -> int:
+    """How many bytes of text `ids` stand for: the merges are spelled with one character a byte."""
+    return sum(len(bpe(config.file).id_to_token(i - 2)) for i in ids if i > END)
 
 
 def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
@@ -154,7 +180,8 @@ def _sequence(ids: list[int]) -> Tokens:
 def _draw(config: Config, found: dict[str, list[str]], generator: torch.Generator) -> str:
     names = list(found)
     if isinstance(config.fields, dict):
-        weights = torch.tensor([float(config.fields.get(name, 1.0)) for name in names])
+        weights = torch.tensor([float(config.fields[name]) for name in names])
+        weights = weights if weights.sum() > 0 else torch.ones_like(weights)
         texts = found[names[int(torch.multinomial(weights, 1, generator=generator))]]
     else:
         texts = found[names[0]]
@@ -173,8 +200,8 @@ def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
             value = lookup(row, name)
             value = list(value.values()) if isinstance(value, dict) else value
             value = [value] if isinstance(value, str) else value
-            if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-                found[name] = value
+            if isinstance(value, list) and (texts := [text for text in value if isinstance(text, str)]):
+                found[name] = texts
         if found and isinstance(config.fields, list):
             break
     return found
