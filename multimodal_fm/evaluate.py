@@ -16,13 +16,13 @@ from .shards import Config as Source
 from .shards import Corpus
 
 
-def evaluate(model: Model, evaluation: Evaluation, say=None) -> tuple[dict[str, dict], Encoded]:
+def evaluate(model: Model, evaluation: Evaluation) -> tuple[dict[str, dict], Encoded]:
     """All figures that the data allows, by name, and the encoded data. Raises BadInput."""
     unknown = [part for part in evaluation.parts if part not in model.kinds]
     if unknown:
         raise BadInput(f"this model reads {', '.join(model.kinds)}, not {', '.join(unknown)}")
     corpus = Corpus(Source(evaluation.on, where=evaluation.where), "on")
-    encoded = encode(model, corpus, evaluation.parts, say or _counter())
+    encoded = encode(model, corpus, evaluation.parts, _counter())
     if not encoded.things:
         raise BadInput(f"nothing in {evaluation.on} can be read as {', '.join(evaluation.parts or model.kinds)}")
     for name, field in (("group", evaluation.group), ("within", evaluation.within), ("labels", evaluation.labels)):

@@ -27,7 +27,7 @@ MAY_CHANGE = ("run", "steps", "workers", "keep", "save_every", "evaluate", "devi
 PATIENCE = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
-def pretrain(config: Config, resume: bool = False, say=None) -> Path:
+def pretrain(config: Config, resume: bool = False) -> Path:
     """Train as `config` says and return the last checkpoint's folder.
 
     Same config, data, machine and number of threads: the same losses, bit for bit, interrupted or not. The first SIGINT
@@ -65,7 +65,7 @@ def pretrain(config: Config, resume: bool = False, say=None) -> Path:
     leaving = _Leaving()
     loader = iter(_loader(_steps(config, corpora), start, config))
     monitor = Monitor(run, start, config.steps)
-    if not folder:
+    if not folder and not monitor.lost:  # else a start that never reached a checkpoint has said it
         monitor.quarantine([_refused_row(c.name, r) for c in corpora.values() for r in c.refused])
     for line in _headline(config, model, corpora, start, device):
         monitor.say(line)
