@@ -58,10 +58,14 @@ class Asked:
             moved[name] = {kind: value.to(device) for kind, value in moved[name].items()}
         return Asked(**moved)
 
+    def table(self) -> list[list[int]]:
+        """Sequence, kind, item and group of its sequences, as plain numbers."""
+        return [getattr(self, name).tolist() for name in ("sequence", "kind", "item", "group")]
 
-def table_of(parts: list[Asked]) -> Asked:
-    """The tables of several microbatches as one, without their asked tokens."""
-    columns = (torch.cat([getattr(p, name) for p in parts]) for name in ("sequence", "kind", "item", "group"))
+
+def table_of(tables: list[list], device) -> Asked:
+    """The tables of several microbatches (see `Asked.table`) as one, without their asked tokens."""
+    columns = (torch.tensor([row for table in tables for row in table[c]], device=device) for c in range(4))
     return Asked({}, {}, {}, *columns)
 
 
@@ -83,6 +87,12 @@ class Batch:
             self.sequences,
             {name: asked.to(device) for name, asked in self.sections.items()},
         )
+
+
+def with_counts(batch: Batch, counts: dict[str, dict[str, int]]) -> Batch:
+    """The batch with the step's counts of asked tokens, by section and kind, over all ranks."""
+    sections = {name: dataclasses.replace(asked, counts=counts[name]) for name, asked in batch.sections.items()}
+    return dataclasses.replace(batch, sections=sections)
 
 
 def count_asked(arranged: list[Arranged], kinds: list[str]) -> dict[str, int]:

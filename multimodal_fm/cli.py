@@ -19,7 +19,9 @@ app = App(
 
 
 @app.command
-def pretrain(config: str, *settings: str, resume: bool = False, smoke: bool = False) -> None:
+def pretrain(
+    config: str, *settings: str, resume: bool = False, smoke: bool = False, allow_data_change: bool = False
+) -> None:
     """Train as a YAML file says, e.g. `mmfm pretrain configs/demo.yaml steps=50 model.width=128`.
 
     Parameters
@@ -32,6 +34,8 @@ def pretrain(config: str, *settings: str, resume: bool = False, smoke: bool = Fa
         Go on from the newest whole checkpoint in the run folder.
     smoke
         The same run at toy size for ten steps, in RUN-smoke.
+    allow_data_change
+        With --resume: go on although the sources' shards are others than before.
     """
     from . import train
     from .config import load
@@ -39,7 +43,7 @@ def pretrain(config: str, *settings: str, resume: bool = False, smoke: bool = Fa
     loaded = load(config, list(settings))
     if smoke and resume:
         raise BadInput("--smoke always starts afresh: leave out --resume")
-    train.pretrain(train.smoke(loaded) if smoke else loaded, resume=resume)
+    train.pretrain(train.smoke(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
 
 
 @app.command

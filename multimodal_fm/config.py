@@ -43,9 +43,32 @@ class Section:
     objective: Plugin
     parts: list[str]
     take: int
-    sources: dict[str, float]
+    sources: dict[str, float | dict[str, float]] | list[str]
+    """The weight of each source, or weights by the step from which they hold, {0: 2, 10000: 1}; a list: all weigh 1."""
+    by: Literal["item", "token"] = "item"  # what the weights share out
+    temperature: float | None = None  # weights times the source's size, in what `by` names, to this power
     weight: float = 1.0
     also: dict[str, Also] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if isinstance(self.sources, list):
+            self.sources = dict.fromkeys(self.sources, 1.0)
+        self.phases()
+
+    def phases(self) -> list[tuple[int, dict[str, float]]]:
+        """The weights and the step from which they hold, in order, the first at step 0. Raises ValueError."""
+        tables = {n: w if isinstance(w, dict) else {"0": w} for n, w in self.sources.items()}
+        if not all(step.isdigit() for table in tables.values() for step in table):
+            raise ValueError("sources: weights by step are written {0: 2, 10000: 1}")
+        steps = sorted({0, *(int(step) for table in tables.values() for step in table)})
+        found = []
+        for step in steps:
+            past = {
+                n: [w for s, w in sorted(table.items(), key=lambda o: int(o[0])) if int(s) <= step]
+                for n, table in tables.items()
+            }
+            found.append((step, {n: float(weights[-1]) if weights else 0.0 for n, weights in past.items()}))
+        return found
 
 
 @dataclass
@@ -80,8 +103,12 @@ class Config:
     steps: int = 1000
     microbatches: int = 1  # each step's items are dealt into so many; memory falls, results stay
     seed: int = 0
+    strict: bool = False  # the first thing that cannot be read ends the run, and is named
+    max_bad: float = 0.05  # the share of a source's items that may be bad before the run ends
     ema: float = 0.999  # the decay of the averaged weights, reached gradually
-    workers: int = 1  # processes that read ahead; results do not depend on it
+    workers: int = 1  # how many read ahead; results do not depend on it
+    readers: Literal["threads", "processes"] = "threads"  # threads share memory, processes survive a crashing decoder
+    trace: bool = False  # write the items of every step to RUN/items.jsonl
     threads: int = 0  # 0: as many as torch chooses
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -327,9 +354,10 @@ def _cross_check(config: Config, problems: Problems) -> None:
             problems.add(f"{here}.take", "is at least 1")
         if not section.parts or not section.sources:
             problems.add(here, "needs at least one part and one source")
-        weights = section.sources.values()
-        if not all(0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
-            problems.add(f"{here}.sources", "are weights, none below 0 and not all 0")
+        for step, weights in section.phases():
+            if not all(0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) <= 0:
+                when = f" (at step {step})" if step else ""
+                problems.add(f"{here}.sources", f"are weights, none below 0 and not all 0{when}")
         for setting in ("share", "prefix"):
             kinds = getattr(section.objective.settings, setting, ())
             if isinstance(kinds, (dict, list)):
@@ -349,7 +377,7 @@ def _cross_check(config: Config, problems: Problems) -> None:
     for name in ("steps", "microbatches", "round_to", "save_every", "keep", "embedding"):
         if getattr(config, name) < 1:
             problems.add(name, "is at least 1")
-    for name, most in (("workers", 256), ("threads", 4096), ("ema", 1), ("seed", 2**62)):
+    for name, most in (("workers", 256), ("threads", 4096), ("ema", 1), ("seed", 2**62), ("max_bad", 1)):
         if not 0 <= getattr(config, name) <= most:
             problems.add(name, f"is from 0 to {most}")
     for name, evaluation in config.evaluate.items():

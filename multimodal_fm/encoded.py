@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from .errors import Lost
-from .mixture import ledger_row
 from .model import Model
-from .shards import Corpus, lookup
+from .rows import lookup, parse_map
+from .shards import Corpus
+from .stream import ledger_row
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Encoded:
         return [self.things["text"].raw[t] for t in self.held[item].get("text", [])]
 
     def key(self, item: int) -> str:
-        return self.corpus.entries[item].key
+        return self.corpus.key(item)
 
     def value(self, item: int, name: str) -> str | None:
         """The item's JSON field (dots go deeper), or `.cls`, as text; None where it has none."""
@@ -62,9 +63,12 @@ def encode(model: Model, corpus: Corpus, parts: list[str] = (), progress=lambda 
     readers = {kind: _Reader(model, kind) for kind in model.kinds if not parts or kind in parts}
     rows, held, lost = [], [], []
     for item in range(len(corpus)):
-        raw = corpus.raw(item)
-        rows.append(corpus.json(item))
-        mine, failed = {}, []
+        raw, broken = corpus.read(item)
+        rows.append(parse_map(raw.get("json")))
+        mine, failed = (
+            {},
+            [(ending, error) for ending, error in broken if any(ending in r.endings for r in readers.values())],
+        )
         for kind, reader in readers.items():
             if numbers := reader.add(item, raw, failed):
                 mine[kind] = numbers
@@ -80,6 +84,7 @@ class _Reader:
 
     def __init__(self, model: Model, kind: str):
         self.model, self.kind, self.tokenizer = model, kind, model.tokenizers[kind]
+        self.endings = self.tokenizer.module.extensions
         self.raw, self.items, self.waiting = [], [], []
         self.known: dict[bytes, int] = {}  # content -> number
         self.made: list[tuple[torch.Tensor, torch.Tensor]] = []

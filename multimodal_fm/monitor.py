@@ -38,6 +38,9 @@ class Monitor:
         self.lost = cut_back(run / "quarantine.jsonl", start)
         self.metrics = open(run / "metrics.jsonl", "a")
         self.ledger = open(run / "quarantine.jsonl", "a")
+        cut_back(run / "items.jsonl", start)
+        self.items = None
+        self.run = run
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.bar = _bar(start, steps) if sys.stderr.isatty() else None
         self.said = 0.0
@@ -56,6 +59,12 @@ class Monitor:
             self.ledger.write(json.dumps(row) + "\n")
         self.ledger.flush()
         self.lost += rows
+
+    def trace(self, row: dict) -> None:
+        """The items of one step."""
+        self.items = self.items or open(self.run / "items.jsonl", "a")
+        self.items.write(json.dumps(row) + "\n")
+        self.items.flush()
 
     def _say(self, row: dict) -> None:
         losses = "  ".join(f"{k[5:]} {v:.3f}" for k, v in row.items() if k.startswith("loss/") and k.count("/") == 1)
@@ -82,7 +91,31 @@ class Monitor:
             self.bar.stop()
         self.metrics.close()
         self.ledger.close()
+        if self.items:
+            self.items.close()
         self.board.close()
+
+
+class Silent:
+    """What the ranks that do not tell anything have for a monitor."""
+
+    def __init__(self):
+        self.lost: list[dict] = []
+
+    def log(self, row: dict) -> None:
+        pass
+
+    def trace(self, row: dict) -> None:
+        pass
+
+    def quarantine(self, rows: list[dict]) -> None:
+        self.lost += rows
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _bar(start: int, steps: int):

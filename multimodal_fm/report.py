@@ -33,7 +33,7 @@ from .evals import retrieval
 from .evaluate import evaluate, render, table
 from .model import Model, load
 from .monitor import summary
-from .shards import lookup
+from .rows import lookup
 from .tokenizers.text import USUAL_FIELDS
 
 SEED = 0  # of the draw of the gallery's queries

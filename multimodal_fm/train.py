@@ -3,48 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import math
 import os
 import shutil
 import signal
+import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from . import checkpoint, optim
-from .batch import Batch, table_of
+from . import checkpoint, distributed, optim
+from .batch import Batch, table_of, with_counts
 from .config import Config, Plugin, to_data
+from .distributed import ALONE, Ranks
 from .errors import BadInput
-from .mixture import Section, Step, Steps, mix, permute
+from .mixture import mix, permute
 from .model import Model, pick_device
-from .monitor import Monitor, summary
+from .monitor import Monitor, Silent, summary
 from .shards import Corpus
+from .stream import Bad, Journal, Loader, Section, Step, Steps
+from .tokens import FILLER
 
-MAY_CHANGE = ("run", "steps", "workers", "keep", "save_every", "evaluate", "device")  # between a run and its resume
+MAY_CHANGE = (  # between a run and its resume
+    *("run", "steps", "workers", "readers", "keep", "save_every", "evaluate", "device", "trace", "strict", "max_bad"),
+)
+MIXTURE = ("sources", "by", "temperature")  # of a section: a change begins a new phase of its stream
 PATIENCE = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
-def pretrain(config: Config, resume: bool = False) -> Path:
+def pretrain(config: Config, resume: bool = False, allow_data_change: bool = False) -> Path:
     """Train as `config` says and return the last checkpoint's folder.
 
     Same config, data, machine and number of threads: the same losses, bit for bit, interrupted or not. The first SIGINT
-    or SIGTERM saves and raises SystemExit(130 or 143), a second leaves at once. Raises BadInput.
+    or SIGTERM saves and raises SystemExit(130 or 143), a second leaves at once. Under `torchrun` each process takes
+    some of every step's microbatches; the items and their order stay the same. Raises BadInput.
     """
     run = Path(config.run)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = _start(run, resume)
     device = pick_device(config.device)
-    corpora = {name: Corpus(source, name) for name, source in config.sources.items()}
-    _steps(config, corpora)  # refuses sources that offer a section nothing, before anything is written
+    ranks = distributed.join(device)
+    try:
+        return _pretrain(config, run, device, ranks, resume, allow_data_change)
+    finally:
+        distributed.leave()
+
+
+def _pretrain(config: Config, run: Path, device, ranks: Ranks, resume: bool, allow_data_change: bool) -> Path:
+    folder = ranks.share(lambda: _start(run, resume))
+    corpora = ranks.in_turn(lambda: {name: Corpus(source, name) for name, source in config.sources.items()})
+    if config.strict:
+        for name, corpus in corpora.items():
+            for refused in corpus.refused[:1]:
+                raise BadInput(_strict(_refused_row(name, refused)))
+    _steps(
+        config, corpora, tokenizers=False
+    )  # refuses sources that offer a section nothing, before anything is written
+    start, origin = 0, Origin()
     if folder:
-        config = _resumed(config, folder, corpora)
+        config, origin = _resumed(config, folder, corpora, allow_data_change)
+        start = checkpoint.read_data(folder, "state")["step"]
     else:
         run.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(config, tokenizers=_fit(config, corpora, run))
+        fitted = ranks.in_turn(lambda: _fit(config, corpora, run))
+        config = dataclasses.replace(config, tokenizers=fitted)
     for tokenizer in config.tokenizers.values():
         if hasattr(tokenizer.module, "check"):
             tokenizer.module.check(tokenizer.settings)
@@ -56,18 +83,20 @@ def pretrain(config: Config, resume: bool = False) -> Path:
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise BadInput(f"{run}: no model can be built of this config: {str(error).splitlines()[0]}") from None
     ema.load_state_dict(model.state_dict())
-    start = 0
     if folder:
         model.load_state_dict(checkpoint.read_tensors(folder, "model"))
         ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
         checkpoint.restore_optimisers(optimisers, checkpoint.read_tensors(folder, "optimiser"))
-        start = checkpoint.read_data(folder, "state")["step"]
     leaving = _Leaving()
-    loader = iter(_loader(_steps(config, corpora), start, config))
-    monitor = Monitor(run, start, config.steps)
+    journal = Journal(run / f"reading-{ranks.rank}", config.workers)
+    if config.readers == "threads":
+        journal.watch()
+    steps = _steps(config, corpora, ranks, origin, journal)
+    loader = Loader(steps, start, config.steps, config.workers, config.readers)
+    monitor = Monitor(run, start, config.steps) if ranks.first else Silent()
     if not folder and not monitor.lost:  # else a start that never reached a checkpoint has said it
         monitor.quarantine([_refused_row(c.name, r) for c in corpora.values() for r in c.refused])
-    for line in _headline(config, model, corpora, start, device):
+    for line in (*_headline(config, model, corpora, start, device), *journal.told):
         monitor.say(line)
     weights = _weights(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -75,65 +104,86 @@ def pretrain(config: Config, resume: bool = False) -> Path:
         weight.grad = torch.zeros_like(weight)  # what a step does not touch has a zero gradient, not none
     if config.compile:
         model.backbone.compile(dynamic=True)
-    failed, done, saved = 0, start, folder
+    failed, done, saved, bad = 0, start, folder, Bad(config.max_bad, corpora, monitor.lost)
 
     def save() -> Path:
-        published = _save(run, done, config, model, ema, optimisers, corpora)
-        checkpoint.retain(run, config.keep)
-        return published
+        if ranks.first:
+            _save(run, done, config, model, ema, optimisers, corpora, steps, origin)
+            checkpoint.retain(run, config.keep)
+        ranks.wait()
+        return checkpoint.folder_of(run, done)
+
+    def stop_if_bad() -> None:
+        if line := bad.line(steps.drawn(done)):
+            raise BadInput(f"{line} See {run}/quarantine.jsonl; checkpoint: {save() if done != start else saved}")
 
     try:
+        stop_if_bad()
+        stream = iter(loader)
         for step in range(start, config.steps):
             began = time.monotonic()
-            if not leaving.signal:
-                data: Step = next(loader)
-            if leaving.signal:
+            data: Step | None = None if leaving.signal else next(stream)
+            told = ranks.tell((leaving.signal, *((data.lost, data.counts, data.keys, _tokens(data)) if data else ())))
+            if any(signal for signal, *_ in told):
+                leaving.signal = max(signal for signal, *_ in told)
                 break
-            monitor.quarantine(data.lost)
-            if not data.batches:
+            _, lost, counts, keys, tokens = zip(*told, strict=True)
+            lost = [row for rows in lost for row in rows]
+            monitor.quarantine(lost)
+            if lost and config.strict:
+                raise BadInput(_strict(lost[0]))
+            if not sum(map(len, keys)):
                 raise BadInput(f"{run}: not one item of step {step + 1} could be read; see {run}/quarantine.jsonl")
             rate = optim.factor(config.optim, step, config.steps)
             optim.set_rates(optimisers, rate)
             torch.manual_seed(mix(config.seed, step))
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=False)
-            batches = [batch.to(device) for batch in data.batches]
-            report = forward_backward(model, weights, batches, config.precision)
+            batches = [with_counts(batch, _sum_counts(counts)).to(device) for batch in data.batches]
+            report = forward_backward(model, weights, batches, config.precision, ranks)
+            ranks.add([weight.grad for weight in parameters])
+            report = _sum_reports(ranks.tell({name: float(value) for name, value in report.items()}))
             norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip or float("inf"))
-            finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(report["loss"]))
+            finite = bool(torch.isfinite(norm)) and math.isfinite(report["loss"])
             if finite:
                 for optimiser in optimisers:
                     optimiser.step()
                 share = 1 - min(config.ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), share)
             failed = 0 if finite else failed + 1
-            tokens = sum(len(batch.tokens) for batch in data.batches)
             seconds = time.monotonic() - began
+            every = [count for own in tokens for count in own]
             monitor.log(
                 {
                     "step": step + 1,
-                    **{name: float(value) for name, value in report.items()},
-                    "tokens": tokens,
+                    **report,
+                    "tokens": sum(read for read, _ in every),
+                    "filler": sum(filler for _, filler in every),
                     "norm": float(norm),
                     "lr": config.optim.lr * rate,
                     "skipped": int(not finite),
                     "seconds": seconds,
-                    "tokens_per_second": tokens / seconds,
+                    "tokens_per_second": sum(read for read, _ in every) / seconds,
                 }
             )
+            if config.trace:
+                monitor.trace({"step": step + 1, "items": _items(steps, keys)})
             if failed >= PATIENCE:
                 raise BadInput(
                     f"{run}: {PATIENCE} steps in a row without a finite gradient (the last is {step + 1}); "
                     "lower optim.lr, or look into the data"
                 )
             done = step + 1
+            if lost:
+                bad.add(lost)
+                stop_if_bad()
             if done % config.save_every == 0:
                 saved = save()
         if saved != checkpoint.folder_of(run, done):
             saved = save()
     finally:
-        if hasattr(loader, "_shutdown_workers"):
-            loader._shutdown_workers()  # they ignore signals, so that nobody else can end them
+        loader.close()
+        journal.close()
         monitor.close()
         leaving.restore()
     for line in (*summary(monitor.lost), f"checkpoint: {saved}"):
@@ -144,8 +194,51 @@ def pretrain(config: Config, resume: bool = False) -> Path:
     return saved
 
 
-def forward_backward(model: Model, weights: dict[str, float], batches: list[Batch], precision: str = "float32") -> dict:
-    """One step's gradients, added up over its microbatches, and its losses by name.
+def _strict(row: dict) -> str:
+    name = " ".join(filter(None, (row["shard"], row["key"], row["part"])))
+    return f"strict: {row['source']}: {name}: {row['reason']} ({row['detail']}); mend it, or train without strict"
+
+
+def _tokens(data: Step) -> list[tuple[int, int]]:
+    """Tokens and filler of each microbatch."""
+    fillers = [int((batch.tokens.sequence == FILLER).sum()) for batch in data.batches]
+    return [(len(batch.tokens) - filler, filler) for batch, filler in zip(data.batches, fillers, strict=True)]
+
+
+def _items(steps: Steps, keys) -> list[str]:
+    """The step's items in the stream's order, whoever read them."""
+    order = {section.name: number for number, section in enumerate(steps.sections)}
+    rows = sorted((order[section], place, name) for own in keys for section, place, name in own)
+    return [name for _, _, name in rows]
+
+
+def _sum_counts(told) -> dict[str, dict[str, int]]:
+    """Asked tokens by section and kind, over all ranks."""
+    total: dict[str, dict[str, int]] = {}
+    for counts in told:
+        for name, own in counts.items():
+            kinds = total.setdefault(name, {})
+            for kind, count in own.items():
+                kinds[kind] = kinds.get(kind, 0) + count
+    return total
+
+
+def _sum_reports(told: list[dict]) -> dict:
+    total: dict[str, float] = {}
+    for report in told:
+        for name, value in report.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def forward_backward(
+    model: Model,
+    weights: dict[str, float],
+    batches: list[Batch],
+    precision: str = "float32",
+    ranks: Ranks = ALONE,
+) -> dict:
+    """One step's gradients, added up over this rank's microbatches, and this rank's share of its losses by name.
 
     An objective that compares sequences over the whole step does so over all microbatches: with several, their features
     are made without gradients first, compared, and the features' gradients sent back through each microbatch in turn
@@ -163,7 +256,7 @@ def forward_backward(model: Model, weights: dict[str, float], batches: list[Batc
             report[f"loss/{name}/{key}"] = report.get(f"loss/{name}/{key}", 0.0) + value
 
     returned: dict[str, list] = {}
-    if len(batches) > 1 and whole:
+    if whole and (len(batches) > 1 or ranks.size > 1):
         features: dict[str, list] = {name: [] for name in whole}
         with torch.no_grad(), cast:
             for batch in batches:
@@ -172,14 +265,22 @@ def forward_backward(model: Model, weights: dict[str, float], batches: list[Batc
                     if asked := batch.sections.get(name.split("+")[0]):
                         features[name].append((model.objectives[name].features(output, asked), asked))
         for name, pairs in features.items():
-            if not pairs:
+            own = [asked for _, asked in pairs]
+            tables = ranks.tell([asked.table() for asked in own])
+            tables = [table for rank in tables for table in rank]
+            if not tables:
                 continue
-            leaf = torch.cat([f for f, _ in pairs]).requires_grad_()
+            width = max(ranks.tell(pairs[0][0].shape[1] if pairs else 0))
+            here = torch.cat([f for f, _ in pairs]) if pairs else torch.zeros(0, width, device=device)
+            every = ranks.gather(here)
+            leaf = torch.cat(every).detach().requires_grad_()
             with cast:
-                loss, numbers = model.objectives[name].compare(leaf, table_of([asked for _, asked in pairs]))
+                loss, numbers = model.objectives[name].compare(leaf, table_of(tables, device))
+            loss = loss / ranks.size  # every rank compares all, and their gradients are added up
             (weights[name] * loss).backward()
-            add(name, loss, numbers)
-            returned[name] = list(leaf.grad.split([len(f) for f, _ in pairs]))
+            add(name, loss, {key: value / ranks.size for key, value in numbers.items()})
+            gradients = leaf.grad.split([len(one) for one in every])[ranks.rank] * ranks.size
+            returned[name] = list(gradients.split([len(f) for f, _ in pairs]))
     for batch in batches:
         with cast:
             output, total = model(batch), 0.0
@@ -209,22 +310,66 @@ def _weights(config: Config) -> dict[str, float]:
     return weights
 
 
-def _steps(config: Config, corpora: dict[str, Corpus]) -> Steps:
-    return Steps(_sections(config, corpora), config.tokenizers, config.seed, config.microbatches, config.round_to)
+@dataclass(frozen=True)
+class Origin:
+    """Where the stream's weights were last changed: at which step, and how much of each source was read by then."""
+
+    step: int = 0
+    drawn: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def _sections(config: Config, corpora: dict[str, Corpus]) -> list[Section]:
-    return [
-        Section(
-            name,
-            section.take,
-            section.parts,
-            [corpora[source] for source in section.sources],
-            list(section.sources.values()),
-            _Arrange(section.objective),
+START = Origin()
+
+
+def _steps(
+    config: Config,
+    corpora: dict[str, Corpus],
+    ranks: Ranks = ALONE,
+    origin: Origin = START,
+    journal: Journal | None = None,
+    tokenizers: bool = True,
+) -> Steps:
+    """The config's stream. tokenizers False: they are not there yet, and only the sources are looked at."""
+    sections = _sections(config, corpora, origin)
+    if not tokenizers:
+        sections = [dataclasses.replace(section, by="item") for section in sections]
+    return Steps(
+        sections,
+        config.tokenizers,
+        config.seed,
+        config.microbatches,
+        config.round_to,
+        ranks.rank,
+        ranks.size,
+        journal,
+    )
+
+
+def _sections(config: Config, corpora: dict[str, Corpus], origin: Origin = START) -> list[Section]:
+    found = []
+    for name, section in config.sections.items():
+        phases = section.phases()
+        now = [weights for step, weights in phases if step <= origin.step][-1]
+        later = [(step, weights) for step, weights in phases if step > origin.step]
+        found.append(
+            Section(
+                name,
+                section.take,
+                section.parts,
+                [corpora[source] for source in section.sources],
+                [(step, list(weights.values())) for step, weights in ((origin.step, now), *later)],
+                _Arrange(section.objective),
+                section.by,
+                section.temperature,
+                any(getattr(o.module.Objective, "whole_step", False) for o in _objectives(section)),
+                [origin.drawn.get(name, {}).get(source, 0) for source in section.sources],
+            )
         )
-        for name, section in config.sections.items()
-    ]
+    return found
+
+
+def _objectives(section) -> list[Plugin]:
+    return [section.objective, *(also.objective for also in section.also.values())]
 
 
 class _Arrange:
@@ -235,31 +380,6 @@ class _Arrange:
 
     def __call__(self, item, generator):
         return self.objective.module.arrange(self.objective.settings, item, generator)
-
-
-def _loader(steps: Steps, start: int, config: Config):
-    return torch.utils.data.DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start, config.steps),
-        num_workers=config.workers,
-        prefetch_factor=2 if config.workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_quiet_worker,
-        generator=torch.Generator(),  # a private one: the loader must not draw from the run's
-        multiprocessing_context="fork" if config.workers else None,
-    )
-
-
-def _as_it_is(step: Step) -> Step:
-    return step
-
-
-def _quiet_worker(_: int) -> None:
-    """Workers leave interrupts to the main process, which saves first, and the processor too, where it is short."""
-    os.nice(10)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Leaving:
@@ -314,31 +434,44 @@ def _fit(config: Config, corpora: dict[str, Corpus], run: Path) -> dict[str, Plu
 
 def _shuffled(corpora: list[Corpus], seed: int, endings: tuple):
     """The wanted members of all items, in an order that mixes the corpora."""
-    bounds = [len(corpus) for corpus in corpora]
-    for place in range(sum(bounds)):
-        index, which = permute(place, sum(bounds), seed), 0
-        while index >= bounds[which]:
-            index, which = index - bounds[which], which + 1
-        yield corpora[which].raw(index, endings)
+    bounds = np.cumsum([0, *map(len, corpora)])
+    for start in range(0, int(bounds[-1]), 4096):
+        for place in permute(np.arange(start, min(start + 4096, bounds[-1])), int(bounds[-1]), seed):
+            which = int(np.searchsorted(bounds, place, "right")) - 1
+            yield corpora[which].raw(int(place - bounds[which]), endings)
 
 
-def _fingerprint(corpora: dict[str, Corpus]) -> str:
-    """A hash of what the sources hold: shard names, keys and where the members lie."""
-    digest = hashlib.sha256()
-    for name, corpus in corpora.items():
-        for entry in corpus.entries:
-            digest.update(f"{name} {Path(entry.shard).name} {entry.key} {sorted(entry.members.items())}\n".encode())
-    return digest.hexdigest()
+def _resumed(config: Config, folder: Path, corpora: dict[str, Corpus], allow: bool) -> tuple[Config, Origin]:
+    """The given config with the checkpoint's tokenizers, and since when its mixture holds.
 
-
-def _resumed(config: Config, folder: Path, corpora: dict[str, Corpus]) -> Config:
-    """The given config with the checkpoint's tokenizers. Raises BadInput where config or data have changed."""
+    Raises BadInput where config or data have changed; the mixture may change: a new phase begins.
+    """
     before, now = checkpoint.read_data(folder, "config"), to_data(config)
-    changed = [k for k in now if k not in MAY_CHANGE and _unfitted(before.get(k)) != _unfitted(now[k])]
+    state = checkpoint.read_data(folder, "state")
+    old, new = json.loads(json.dumps([before, now]))
+    changed = [
+        k for k in new if k not in (*MAY_CHANGE, "sections", "sources") and _unfitted(old.get(k)) != _unfitted(new[k])
+    ]
+    mixtures = []
+    for data in (old, new):
+        mixtures.append({n: {k: s.pop(k, None) for k in MIXTURE} for n, s in data["sections"].items()})
+    if old["sections"] != new["sections"]:
+        changed.append("sections")
+    if any(name in old["sources"] and old["sources"][name] != source for name, source in new["sources"].items()):
+        changed.append("sources")
     if changed:
         raise BadInput(f"{folder}: the run was made with other {', '.join(changed)}; resume it with the same config")
-    if checkpoint.read_data(folder, "state")["data"] != _fingerprint(corpora):
-        raise BadInput(f"{folder}: the sources' shards have changed since; restore them, or start a new run")
+    other = [name for name, corpus in corpora.items() if state["data"].get(name, "") not in ("", corpus.fingerprint())]
+    if other and not allow:
+        raise BadInput(
+            f"{folder}: the shards of {', '.join(other)} have changed since; restore them, start a new run, "
+            "or go on with --allow-data-change"
+        )
+    origin = Origin(**state["origin"])
+    if mixtures[0] != mixtures[1] or other:
+        origin = Origin(state["step"], state["drawn"])
+        why = f"the shards of {', '.join(other)} have changed" if other else "the mixture has changed"
+        print(f"from step {state['step']} on another phase: {why}", file=sys.stderr)
     tokenizers = {}
     for kind, tokenizer in config.tokenizers.items():
         file = before["tokenizers"][kind].get("file")
@@ -346,7 +479,7 @@ def _resumed(config: Config, folder: Path, corpora: dict[str, Corpus]) -> Config
             kept = shutil.copyfile(folder / Path(file).name, Path(config.run) / Path(file).name)
             tokenizer = dataclasses.replace(tokenizer, settings=dataclasses.replace(tokenizer.settings, file=str(kept)))
         tokenizers[kind] = tokenizer
-    return dataclasses.replace(config, tokenizers=tokenizers)
+    return dataclasses.replace(config, tokenizers=tokenizers), origin
 
 
 def _unfitted(data):
@@ -357,7 +490,7 @@ def _unfitted(data):
     return data
 
 
-def _save(run, step, config, model, ema, optimisers, corpora) -> Path:
+def _save(run, step, config, model, ema, optimisers, corpora, steps, origin) -> Path:
     files = [Path(t.settings.file) for t in config.tokenizers.values() if getattr(t.settings, "file", "")]
     return checkpoint.save(
         checkpoint.folder_of(run, step),
@@ -366,7 +499,16 @@ def _save(run, step, config, model, ema, optimisers, corpora) -> Path:
             "ema": ema.state_dict(),
             "optimiser": checkpoint.optimiser_tensors(optimisers),
         },
-        {"config": to_data(config), "state": {"step": step, "seed": config.seed, "data": _fingerprint(corpora)}},
+        {
+            "config": to_data(config),
+            "state": {
+                "step": step,
+                "seed": config.seed,
+                "data": {name: corpus.fingerprint() for name, corpus in corpora.items()},
+                "origin": dataclasses.asdict(origin),
+                "drawn": steps.drawn_by_section(step),
+            },
+        },
         files,
     )
 

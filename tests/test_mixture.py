@@ -1,21 +1,21 @@
-from collections import Counter
-
+import numpy as np
 import pytest
 
-from multimodal_fm.mixture import BLOCK, Mixture, mix, permute, quotas
+from multimodal_fm.mixture import BLOCK, Mixture, Source, mix, permute, quotas
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
 def test_a_permutation_visits_everything_once(size):
-    assert sorted(permute(i, size, 5) for i in range(size)) == list(range(size))
+    places = np.arange(size)
+    assert sorted(permute(places, size, 5)) == list(range(size))
     if size > 7:
-        assert [permute(i, size, 5) for i in range(size)] != [permute(i, size, 6) for i in range(size)]
+        assert list(permute(places, size, 5)) != list(permute(places, size, 6))
 
 
 def test_a_permutation_mixes():
     """Neighbours do not stay neighbours."""
-    order = [permute(i, 1000, 1) for i in range(1000)]
-    assert sum(abs(a - b) < 10 for a, b in zip(order, order[1:])) < 60
+    order = permute(np.arange(1000), 1000, 1)
+    assert (np.abs(np.diff(order)) < 10).sum() < 60
 
 
 def test_quotas_add_up():
@@ -27,32 +27,72 @@ def test_quotas_add_up():
             assert (share > 0) == (weight > 0)
 
 
+SOURCES = [Source("large", 70_000), Source("small", 70), Source("middle", 3_000)]
+WEIGHTS = [0.37, 0.13, 0.5]
+
+
+def visits(draws, source):
+    return np.bincount(draws.item[draws.source == source], minlength=SOURCES[source].size)
+
+
 def test_weights_are_exact_and_every_item_equally_often():
-    mixture = Mixture(3, [1000, 7, 300], [0.37, 0.13, 0.5])
-    draws = [mixture.draw(g) for g in range(5 * BLOCK)]
-    sources = Counter(d.source for d in draws)
-    for source, weight in enumerate([0.37, 0.13, 0.5]):
-        assert abs(sources[source] / len(draws) - weight) < 0.002
-        visits = Counter(d.item for d in draws if d.source == source)
-        counts = [visits[i] for i in range(mixture.sizes[source])]
-        in_epochs = Counter((d.epoch, d.item) for d in draws if d.source == source)
-        assert max(in_epochs.values()) == 1
-        assert max(counts) - min(counts) <= 2  # the last block's draws of one epoch are spread over the block
+    """One source is a thousand times smaller than another; at any point its items were seen equally often, ± 1."""
+    mixture = Mixture(3, SOURCES, [(0, WEIGHTS)])
+    draws = mixture.draws(0, 50 * BLOCK)
+    for source, weight in enumerate(WEIGHTS):
+        assert abs((draws.source == source).mean() - weight) < 0.002
+    for stop in (1, 777, BLOCK, 99_999, 50 * BLOCK):
+        before = mixture.draws(0, stop)
+        for source in range(3):
+            counts = visits(before, source)
+            assert counts.max() - counts.min() <= 1
+        assert mixture.drawn(stop).tolist() == np.bincount(before.source, minlength=3).tolist()
 
 
 def test_any_position_is_reached_at_once():
-    mixture = Mixture(3, [10**9, 7], [0.5, 0.5])
-    far = 10**15
-    assert mixture.draw(far) == mixture.draw(far) != mixture.draw(far + 1)
-    assert len({mixture.draw(far + i).item for i in range(100) if mixture.draw(far + i).source == 0}) > 40
+    mixture = Mixture(3, [Source("a", 10**9), Source("b", 7)], [(0, [0.5, 0.5])])
+    far, laid = 10**15, []
+    mixture._block = lambda *which: laid.append(which) or mixture._lay_out(*which)
+    draws = mixture.draws(far, far + 100)
+    assert len(set(laid)) <= 2  # no block before is looked at
+    assert len(set(draws.item[draws.source == 0])) == (draws.source == 0).sum() > 20
+    assert mixture.draws(far + 7, far + 8).item[0] == draws.item[7]
+
+
+def test_a_new_phase_goes_on_where_each_source_was():
+    phases = [(0, WEIGHTS), (9_999, [1, 0, 0]), (12_345, [0.2, 0.2, 0.6])]
+    mixture = Mixture(3, SOURCES, phases)
+    draws = mixture.draws(0, 100_000)
+    assert (draws.source[9_999:12_345] == 0).all()
+    assert abs((draws.source[12_345:] == 2).mean() - 0.6) < 0.002
+    for source in range(3):
+        counts = visits(draws, source)
+        assert counts.max() - counts.min() <= 1
+    for start in (0, 9_990, 12_340, 50_000):
+        again = mixture.draws(start, start + 64)
+        assert (again.item == draws.item[start : start + 64]).all()
+
+
+def test_a_phase_that_begins_with_counts_is_the_one_that_came_from_there():
+    """What a checkpoint keeps is enough: how much was drawn, not what was before."""
+    whole = Mixture(3, SOURCES, [(0, WEIGHTS), (5_000, [0.1, 0.1, 0.8])])
+    rest = Mixture(3, SOURCES, [(5_000, [0.1, 0.1, 0.8])], whole.drawn(5_000).tolist())
+    one, other = whole.draws(5_000, 15_000), rest.draws(5_000, 15_000)
+    assert (one.item == other.item).all() and (one.epoch == other.epoch).all()
+
+
+def test_another_source_beside_it_changes_no_order():
+    """The order within a source hangs on its name alone."""
+    alone = Mixture(3, SOURCES[2:], [(0, [1])]).draws(0, 3_000).item
+    among = Mixture(3, SOURCES, [(0, WEIGHTS)]).draws(0, 20_000)
+    assert (among.item[among.source == 2][:3_000] == alone).all()
 
 
 def test_substitutes_are_of_the_same_source_and_determined():
-    mixture = Mixture(3, [100, 100], [1, 1])
-    draw = mixture.draw(5)
-    others = [mixture.substitute(draw, 5, attempt) for attempt in range(1, 9)]
-    assert all(o.source == draw.source and o.epoch == draw.epoch for o in others) and len({o.item for o in others}) > 4
-    assert others == [mixture.substitute(draw, 5, attempt) for attempt in range(1, 9)]
+    mixture = Mixture(3, [Source("a", 100), Source("b", 100)], [(0, [1, 1])])
+    others = [mixture.substitute(1, 5, attempt) for attempt in range(1, 9)]
+    assert len(set(others)) > 4 and all(0 <= other < 100 for other in others)
+    assert others == [mixture.substitute(1, 5, attempt) for attempt in range(1, 9)]
 
 
 def test_mix_is_the_same_everywhere():

@@ -13,12 +13,12 @@ import torch
 from conftest import items, tiny
 from test_config import mmfm
 
-from multimodal_fm import checkpoint, shards, train
+from multimodal_fm import checkpoint, index, shards, train
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build, load
 from multimodal_fm.errors import BadInput
-from multimodal_fm.mixture import Steps
 from multimodal_fm.model import Model
+from multimodal_fm.stream import Loader, Steps
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/tiny_*.yaml"))
@@ -167,8 +167,13 @@ def test_resume_refuses_another_config_and_other_data(whole, tmp_path, corpus):
     data["sources"]["all"]["shards"] = f"{tmp_path}/train-*.tar"
     train.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}))
     shards.write(tmp_path / "train-0.tar", items(9))
-    with pytest.raises(BadInput, match="shards have changed"):
-        train.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}), resume=True)
+    config = build({**data, "run": str(tmp_path / "run"), "steps": 6})
+    with pytest.raises(BadInput, match="is not the file"):
+        train.pretrain(config, resume=True)
+    index.build(str(tmp_path / "train-0.tar"))
+    with pytest.raises(BadInput, match="--allow-data-change"):
+        train.pretrain(config, resume=True)
+    assert train.pretrain(config, resume=True, allow_data_change=True).name == "step-00000006"
 
 
 def broken_corpus(folder: Path) -> None:
@@ -244,7 +249,7 @@ def test_a_bad_item_is_replaced_and_no_position_shifts(tmp_path, corpus):
         corpora = {"all": shards.Corpus(config.sources["all"], "all")}
         fitted = train._fit(config, corpora, Path(config.run))
         steps = Steps(train._sections(config, corpora), fitted, 0)
-        streams.append([steps[s].keys for s in range(12)])
+        streams.append([[name for _, _, name in sorted(steps[s].keys)] for s in range(12)])
     assert all(len(a) == len(b) == 4 for a, b in zip(*streams))
     for a, b in zip(*streams):
         for left, right in zip(a, b):
@@ -367,8 +372,10 @@ def test_loading_draws_nothing_from_the_global_generator(corpus, tmp_path):
     corpora = {n: shards.Corpus(s, n) for n, s in config.sources.items()}
     config.tokenizers = train._fit(config, corpora, tmp_path)
     before = torch.get_rng_state()
-    iterator = iter(train._loader(Steps(train._sections(config, corpora), config.tokenizers, 0), 0, config))
-    next(iterator)
+    for workers, how in ((0, "threads"), (1, "threads"), (1, "processes")):
+        loader = Loader(Steps(train._sections(config, corpora), config.tokenizers, 0), 0, 3, workers, how)
+        next(iter(loader))
+        loader.close()
     assert torch.equal(before, torch.get_rng_state())
 
 

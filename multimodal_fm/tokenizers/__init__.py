@@ -7,5 +7,20 @@ training wants, without one the fixed sequences that cover all of it; `Embed(con
 loss a token (M,).
 
 Optional: `fit(config, raws, folder) -> Config` learns what is to be learned before the first step; `check(config)`
-raises BadInput where what was learned is missing; `things(config, raw)` lists what evaluation takes one by one.
+raises BadInput where what was learned is missing; `things(config, raw)` lists what evaluation takes one by one;
+`measure(data, length) -> (int, int)` says how large a member is without decoding it, for the index (`data` is its first
+megabytes), and `count(config, length, a, b) -> (N,)`, arrays (N,) of members' bytes and measures, how many tokens a
+training view of each has, at most.
 """
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+
+@functools.cache
+def modules() -> tuple:
+    """The files of this folder."""
+    return tuple(importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))

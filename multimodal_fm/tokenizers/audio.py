@@ -203,3 +203,19 @@ class Predict(nn.Module):
     def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
         target = (content - content.mean(-1, keepdim=True)) / (content.var(-1, keepdim=True) + 1e-2).sqrt()
         return (self.levels(vectors).float() - target).square().mean(-1)
+
+
+def measure(data: bytes, length: int) -> tuple[int, int]:
+    """Milliseconds and samples a second, from the header."""
+    import soundfile
+
+    found = soundfile.info(io.BytesIO(data))
+    return round(1000 * found.frames / found.samplerate), found.samplerate
+
+
+def count(config: Config, length, milliseconds, rate) -> np.ndarray:
+    """Patches (N,) of training windows of sounds of these lengths; `limit` where a length is not known."""
+    column = config.bands // config.high
+    columns = np.maximum(milliseconds * config.rate // (1000 * config.hop * config.frames), 1)
+    whole = config.limit // column * column
+    return np.where(rate > 0, np.minimum(columns * column, whole), whole)

@@ -209,3 +209,18 @@ class Predict(nn.Module):
         target = unit(content)
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-2).sqrt()
         return (self.pixels(vectors).float() - target).square().mean(-1)
+
+
+def measure(data: bytes, length: int) -> tuple[int, int]:
+    """Width and height in pixels, from the header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.size
+
+
+def count(config: Config, length, width, height) -> np.ndarray:
+    """Patches (N,) of pictures of these sizes; `limit` where a size is not known."""
+    sizes, which = np.unique(np.stack([height, width], 1), axis=0, return_inverse=True)
+    patches = [math.prod(grid(config, int(h), int(w))) if h and w else config.limit for h, w in sizes]
+    return np.array(patches, dtype=np.int64)[which.ravel()]

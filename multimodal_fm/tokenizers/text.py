@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput, Lost
-from ..shards import lookup
+from ..rows import lookup, parse
 from ..tokens import Tokens, sequence_of
 
 extensions = ("txt", "json")
@@ -196,7 +195,7 @@ def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
             if "txt" in raw:
                 found[name] = [_utf8(raw["txt"])]
         elif "json" in raw:
-            row = parse_json(raw["json"]) if row is None else row
+            row = parse(raw["json"]) if row is None else row
             value = lookup(row, name)
             value = list(value.values()) if isinstance(value, dict) else value
             value = [value] if isinstance(value, str) else value
@@ -212,14 +211,6 @@ def _utf8(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Lost("text-decode", f"not UTF-8 at byte {error.start}") from None
-
-
-def parse_json(data: bytes):
-    """The JSON in `data`. Raises Lost."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Lost("json", str(error)[:100]) from None
 
 
 class Embed(nn.Embedding):

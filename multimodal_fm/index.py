@@ -1,0 +1,379 @@
+"""The index of a shard: a small file beside it, through which any item is reached and its bytes are checked.
+
+`NAME.mmidx` stands beside the shard, or in the cache folder where the shard's folder cannot be written. Layout, all
+little endian: the magic, the version (u32), the length of a JSON head (u32), the head, then the tables:
+
+    members  (M,)  `MEMBER`: offset, length, CRC-32, two measures (pixels wide and high; milliseconds and rate), ending
+    first    (N+1,) u32: item i's members are `first[i] : first[i + 1]`
+    makeup   (N,) u16: which of the head's makeups (the endings that an item has) the item is of
+    places   (N+1,) u32: item i's key is `names[places[i] : places[i + 1]]`
+    names    UTF-8
+
+The head holds the shard's size, time stamp and SHA-256, the counts, what was refused, and the tables' SHA-256.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import storage, tar
+from .errors import BadInput, Lost
+
+MAGIC, VERSION = b"mmidx\r\n\0", 1
+MEMBER = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("crc", "<u4"),
+        ("a", "<u4"),
+        ("b", "<u4"),
+        ("ending", "<u2"),
+        ("spare", "<u2"),
+    ]
+)
+LARGEST = 2**32 - 1  # bytes of a member
+NAMED = 10_000  # how many refusals the head names; it counts them all
+CHUNK = 1 << 22
+PIECE = 2000  # bytes of a piece of plain text
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something in a shard that is not delivered: a line for the ledger."""
+
+    shard: str
+    key: str
+    part: str
+    reason: str
+    detail: str
+
+
+class Index:
+    """What an index file holds; the tables are mapped, not read."""
+
+    def __init__(self, shard: str, file: Path):
+        self.shard, self.file = shard, file
+        with open(file, "rb") as opened:
+            start = opened.read(16)
+            if start[:8] != MAGIC or int.from_bytes(start[8:12], "little") != VERSION:
+                raise ValueError("not an index of this version")
+            length = int.from_bytes(start[12:16], "little")
+            self.head = json.loads(opened.read(length))
+        items, members = self.head["items"], self.head["members"]
+        place, table = 16 + length, functools.partial(np.memmap, file, mode="r")
+        shapes = ((MEMBER, members), ("<u4", items + 1), ("<u2", items), ("<u4", items + 1), ("u1", self.head["names"]))
+        tables = []
+        for kind, count in shapes:
+            tables.append(table(dtype=kind, offset=place, shape=(count,)) if count else np.zeros(0, kind))
+            place += np.dtype(kind).itemsize * count
+        if place != os.path.getsize(file):
+            raise ValueError("cut short")
+        self.members, self.first, self.makeup, self.places, self.names = tables
+
+    def __len__(self) -> int:
+        return self.head["items"]
+
+    @property
+    def endings(self) -> list[str]:
+        return self.head["endings"]
+
+    @property
+    def makeups(self) -> list[list[str]]:
+        """The sets of endings that items have."""
+        return self.head["makeups"]
+
+    @property
+    def refused(self) -> list[Refused]:
+        return [Refused(self.shard, *row) for row in self.head["refused"]]
+
+    def key(self, item: int) -> str:
+        return bytes(self.names[self.places[item] : self.places[item + 1]]).decode()
+
+    def spans(self, item: int) -> dict[str, tuple[int, int, int]]:
+        """Offset, length and CRC-32 of the item's members by ending."""
+        rows = self.members[self.first[item] : self.first[item + 1]]
+        return {self.endings[r["ending"]]: (int(r["offset"]), int(r["length"]), int(r["crc"])) for r in rows}
+
+    def whole(self) -> bool:
+        """Whether the tables are what the head says that they are."""
+        return _digest(self.members, self.first, self.makeup, self.places, self.names) == self.head["tables"]
+
+
+def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None) -> Index:
+    """The shard's index, made where there is none. Raises BadInput where the shard is gone or is another one by now."""
+    try:
+        size, mark = storage.stamp(shard)
+    except OSError as error:
+        raise BadInput(f"{shard}: {error.strerror or error}") from None
+    for file in _files(shard, piece):
+        try:
+            index = Index(shard, file)
+        except (OSError, ValueError, KeyError):
+            continue  # none there, or of another version, or damaged: it is made again
+        if index.head["size"] == size and (
+            index.head["mark"] == mark or digest_of(shard, size) == index.head["sha256"]
+        ):
+            return index
+        raise BadInput(
+            f"{shard}: is not the file that {file} was made of; `mmfm inspect --rebuild {shard}` makes it anew"
+        )
+    progress(shard)
+    return build(shard, piece)
+
+
+def open_all(
+    shards: list[str], piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None
+) -> list[Index]:
+    """The shards' indexes, several made at a time."""
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda shard: opened(shard, piece, progress), shards))
+
+
+def _files(shard: str, piece: int) -> list[Path]:
+    """Where the shard's index may be, the better place first."""
+    suffix = f".{piece}.mmidx" if shard.endswith(".txt") else ".mmidx"
+    name = hashlib.sha256((shard if storage.is_remote(shard) else os.path.abspath(shard)).encode()).hexdigest()[:32]
+    cached = storage.cache_folder() / "indexes" / f"{name}{suffix}"
+    if storage.is_remote(shard):
+        return [cached]
+    beside = Path(shard + suffix)
+    return [beside, cached] if beside.exists() or os.stat(beside.parent or ".").st_mode & 0o222 else [cached]
+
+
+def build(shard: str, piece: int = PIECE) -> Index:
+    """Read the whole shard and write its index. Raises BadInput where the shard cannot be read or the index written."""
+    try:
+        storage.forget(shard)
+        size, mark = storage.stamp(shard)
+        head, tables = _scan(shard, size, piece)
+        head |= {"shard": os.path.basename(shard), "size": size, "mark": mark, "sha256": digest_of(shard, size)}
+        if storage.stamp(shard) != (size, mark):
+            raise BadInput(f"{shard}: changes while it is read")
+    except (OSError, Lost) as error:
+        raise BadInput(f"{shard}: {getattr(error, 'strerror', '') or error}") from None
+    head["tables"] = _digest(*tables)
+    text = json.dumps(head, ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 16)
+    failed = None
+    for file in _files(shard, piece):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as temporary:
+                temporary.write(MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text)
+                for table in tables:
+                    temporary.write(table.tobytes())
+                temporary.flush()
+                os.fsync(temporary.fileno())
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, file)
+            return Index(shard, file)
+        except OSError as error:
+            failed = error
+    raise BadInput(f"{shard}: its index cannot be written, {failed}; set MMFM_CACHE to a folder that can be")
+
+
+def digest_of(shard: str, size: int) -> str:
+    """The SHA-256 of the whole shard."""
+    digest = hashlib.sha256()
+    for start in range(0, size, CHUNK):
+        digest.update(storage.read(shard, start, min(CHUNK, size - start)))
+    return digest.hexdigest()
+
+
+def _digest(*tables: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for table in tables:
+        digest.update(np.ascontiguousarray(table).view("u1"))
+    return digest.hexdigest()
+
+
+class _Window:
+    """Reads a file in large strides, for a walk that asks for little at a time."""
+
+    def __init__(self, path: str, size: int):
+        self.path, self.size, self.start, self.data = path, size, 0, b""
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        if not self.start <= offset <= offset + length <= self.start + len(self.data):
+            self.start = offset
+            self.data = storage.read(self.path, offset, max(length, min(CHUNK, self.size - offset)))
+        return self.data[offset - self.start : offset - self.start + length]
+
+
+@dataclass
+class _Found:
+    """What a scan collects."""
+
+    keys: list[str] = dataclasses.field(default_factory=list)
+    items: list[dict[str, tuple[int, int]]] = dataclasses.field(default_factory=list)
+    refused: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
+
+
+def _scan(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
+    read = _Window(shard, size)
+    if shard.endswith(".tar"):
+        found = _tar(read, size)
+    elif shard.endswith(".jsonl"):
+        found = _lines(read, size)
+    else:
+        found = _paragraphs(read, size, piece)
+    endings: dict[str, int] = {}
+    makeups: dict[tuple[str, ...], int] = {}
+    counts: list[int] = []
+    rows, makeup = [], []
+    for item in found.items:
+        which = makeups.setdefault(tuple(item), len(makeups))
+        if which == len(counts):
+            counts.append(0)
+        counts[which] += 1
+        makeup.append(which)
+        for ending, (offset, length) in item.items():
+            content = _content(read, offset, length)
+            crc, first = 0, b""
+            for chunk in content:
+                first, crc = first or chunk, zlib.crc32(chunk, crc)
+            a, b = measure(ending, first, length)
+            rows.append((offset, length, crc, a, b, endings.setdefault(ending, len(endings)), 0))
+    names = [key.encode() for key in found.keys]
+    tables = [
+        np.array(rows, MEMBER),
+        np.cumsum([0, *map(len, found.items)], dtype="<u4"),
+        np.array(makeup, "<u2"),
+        np.cumsum([0, *map(len, names)], dtype="<u4"),
+        np.frombuffer(b"".join(names), "u1"),
+    ]
+    head = {
+        "items": len(found.items),
+        "members": len(rows),
+        "names": len(tables[-1]),
+        "endings": list(endings),
+        "makeups": [list(one) for one in makeups],
+        "counts": counts,
+        "refused_count": len(found.refused),
+        "refused": found.refused[:NAMED],
+        "piece": piece,
+    }
+    return head, tables
+
+
+def _content(read, offset: int, length: int) -> Iterator[bytes]:
+    yield read(offset, min(length, CHUNK))
+    for start in range(CHUNK, length, CHUNK):
+        yield read(offset + start, min(length - start, CHUNK))
+
+
+def measure(ending: str, data: bytes, length: int) -> tuple[int, int]:
+    """What a tokenizer says about a member's size (`measure` in its file); (0, 0) where none does."""
+    from .tokenizers import modules
+
+    for module in modules():
+        if ending in module.extensions and hasattr(module, "measure"):
+            try:
+                a, b = module.measure(data, length)
+                return min(int(a), LARGEST), min(int(b), LARGEST)
+            except Exception:  # whatever a reader says of damaged bytes: they are refused when they are read
+                return 0, 0
+    return 0, 0
+
+
+def _tar(read: tar.Read, size: int) -> _Found:
+    """Neighbouring members of one stem are an item, as in webdataset."""
+    found, seen, key, item, repeated = _Found(), set(), None, {}, False
+
+    def refuse(key: str, part: str, reason: str, detail: str) -> None:
+        found.refused.append((key, part, reason, detail))
+
+    def close() -> None:
+        if item:
+            found.keys.append(key)
+            found.items.append(dict(item))
+
+    for one in tar.walk(read, size):
+        if isinstance(one, tar.Fault):
+            refuse(*_split(one.name), one.reason, f"{one.detail}, at byte {one.offset}")
+            continue
+        own, ending = _split(one.name)
+        if not own or not ending:
+            continue
+        if own != key:
+            close()
+            key, item, repeated = own, {}, own in seen
+            seen.add(own)
+            if repeated:
+                refuse(own, "", "duplicate", f"the key came before, and again at byte {one.offset}")
+        if repeated:
+            continue
+        if ending in item:
+            refuse(own, ending, "duplicate", f"at byte {item[ending][0]}, and again at byte {one.offset}")
+        elif one.size > LARGEST:
+            refuse(own, ending, "byte-limit", f"{one.size} bytes at byte {one.offset}")
+        else:
+            item[ending] = (one.offset, one.size)
+    close()
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending of a member's name; the ending begins at the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return (folder + slash + stem if stem else ""), ending.lower()
+
+
+def _lines(read, size: int) -> _Found:
+    """A line an item."""
+    found, start, number, rest = _Found(), 0, 0, b""
+    for at in range(0, size, CHUNK):
+        *lines, rest = (rest + read(at, min(CHUNK, size - at))).split(b"\n")
+        for line in lines:
+            _line(found, number, start, line)
+            start, number = start + len(line) + 1, number + 1
+    _line(found, number, start, rest)
+    if not size:
+        found.refused.append(("", "", "empty", "no bytes"))
+    return found
+
+
+def _line(found: _Found, number: int, start: int, line: bytes) -> None:
+    if line.strip():
+        found.keys.append(str(number))
+        found.items.append({"json": (start, len(line))})
+
+
+def _paragraphs(read, size: int, piece: int) -> _Found:
+    """Neighbouring paragraphs are joined up to `piece` bytes; a longer one is cut at a space or between characters."""
+    found, start = _Found(), 0
+    while start < size:
+        text = read(start, min(piece + 1, size - start))
+        end = cut(text, piece) if len(text) > piece else len(text)
+        if text[:end].strip():
+            found.keys.append(str(start))
+            found.items.append({"txt": (start, end)})
+        start += end
+    if not found.items:
+        found.refused.append(("", "", "empty", "no text"))
+    return found
+
+
+def cut(text: bytes, most: int) -> int:
+    """Where to cut a text longer than `most` bytes: after a paragraph, a line, a sentence, a word, a character."""
+    for marks in ((b"\n\n", b"\n \n", b"\r\n\r\n"), (b"\n", b". ", b" ")):
+        ends = [place + len(mark) for mark in marks if (place := text.rfind(mark, 0, most)) > 0]
+        if ends and max(ends) <= most:
+            return max(ends)
+    end = most
+    while end > 1 and 0x80 <= text[end] < 0xC0:
+        end -= 1  # not inside a character
+    return end

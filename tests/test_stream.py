@@ -1,0 +1,331 @@
+"""The stream as a run uses it: the same for any number of readers and ranks, exact, and honest about what is bad."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import items, tiny
+
+from multimodal_fm import shards, stream, train
+from multimodal_fm.config import build
+from multimodal_fm.errors import BadInput
+from multimodal_fm.stream import Bad, Journal, Loader, Ruler
+
+
+def rows(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
+
+
+def fitted(config):
+    """The config with its tokenizers, and its corpora."""
+    Path(config.run).mkdir(parents=True, exist_ok=True)
+    corpora = {name: shards.Corpus(source, name) for name, source in config.sources.items()}
+    config.tokenizers = train._fit(config, corpora, Path(config.run))
+    return config, corpora
+
+
+def two_sources(folder, **changes) -> dict:
+    """A large and a small source of text and pictures."""
+    shards.write(folder / "large-0.tar", items(40))
+    shards.write(folder / "small-0.tar", items(3, 100))
+    data = tiny(folder, **{"steps": 12, "trace": True, "run": str(folder / "run"), **changes})
+    data["sources"] = {name: {"shards": f"{folder}/{name}-*.tar", "group": "colour"} for name in ("large", "small")}
+    section = {"objective": "masked", "parts": ["text"], "take": 8, "sources": {"large": 0.75, "small": 0.25}}
+    pairs = {"objective": "contrastive", "parts": ["text", "image"], "take": 8, "sources": ["large"]}
+    data["sections"] = {"words": section, "pairs": pairs}
+    return data
+
+
+@pytest.mark.parametrize("how", ["threads", "processes"])
+def test_readers_change_nothing(tmp_path, how):
+    config, corpora = fitted(build(two_sources(tmp_path)))
+    wanted = list(Loader(train._steps(config, corpora), 0, 6, 0))
+    for workers in (1, 3):
+        found = list(Loader(train._steps(config, corpora), 0, 6, workers, how))
+        for one, other in zip(wanted, found, strict=True):
+            assert one.keys == other.keys and one.counts == other.counts
+            for left, right in zip(one.batches, other.batches, strict=True):
+                assert all(torch.equal(left.content[kind], right.content[kind]) for kind in left.content)
+                assert torch.equal(left.tokens.position, right.tokens.position)
+    ahead = list(Loader(train._steps(config, corpora), 4, 6, 2, how))
+    assert [step.keys for step in ahead] == [step.keys for step in wanted[4:]]
+
+
+def torchrun(ranks, *arguments, timeout=240):
+    """`mmfm` by so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "multimodal_fm", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def test_ranks_may_change_between_resumes(tmp_path, corpus):
+    """1, then 2, then 1 process: the items of every step are the same, the losses to rounding."""
+    optim = {"lr": 3e-3, "warmup": 3, "decay": 0.0}  # a rate that does not hang on the number of steps
+    data = tiny(corpus, steps=9, save_every=3, microbatches=4, trace=True, optim=optim)
+    plain = build({**data, "run": str(tmp_path / "plain")})
+    train.pretrain(plain)
+    path = tmp_path / "changing.yaml"
+    changing = {**data, "run": str(tmp_path / "changing")}
+    train.pretrain(build({**changing, "steps": 3}))
+    path.write_text(json.dumps({**changing, "steps": 6}))
+    done = torchrun(2, "pretrain", path, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    train.pretrain(build(changing), resume=True)
+    assert rows(tmp_path / "plain", "items.jsonl") == rows(tmp_path / "changing", "items.jsonl")
+    for one, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "changing"), strict=True):
+        assert one["tokens"] == other["tokens"]
+        for name in one:
+            if name.startswith("loss"):
+                assert abs(one[name] - other[name]) < 2e-3 * max(1, abs(one[name])), name
+
+
+def test_ranks_must_share_the_microbatches_out(tmp_path, corpus):
+    config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=3)))
+    with pytest.raises(BadInput, match="cannot be shared out among 2 ranks"):
+        stream.Steps(train._sections(config, corpora), config.tokenizers, 0, 3, ranks=2)
+
+
+def test_every_rank_has_its_share_and_no_item_is_read_twice(tmp_path, corpus):
+    config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=4)))
+    sections = train._sections(config, corpora)
+    whole = stream.Steps(sections, config.tokenizers, 0, 4)
+    for ranks in (2, 4):
+        parts = [stream.Steps(sections, config.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
+        for step in range(3):
+            dealt = [part[step] for part in parts]
+            assert sorted(key for one in dealt for key in one.keys) == sorted(whole[step].keys)
+            assert sum(len(one.batches) for one in dealt) == 4
+            for one, other in zip((b for d in dealt for b in d.batches), whole[step].batches, strict=True):
+                assert torch.equal(one.tokens.position, other.tokens.position)
+            assert train._sum_counts([one.counts for one in dealt]) == whole[step].counts
+
+
+def test_microbatches_have_about_equal_tokens(tmp_path):
+    """Texts of 1 to 200 words and pictures of any shape: the microbatches of a step differ by less than 5 %."""
+    generator = np.random.default_rng(0)
+    made = items(200)
+    for item in made:
+        item["txt"] = " ".join(["word"] * int(generator.integers(1, 200)))
+    shards.write(tmp_path / "a.tar", made)
+    data = tiny(tmp_path, run=str(tmp_path / "run"), microbatches=4)
+    data["sources"] = {"all": {"shards": f"{tmp_path}/a.tar"}}
+    data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 256}, "image": {"patch": 8, "limit": 24}}
+    section = {"objective": "contrastive", "parts": ["text", "image"], "take": 128, "sources": {"all": 1}}
+    data["sections"] = {"pairs": section}
+    config, corpora = fitted(build(data))
+    steps = train._steps(config, corpora)
+    for step in range(5):
+        tokens = [len(batch.tokens) for batch in steps[step].batches]
+        assert (max(tokens) - min(tokens)) / np.mean(tokens) < 0.05
+
+
+def test_weights_by_token_share_out_tokens(tmp_path):
+    """Short and long texts: under `by: token` each source gives its share of the tokens, and not of the items."""
+    for name, words in (("short", 4), ("long", 40)):
+        made = [{"__key__": f"{name}{i}", "txt": " ".join(["word"] * (words + i % 3))} for i in range(30)]
+        shards.write(tmp_path / f"{name}-0.tar", made)
+    data = two_sources(tmp_path)
+    data["sources"] = {name: {"shards": f"{tmp_path}/{name}-*.tar"} for name in ("short", "long")}
+    weights = {"short": 0.37, "long": 0.63}
+    data["sections"] = {
+        "words": {"objective": "causal", "parts": ["text"], "take": 16, "by": "token", "sources": weights}
+    }
+    config, corpora = fitted(build(data))
+    mixture = train._steps(config, corpora).mixtures[0]
+    draws = mixture.draws(0, 10_000 * 16)
+    lengths = [[Ruler(corpora[n], ["text"], config.tokenizers).of(i) for i in range(30)] for n in weights]
+    tokens = [np.array(lengths[s])[draws.item[draws.source == s]].sum() for s in range(2)]
+    assert abs(tokens[0] / sum(tokens) - 0.37) < 0.002
+    assert (draws.source == 0).mean() > 0.6
+
+
+def test_a_temperature_makes_weights_from_sizes(tmp_path):
+    data = two_sources(tmp_path)
+    data["sections"]["words"] |= {"sources": ["large", "small"], "temperature": 0.5}
+    config, corpora = fitted(build(data))
+    shares = train._steps(config, corpora).mixtures[0].shares[0]
+    assert abs(shares[0] / shares[1] - (40 / 3) ** 0.5) < 0.05
+
+
+def test_weights_change_at_the_step_that_the_schedule_names(tmp_path):
+    data = two_sources(tmp_path)
+    data["sections"]["words"]["sources"] = {"large": 1.0, "small": {"5": 3}}
+    train.pretrain(build(data))
+    small = [sum(name.startswith("small/") for name in row["items"]) for row in rows(tmp_path / "run", "items.jsonl")]
+    assert not any(small[:5]) and sum(small[5:]) > 20
+
+
+def test_a_mixture_changed_on_resume_begins_a_new_phase(tmp_path):
+    """The steps before stay; afterwards each source goes on where it was, a new one among them."""
+    data = two_sources(tmp_path, steps=6, save_every=3)
+    train.pretrain(build(data))
+    shards.write(tmp_path / "third-0.tar", items(10, 200))
+    data["sources"]["third"] = {"shards": f"{tmp_path}/third-*.tar", "group": "colour"}
+    data["sections"]["words"]["sources"] = {"large": 0.5, "third": 0.5}
+    data["steps"] = 12
+    train.pretrain(build(data), resume=True)
+    words = [row["items"][:8] for row in rows(tmp_path / "run", "items.jsonl")]
+    assert len(words) == 12 and not any(name.startswith("third/") for step in words[:6] for name in step)
+    later = Counter(name.partition("/")[0] for step in words[6:] for name in step)
+    assert set(later) == {"large", "third"} and abs(later["third"] - 24) <= 8
+    large = [name for step in words for name in step if name.startswith("large/")]
+    assert max(Counter(large[:40]).values()) == 1  # one epoch, across the phases
+    train.pretrain(build({**data, "steps": 14}), resume=True)  # the phase is kept
+    assert len(rows(tmp_path / "run", "items.jsonl")) == 14
+
+
+def spoil(folder, bad, count=100):
+    made = items(count)
+    for item in made[:: count // bad][:bad]:
+        item["txt"] = b"\xff\xfe\xfa"
+    shards.write(folder / "large-0.tar", made)
+
+
+@pytest.mark.parametrize(("bad", "ends"), [(8, True), (2, False)])
+def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
+    data = two_sources(tmp_path, steps=30, save_every=100)
+    data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
+    spoil(tmp_path, bad)
+    if ends:
+        with pytest.raises(BadInput, match=r"source large: \d+ of 100 items bad, more than max_bad=0.05") as error:
+            train.pretrain(build(data))
+        assert Path(str(error.value).split("checkpoint: ")[1]).is_dir()
+        data["max_bad"] = 0.1
+        assert train.pretrain(build(data), resume=True).name == "step-00000030"
+    else:
+        train.pretrain(build(data))
+    found = rows(tmp_path / "run", "quarantine.jsonl")
+    assert len({row["key"] for row in found}) == bad and {row["reason"] for row in found} == {"text-decode"}
+
+
+def test_much_bad_in_a_part_of_a_source_needs_to_be_sure():
+    class Corpus:
+        indexes = ()
+
+        def __len__(self):
+            return 1_000_000
+
+    def lost(count):
+        return [{"source": "a", "shard": "s", "key": str(i), "step": 1} for i in range(count)]
+
+    assert not Bad(0.05, {"a": Corpus()}, lost(4)).line({"a": 4})
+    assert not Bad(0.05, {"a": Corpus()}, lost(60)).line({"a": 1000})
+    assert Bad(0.05, {"a": Corpus()}, lost(100)).line({"a": 1000})
+
+
+def test_strict_names_the_first_bad_one(tmp_path):
+    data = two_sources(tmp_path, strict=True)
+    spoil(tmp_path, 4, 40)
+    with pytest.raises(BadInput, match=r"strict: large: .*large-0.tar item00\d\d text: text-decode"):
+        train.pretrain(build(data))
+
+
+def test_strict_refuses_a_damaged_shard(tmp_path):
+    data = two_sources(tmp_path, strict=True)
+    path = tmp_path / "large-0.tar"
+    path.write_bytes(path.read_bytes()[:-20_000])
+    with pytest.raises(BadInput, match="strict: large: .*large-0.tar.*shard"):
+        train.pretrain(build(data))
+
+
+DYING = """
+import os
+from multimodal_fm.tokenizers.text import *
+from multimodal_fm.tokenizers import text as _text
+
+def read(config, raw, generator=None):
+    if generator is not None and raw.get("txt", b"").startswith(b"die"):
+        os.abort()
+    return _text.read(config, raw, generator)
+"""
+
+
+def dying(tmp_path, monkeypatch, **changes):
+    """A config whose text decoder ends its process at one item."""
+    (tmp_path / "dying_text.py").write_text(DYING)
+    data = two_sources(tmp_path, **changes)
+    made = items(40)
+    made[7]["txt"] = "die, program"
+    shards.write(tmp_path / "large-0.tar", made)
+    data["tokenizers"] = {"text": {"tokenizer": "kinds.dying", "vocabulary": 300, "limit": 24}, "image": {}}
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds" / "__init__.py").write_text("")
+    (tmp_path / "dying_text.py").rename(tmp_path / "kinds" / "dying.py")
+    data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
+    path = tmp_path / "dying.yaml"
+    path.write_text(json.dumps(data))
+    env = {**os.environ, "PYTHONPATH": f"{Path(train.__file__).parents[1]}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+
+    def mmfm(*more):
+        command = [sys.executable, "-m", "multimodal_fm", "pretrain", str(path), *more]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    return mmfm
+
+
+def test_a_decoder_that_ends_a_worker_process_costs_its_item(tmp_path, monkeypatch):
+    mmfm = dying(tmp_path, monkeypatch, readers="processes", workers=1)
+    done = mmfm()
+    assert done.returncode == 0, done.stderr[-2000:]
+    lost = rows(tmp_path / "run", "quarantine.jsonl")
+    assert {(row["key"], row["reason"]) for row in lost} == {("item0007", "crash")}
+    assert "item0007" in done.stdout + done.stderr
+
+
+def test_a_decoder_that_ends_the_program_is_left_out_the_third_time(tmp_path, monkeypatch):
+    mmfm = dying(tmp_path, monkeypatch, readers="threads", workers=1, save_every=1)
+    codes = [mmfm().returncode, mmfm("--resume").returncode]
+    assert codes == [-signal.SIGABRT] * 2
+    done = mmfm("--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "item0007" in done.stderr
+    lost = rows(tmp_path / "run", "quarantine.jsonl")
+    assert {(row["key"], row["reason"]) for row in lost} == {("item0007", "crash")}
+
+
+def test_a_run_that_was_killed_blames_nobody(tmp_path):
+    """Only a fault of the program's own counts against what was being read."""
+    corpus = shards.Corpus(shards.Config(str(_one(tmp_path))), "all")
+    for _ in range(3):
+        journal = Journal(tmp_path / "reading-0", 2)
+        journal.note(corpus, 0)  # and the process is gone
+    assert not Journal(tmp_path / "reading-0", 2).blocks(corpus, 0)
+    for _ in range(2):
+        Journal(tmp_path / "reading-0", 2).note(corpus, 0)
+        (tmp_path / "reading-0.fault").write_text("Fatal Python error: Segmentation fault")
+        journal = Journal(tmp_path / "reading-0", 2)
+        (tmp_path / "reading-0.fault").unlink()
+    assert journal.blocks(corpus, 0) and not journal.blocks(corpus, 1)
+
+
+def _one(folder):
+    shards.write(folder / "a.tar", items(3))
+    return folder / "a.tar"
+
+
+def test_a_killed_worker_process_is_replaced(tmp_path):
+    config, corpora = fitted(build(two_sources(tmp_path)))
+    wanted = [step.keys for step in Loader(train._steps(config, corpora), 0, 10, 0)]
+    loader = Loader(train._steps(config, corpora), 0, 10, 2, "processes")
+    found = []
+    for step in loader:
+        found.append(step.keys)
+        if len(found) == 3:
+            os.kill(loader._near._workers[0].pid, signal.SIGKILL)
+    assert found == wanted
+
+
+def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):
+    config, corpora = fitted(build(two_sources(tmp_path)))
+    steps = train._steps(config, corpora)
+    monkeypatch.setattr(steps, "_read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(Loader(steps, 0, 10, 2, "threads")))
