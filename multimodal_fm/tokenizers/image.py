@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
@@ -9,11 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..errors import Lost
 from ..tokens import Tokens, sequence_of
+
+warnings.filterwarnings("ignore", module="PIL")  # once for all threads: what matters becomes Lost
 
 extensions = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # whatever the ending says
@@ -41,32 +45,65 @@ class Config:
 def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
     """One sequence of patches in rows, content (N, 3 * patch * patch) uint8, position (0, row, column).
 
-    raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
-    Raises Lost.
+    raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1]. The
+    part of the picture is drawn first, then a JPEG is decoded at the least scale that this part needs. Raises Lost.
     """
-    from torchvision.transforms.v2 import functional as T
-
     raw = next((raw[e] for e in extensions if e in raw), None) if isinstance(raw, dict) else raw
     if raw is None:
         return []
-    side = config.patch * math.sqrt(config.limit)
-    picture = decode(config, raw, side / math.sqrt(config.area) * 1.5)
-    if generator is not None and config.area < 1:
-        picture = _crop(config, picture, generator)
-    rows, columns = grid(config, picture.height, picture.width)
-    height, width = rows * config.patch, columns * config.patch
-    scale = max(height / picture.height, width / picture.width)  # cover the grid, then cut what hangs over
-    size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
-    picture = T.center_crop(T.resize(picture, size), [height, width])
-    if generator is not None:
-        picture = _vary(config, picture, generator)
-    pixels = torch.from_numpy(np.array(picture))  # (height, width, 3)
-    patches = pixels.unflatten(0, (rows, config.patch)).unflatten(2, (columns, config.patch))
-    content = patches.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)  # (rows * columns, 3 * patch * patch)
-    position = torch.zeros(rows * columns, 3)
-    position[:, 1] = torch.arange(rows).repeat_interleave(columns)
-    position[:, 2] = torch.arange(columns).repeat(rows)
-    return [sequence_of(content.contiguous(), position)]
+    jpeg = _jpeg(config, raw)
+    if jpeg is None:
+        whole = np.asarray(decode(config, raw, config.patch * math.sqrt(config.limit / config.area) * 1.5))
+        height, width = whole.shape[:2]
+    else:
+        height, width = jpeg.height, jpeg.width
+    draws = None if generator is None else torch.rand(8, generator=generator, dtype=torch.float64).tolist()
+    part = (0.0, 0.0, height, width) if draws is None else _crop(config, height, width, draws)
+    rows, columns = grid(config, *part[2:])
+    size = (rows * config.patch, columns * config.patch)
+    top, left, high, wide = _covering(part, size)
+    if jpeg is not None:
+        whole = jpeg.decode(config, size[0] * height / high, size[1] * width / wide, fast=draws is not None)
+    down, across = whole.shape[0] / height, whole.shape[1] / width
+    upper, lower = _edges(top * down, high * down, whole.shape[0])
+    first, last = _edges(left * across, wide * across, whole.shape[1])
+    pixels = _resize(whole[upper:lower, first:last], size)
+    if draws is not None:
+        pixels = _vary(config, pixels, draws)
+    patches = pixels.reshape(rows, config.patch, columns, config.patch, 3).transpose(0, 2, 4, 1, 3)
+    content = torch.from_numpy(np.ascontiguousarray(patches).reshape(rows * columns, -1))
+    return [sequence_of(content, _positions(rows, columns))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(rows: int, columns: int) -> Tensor:
+    """(rows * columns, 3); shared, so that nobody may write to it."""
+    position = torch.zeros(rows, columns, 3)
+    position[..., 1] = torch.arange(rows)[:, None]
+    position[..., 2] = torch.arange(columns)
+    return position.flatten(0, 1)
+
+
+def _covering(part: tuple, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The middle of a part (top, left, height, width) that has the shape of `size`."""
+    top, left, height, width = part
+    scale = max(size[0] / height, size[1] / width)
+    high, wide = size[0] / scale, size[1] / scale
+    return top + (height - high) / 2, left + (width - wide) / 2, high, wide
+
+
+def _edges(start: float, length: float, whole: int) -> tuple[int, int]:
+    """The nearest pixels to a span, at least one."""
+    first = min(max(round(start), 0), whole - 1)
+    return first, max(min(round(start + length), whole), first + 1)
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 to (*size, 3), smoothed where it shrinks."""
+    if not pixels.flags.writeable or min(pixels.strides) < 0:  # PyTorch takes neither
+        pixels = pixels.copy()
+    given = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order it knows the layout: twice as fast
+    return F.interpolate(given, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def grid(config: Config, height: int, width: int) -> tuple[int, int]:
@@ -76,6 +113,87 @@ def grid(config: Config, height: int, width: int) -> tuple[int, int]:
     # rounding down both ways wastes up to a row or a column: take one back where it fits and is nearer to the shape
     options = [(r, c) for r in (rows, rows + 1) for c in (columns, columns + 1) if r * c <= config.limit]
     return min(options, key=lambda o: abs(math.log(o[0] / o[1] * width / height)) - 0.5 * math.log(o[0] * o[1]))
+
+
+@dataclass(frozen=True)
+class _Jpeg:
+    """The header of a JPEG that the fast decoder reads: the upright picture's size, and what brings it upright."""
+
+    data: bytes
+    height: int
+    width: int
+    turn: int  # the EXIF orientation
+
+    def decode(self, config: Config, height: float, width: float, fast: bool) -> np.ndarray:
+        """(H, W, 3) uint8, upright: the whole at 1/1, 1/2, 1/4 or 1/8, the least that gives that size or more.
+
+        Other eighths are slower than the next of these. `fast` errs by a level or two of 255. Raises Lost.
+        """
+        import simplejpeg
+
+        part = next((n for n in (8, 4, 2) if self.height >= n * height and self.width >= n * width), 1)
+        size = -(-self.height // part), -(-self.width // part)
+        least = dict(zip(("min_width", "min_height") if self.turn >= 5 else ("min_height", "min_width"), size))
+        try:
+            pixels = simplejpeg.decode_jpeg(self.data, fastdct=fast, fastupsample=fast, **least)
+        except ValueError as error:  # warnings too: without them a cut file has grey rows
+            if any(word in str(error) for word in DAMAGE):
+                raise Lost("decode", str(error)[:100]) from None
+            return np.asarray(decode(config, self.data))
+        return UPRIGHT[self.turn](pixels)
+
+
+DAMAGE = ("remature end", "Huffman", "instead of RST")  # what libjpeg says where pixels are missing
+
+
+def _jpeg(config: Config, raw) -> _Jpeg | None:
+    """The header of a plain JPEG in memory; None for all else, which `decode` reads or refuses. Raises Lost."""
+    if not isinstance(raw, bytes) or raw[:3] != b"\xff\xd8\xff" or len(raw) > config.bytes:
+        return None
+    import simplejpeg
+
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
+    except ValueError:
+        return None
+    if space not in ("YCbCr", "Gray", "RGB"):
+        return None
+    _check_size(config, width, height)
+    turn = _turn(raw)
+    return _Jpeg(raw, width, height, turn) if turn >= 5 else _Jpeg(raw, height, width, turn)
+
+
+def _turn(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 where it has none. Only notes before the pixels are looked at."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"\xda", b"\xe1"):
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    if data[place : place + 2] != b"\xff\xe1":
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            turn = picture.getexif().get(0x0112)
+    except Exception:  # a damaged note beside the pixels, which may be fine
+        return 1
+    return turn if turn in UPRIGHT else 1
+
+
+UPRIGHT = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
+    7: lambda pixels: pixels.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda pixels: pixels.transpose(1, 0, 2)[::-1],
+}
+"""What brings an array (H, W, 3) upright, by the EXIF orientation."""
+
+
+def _check_size(config: Config, width: int, height: int) -> None:
+    if width * height > config.pixels or max(width, height) > LONGEST:
+        raise Lost("pixel-limit", f"{width} x {height}, the limit is {config.pixels}")
 
 
 def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
@@ -92,15 +210,12 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
             if len(raw) > config.bytes:
                 raise Lost("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
             raw = io.BytesIO(raw)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(raw, formats=FORMATS) as picture:
-                if picture.width * picture.height > config.pixels or max(picture.size) > LONGEST:
-                    raise Lost("pixel-limit", f"{picture.width} x {picture.height}, the limit is {config.pixels}")
-                if side < math.inf:
-                    picture.draft("RGB", (math.ceil(side), math.ceil(side)))
-                picture.load()
-                return _rgb(picture)
+        with Image.open(raw, formats=FORMATS) as picture:
+            _check_size(config, *picture.size)
+            if side < math.inf:
+                picture.draft("RGB", (math.ceil(side), math.ceil(side)))
+            picture.load()
+            return _rgb(picture)
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
@@ -147,35 +262,38 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    picture.info.pop("exif", None)  # it is upright now, whoever looks again
+    return picture
 
 
-def _draw(generator: torch.Generator, low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
+def _crop(config: Config, height: int, width: int, draws: list[float]) -> tuple[float, float, float, float]:
+    """A random part (top, left, height, width) of the picture, of its shape, that keeps at least `area` of it."""
+    share = math.sqrt(_between(draws[0], config.area, 1.0))
+    high, wide = height * share, width * share
+    return draws[1] * (height - high), draws[2] * (width - wide), high, wide
 
 
-def _crop(config: Config, picture: Image.Image, generator: torch.Generator) -> Image.Image:
-    """A random part of the picture, of its shape, that keeps at least `area` of it."""
-    share = math.sqrt(_draw(generator, config.area, 1.0))
-    width, height = (max(1, round(n * share)) for n in picture.size)
-    left = round(_draw(generator, 0, picture.width - width))
-    top = round(_draw(generator, 0, picture.height - height))
-    return picture.crop((left, top, left + width, top + height))
+def _between(draw: float, low: float, high: float) -> float:
+    return low + (high - low) * draw
 
 
-def _vary(config: Config, picture: Image.Image, generator: torch.Generator) -> Image.Image:
-    """A random mirror image, turn and change of colour, as the config allows them."""
+def _vary(config: Config, pixels: np.ndarray, draws: list[float]) -> np.ndarray:
+    """A random mirror image, turn and change of colour of (H, W, 3) pixels, as the config allows them."""
+    if draws[3] < config.flip:
+        pixels = pixels[:, ::-1]
+    if not config.rotate and not config.colour:
+        return pixels
     from torchvision.transforms.v2 import functional as T
 
-    if config.flip and _draw(generator, 0, 1) < config.flip:
-        picture = T.horizontal_flip(picture)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
     if config.rotate:
-        angle = _draw(generator, -config.rotate, config.rotate)
+        angle = _between(draws[4], -config.rotate, config.rotate)
         picture = T.rotate(picture, angle, interpolation=T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
     if config.colour:
-        for change in (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation):
-            picture = change(picture, _draw(generator, 1 - config.colour, 1 + config.colour))
-    return picture
+        for change, draw in zip((T.adjust_brightness, T.adjust_contrast, T.adjust_saturation), draws[5:], strict=True):
+            picture = change(picture, _between(draw, 1 - config.colour, 1 + config.colour))
+    return np.asarray(picture)
 
 
 def unit(content: Tensor) -> Tensor:
