@@ -27,6 +27,7 @@ REASONS = {
     "empty": "there is nothing in it: no text, no samples, no pixels",
     "pixel-limit": "the picture's header announces more pixels than the limit",
     "byte-limit": "the member is larger than the limit",
+    "duration-limit": "the sound's header announces more seconds than the limit",
     "not-finite": "the sound contains NaN or infinity",
     "duration-limit": "the sound is longer than the limit",
     "crc": "the bytes differ from those that were indexed",
