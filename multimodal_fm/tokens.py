@@ -50,9 +50,11 @@ class Tokens:
 
 def sequence_of(content: Tensor, position: Tensor, kind: int = 0) -> Tokens:
     """One sequence whose tokens all read each other (order 0): what a tokenizer's `read` returns."""
-    n = content.shape[0]
-    zeros = torch.zeros(n, dtype=torch.long)
-    return Tokens(content, position, zeros, zeros, torch.full((n,), kind))
+    zeros = _ZERO.expand(len(content))  # one number, seen n times
+    return Tokens(content, position, zeros, zeros, zeros if kind == 0 else torch.full((len(content),), kind))
+
+
+_ZERO = torch.zeros(1, dtype=torch.long)
 
 
 def join(parts: list[Tokens]) -> Tokens:

@@ -92,6 +92,35 @@ def test_text_that_cannot_be_read(words):
     assert text.read(words, {"json": b'{"other": 1}'}) == []
 
 
+def test_many_texts_are_read_as_one_by_one(words):
+    config = text.Config(vocabulary=400, limit=12, file=words.file, fields={"captions": 3, "txt": 1})
+    row = {"captions": {"en": "a red square " * 9, "de": "ein rotes Quadrat \ud800"}}
+    raws = [{"txt": data} for data in (b"a red square", b"  ", "café".encode("latin-1"), b"red " * 5000)]
+    raws += [{"json": json.dumps(row).encode(), "txt": "日本語".encode()}, {}, {"json": b"{"}, "given as it is"]
+    for first in range(0, 200, len(raws)):
+        seeds = range(first, first + len(raws))
+        many = text.read_many(config, raws, [generator(seed) for seed in seeds])
+        assert len(many) == len(raws)
+        for raw, seed, found in zip(raws, seeds, many, strict=True):
+            try:
+                alone = text.read(config, raw, generator(seed))
+            except Lost as error:
+                assert str(found) == str(error) and type(found) is Lost
+                continue
+            assert len(alone) == len(found) == bool(raw)
+            for a, b in zip(alone, found, strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    assert text.read_many(config, [], []) == []
+
+
+def test_every_part_of_a_long_text_is_drawn(words):
+    long = " ".join(f"square {i}" for i in range(10))
+    config = text.Config(vocabulary=400, limit=12, file=words.file)
+    drawn = [text.decode(config, text.read(config, long, generator(i))[0].content.tolist()) for i in range(2000)]
+    assert all(one in long for one in drawn) and len(set(drawn)) > 30
+    assert any(long.startswith(one) for one in drawn) and any(long.endswith(one) for one in drawn)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (1, 1), (1000, 1), (3, 500), (97, 89), (640, 480)])
 def test_the_grid_keeps_the_shape_and_the_limit(size):
     config = image.Config(patch=8, limit=50)
@@ -165,6 +194,99 @@ def test_pictures_that_cannot_be_read():
         image.read(image.Config(pixels=10_000), {"jpg": whole})
 
 
+def waves(size=(640, 480)) -> Image.Image:
+    """A smooth picture without symmetry."""
+    y, x = np.mgrid[: size[1], : size[0]] / 40.0
+    levels = np.stack([np.sin(x + y / 3), np.sin(y / 2 - x / 5), np.sin(x * y / 40)], 2)
+    return Image.fromarray((127 + 90 * levels).astype(np.uint8))
+
+
+def as_jpeg(picture: Image.Image, **how) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=92, **how)
+    return data.getvalue()
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The shapes that the fast decoder returned."""
+    import simplejpeg
+
+    shapes, decode = [], simplejpeg.decode_jpeg
+
+    def watched(*given, **how):
+        pixels = decode(*given, **how)
+        shapes.append(pixels.shape[:2])
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("size", [(640, 480), (481, 643), (1999, 777), (100, 80)])
+def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
+    config, picture = image.Config(patch=16, limit=64, area=0.4, flip=0.5), waves(size)
+    data = as_jpeg(picture)
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    for seed in (None, 0, 1, 2, 3):
+        (small,), (full,) = (image.read(config, r, seed if seed is None else generator(seed)) for r in (data, whole))
+        assert torch.equal(small.position, full.position)
+        assert (small.content.float() - full.content.float()).abs().mean() < 4
+    assert len(decoded) == 5 and (min(size) < 400 or all(2 * shape[0] <= size[1] + 1 for shape in decoded[:1]))
+
+
+def test_a_jpeg_is_decoded_as_small_as_its_part_allows(decoded):
+    config = image.Config(patch=16, limit=64)  # 128 pixels a side
+    for side, expected in ((127, 127), (255, 255), (256, 128), (511, 256), (512, 128), (1023, 256), (1024, 128)):
+        image.read(config, {"jpg": as_jpeg(waves((side, side)))})
+        assert decoded[-1] == (expected, expected)
+    cropped = image.Config(patch=16, limit=64, area=0.3)
+    data = as_jpeg(waves((400, 400)))
+    for seed in range(10):
+        image.read(cropped, {"jpg": data}, generator(seed))
+    assert set(decoded[-10:]) == {(200, 200), (400, 400)}  # the smaller the part, the more of its pixels are wanted
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("side", [16, 64])
+def test_a_turned_jpeg_is_read_upright(decoded, turn, side):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = as_jpeg(waves((200, 120)), exif=exif)
+    config = image.Config(patch=8, limit=side)
+    (fast,), (plain,) = image.read(config, {"jpg": data}), image.read(config, image.decode(config, data))
+    assert decoded and torch.equal(fast.position, plain.position)
+    assert (fast.content.float() - plain.content.float()).abs().mean() < 4
+
+
+def test_grey_and_odd_jpegs(decoded):
+    config = image.Config(patch=8, limit=64)
+    for mode in ("L", "CMYK"):
+        data = as_jpeg(waves().convert(mode))
+        (read,), (plain,) = image.read(config, {"jpg": data}), image.read(config, image.decode(config, data))
+        assert (read.content.float() - plain.content.float()).abs().mean() < 4
+    assert len(decoded) == 1  # CMYK is left to the other decoder
+
+
+def test_a_cut_jpeg_is_lost_and_never_grey():
+    data = as_jpeg(waves())
+    for config in (image.Config(), image.Config(patch=8, limit=16)):
+        for share in (0.1, 0.5, 0.9, 0.99):
+            for end in (b"", b"\xff\xd9"):
+                with pytest.raises(Lost, match="decode"):
+                    image.read(config, {"jpg": data[: int(share * len(data))] + end})
+    (whole,), (behind,) = (image.read(image.Config(), {"jpg": d}) for d in (data, data + b"\0" * 99))
+    assert torch.equal(whole.content, behind.content)
+
+
+def test_limits_hold_before_anything_is_decoded(decoded):
+    data = as_jpeg(waves())
+    for config, reason in ((image.Config(pixels=307_199), "pixel-limit"), (image.Config(bytes=999), "byte-limit")):
+        with pytest.raises(Lost, match=reason):
+            image.read(config, {"jpg": data})
+    assert not decoded
+
+
 def test_a_picture_varies_only_by_its_generator():
     config = image.Config(patch=8, limit=16, area=0.5, flip=0.5, rotate=10, colour=0.3)
     picture = torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8, generator=generator())
@@ -209,6 +331,54 @@ def test_only_the_wanted_window_of_a_file_is_the_right_one():
     from_file, given_wave = audio.read(SOUND, {"flac": data.getvalue()}), audio.read(SOUND, (wave, 16_000))
     for a, b in zip(from_file, given_wave, strict=True):
         torch.testing.assert_close(a.content, b.content, rtol=0, atol=0.05)
+
+
+@pytest.fixture
+def frames(monkeypatch):
+    """How many frames each call of the decoder returned."""
+    import soundfile
+
+    counts, read = [], soundfile.SoundFile.read
+
+    def watched(self, *given, **how):
+        found = read(self, *given, **how)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", watched)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["OGG", "FLAC"])
+def test_only_the_wanted_window_is_decoded(frames, kind):
+    data = {kind.lower(): tone(440, 5, 44_100, kind, channels=2)}
+    for seed in range(5):
+        audio.read(SOUND, data, generator(seed))
+    assert set(frames) == {SOUND.samples * 441 // 160}
+    frames.clear()
+    audio.read(SOUND, data)
+    assert sum(frames) <= 5 * 44_100 + len(frames)  # inference: all of it, once
+
+
+@pytest.mark.parametrize("rate", [100, 8_000, 11_000, 43_300, 44_100, 48_000, 192_000, 999_900])
+def test_the_resampler_is_torchaudios(rate):
+    import torchaudio
+
+    for count in (1, 7, 441, 20_000):
+        wave = torch.randn(count, generator=generator())
+        expected = torchaudio.transforms.Resample(rate, 16_000)(wave)
+        torch.testing.assert_close(audio._resample(wave, rate, 16_000), expected, rtol=0, atol=5e-6)
+
+
+def test_too_long_a_sound_is_lost_by_its_header(frames):
+    config = audio.Config(frames=8, bands=32, high=32, limit=10, seconds=2.0)
+    assert len(audio.read(config, {"flac": tone(440, 2.0)})[0]) == 10
+    frames.clear()
+    for raw in ({"flac": tone(440, 2.1)}, {"ogg": tone(440, 2.1, 44_100, "OGG")}, (torch.zeros(40_000), 16_000)):
+        for seed in (None, generator()):
+            with pytest.raises(Lost, match="duration-limit"):
+                audio.read(config, raw, seed)
+    assert not frames
 
 
 def test_patches_in_frequency_have_rows():

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,18 +100,23 @@ def bpe(file: str):
 
 def _whole(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which are no characters."""
+    if text.isascii():
+        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
 
 
+def _chunks(text: str) -> list[str]:
+    return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+
+
 def encode(config: Config, text: str, limit: int | None = None) -> list[int]:
     """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
     ids, merges = [], bpe(config.file)
-    text = _whole(text)
-    for start in range(0, len(text), CHUNK):
-        ids += [i + 2 for i in merges.encode(text[start : start + CHUNK], add_special_tokens=False).ids]
+    for chunk in _chunks(_whole(text)):
+        ids += [i + 2 for i in merges.encode(chunk, add_special_tokens=False).ids]
         if limit is not None and len(ids) >= limit:
             return ids[:limit]
     return ids
@@ -137,13 +143,51 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
         return []
     if generator is None:
         return _windows(config, next(iter(found.values()))[0])
-    text = _draw(config, found, generator)
+    text, draw = _drawn(config, found, generator)
+    return [_window(config, encode(config, text), draw)]
+
+
+def read_many(config: Config, raws: list, generators: list[torch.Generator]) -> list[list[Tokens] | Lost]:
+    """`read` of each item with its generator, or what it raises; all of them in one call of the tokenizer."""
+    results, drawn, chunks = [], [], []
+    for raw, generator in zip(raws, generators, strict=True):
+        try:
+            found = _offered(config, raw)
+        except Lost as error:
+            results.append(error)
+            continue
+        results.append([])
+        if found:
+            text, draw = _drawn(config, found, generator)
+            pieces = _chunks(_whole(text))
+            chunks += pieces
+            drawn.append((results[-1], len(pieces), draw))
+    encoded = iter(bpe(config.file).encode_batch_fast(chunks, add_special_tokens=False) if chunks else ())
+    for views, count, draw in drawn:
+        ids = np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in range(count)])
+        ids += 2
+        views.append(_window(config, ids, draw))
+    return results
+
+
+def _drawn(config: Config, found: dict[str, list[str]], generator: torch.Generator) -> tuple[str, float]:
+    """One of the item's texts, of a long one a part, and the draw that says which of its ids are taken."""
+    draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    text = _draw(config, found, draws)
+    reach = (config.limit - 2) * 8  # characters: far more than there is room for of nearly any text
+    start = _pick(draws[2], max(len(text) - reach, 0) + 1)
+    return text[start : start + reach], draws[3]
+
+
+def _window(config: Config, ids, draw: float) -> Tokens:
     room = config.limit - 2
-    reach = room * 8  # characters: far more than `room` ids of nearly any text
-    start = int(torch.randint(max(len(text) - reach, 0) + 1, (), generator=generator))
-    ids = encode(config, text[start : start + reach])
-    start = int(torch.randint(max(len(ids) - room, 0) + 1, (), generator=generator))
-    return [_sequence(ids[start : start + room])]
+    start = _pick(draw, max(len(ids) - room, 0) + 1)
+    return _sequence(config, ids[start : start + room])
+
+
+def _pick(draw: float, count: int) -> int:
+    """A draw from [0, 1) as one of `count` numbers."""
+    return min(int(draw * count), count - 1)
 
 
 def things(config: Config, raw) -> list[str]:
@@ -166,25 +210,31 @@ MOST_WINDOWS = 64
 def _windows(config: Config, text: str) -> list[Tokens]:
     room = config.limit - 2
     ids = encode(config, text, room * MOST_WINDOWS)
-    return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
+    return [_sequence(config, ids[start : start + room]) for start in range(0, len(ids), room)]
 
 
-def _sequence(ids: list[int]) -> Tokens:
-    content = torch.tensor([BEGIN, *ids, END])
-    position = torch.zeros(len(content), 3)
-    position[:, 0] = torch.arange(len(content))
-    return sequence_of(content, position)
+def _sequence(config: Config, ids) -> Tokens:
+    content = np.empty(len(ids) + 2, dtype=np.int64)
+    content[0], content[1:-1], content[-1] = BEGIN, ids, END
+    return sequence_of(torch.from_numpy(content), _positions(config.limit)[: len(content)])
 
 
-def _draw(config: Config, found: dict[str, list[str]], generator: torch.Generator) -> str:
+@functools.lru_cache(maxsize=64)
+def _positions(count: int) -> Tensor:
+    """(count, 3); shared, so that nobody may write to it."""
+    return F.pad(torch.arange(count, dtype=torch.float32)[:, None], (0, 2))
+
+
+def _draw(config: Config, found: dict[str, list[str]], draws: list[float]) -> str:
     names = list(found)
     if isinstance(config.fields, dict):
-        weights = torch.tensor([float(config.fields[name]) for name in names])
-        weights = weights if weights.sum() > 0 else torch.ones_like(weights)
-        texts = found[names[int(torch.multinomial(weights, 1, generator=generator))]]
+        weights = np.cumsum([float(config.fields.get(name, 1.0)) for name in names])
+        weights = weights if weights[-1] > 0 else np.arange(1, len(names) + 1)
+        which = int(np.searchsorted(weights, draws[0] * weights[-1], side="right"))
+        texts = found[names[min(which, len(names) - 1)]]
     else:
         texts = found[names[0]]
-    return texts[int(torch.randint(len(texts), (), generator=generator))]
+    return texts[_pick(draws[1], len(texts))]
 
 
 def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
