@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,62 +118,81 @@ def gather(
     `round_to`: the number of tokens is rounded up to a multiple of it with filler (of the first kind, and never read),
     where a GPU wants round sizes.
     """
-    seen: dict[str, list[Tokens]] = {kind: [] for kind in kinds}
-    hidden: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    asked = {name: {kind: [] for kind in kinds} for name in sections}
-    placed: list[tuple[str, str, Tensor, list[tuple[str, int, int]]]] = []  # questions, waiting for the final rows
-    tables = {name: [] for name in sections}
-    filled = dict.fromkeys(kinds, 0)
-    first = 0
-    for name, items in sections.items():
-        for number, one in items:
-            spans, last = [], 0
-            for piece, hide in zip(one.seen, one.hidden, strict=True):
-                kind = kinds[int(piece.kind[0])]
-                seen[kind].append(piece.replace(sequence=piece.sequence + first))
-                hidden[kind].append(torch.zeros(len(piece)) if hide is None else hide.float())
-                spans.append((kind, filled[kind], len(piece)))
-                filled[kind] += len(piece)
-                for own in piece.sequence.unique().tolist():
-                    if own >= last:
-                        tables[name].append((first + own, int(piece.kind[0]), number, one.group))
-                        last = own + 1
-            for piece, at in zip(one.asked, one.at, strict=True):
-                if len(piece):
-                    kind = kinds[int(piece.kind[0])]
-                    asked[name][kind].append(piece.replace(sequence=piece.sequence + first))
-                    placed.append((name, kind, at, spans))
-            first += last
-    present = [kind for kind in kinds if seen[kind]]
-    starts, start = {}, 0
-    for kind in present:
-        starts[kind], start = start, start + filled[kind]
-    flat = {f: torch.cat([getattr(t, f) for k in present for t in seen[k]]) for f in _LABELS}
-    order = layout(flat["sequence"], flat["order"])
-    tokens = Tokens(order, *(flat[f].index_select(0, order) for f in _LABELS))
+    items = [(name, number, one) for name, own in sections.items() for number, one in own]
+    pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
+    owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
+    flat = _flat([piece for _, piece, _ in pieces])  # item by item
+    owners, sequence = np.repeat(owner, size), flat["sequence"].numpy()
+    length, count = np.bincount(owners, minlength=len(items)), np.zeros(len(items), np.int64)
+    np.maximum.at(count, owners, sequence + 1)
+    start, first = np.cumsum(length) - length, np.cumsum(count) - count  # an item's first row and sequence
+    flat["sequence"] = torch.from_numpy(sequence + first[owners])
+
+    kind = flat["kind"].numpy()[np.cumsum(size) - size]  # of each piece
+    rows = torch.from_numpy(np.argsort(np.repeat(kind, size), kind="stable"))  # kind by kind
+    grouped = {name: flat[name].index_select(0, rows) for name in _LABELS}
+    order = layout(grouped["sequence"], grouped["order"])
+    tokens = Tokens(order, *(grouped[name].index_select(0, order) for name in _LABELS))
     final = torch.empty_like(order)
-    final[order] = torch.arange(len(order))  # row among the kinds' vectors -> row in the layout
-    at = {name: {kind: [] for kind in kinds} for name in sections}
-    for name, kind, rows, spans in placed:
-        global_rows = torch.cat([torch.arange(n) + starts[k] + offset for k, offset, n in spans])
-        known = rows >= 0
-        at[name][kind].append(torch.where(known, final[global_rows[rows.clamp(min=0)]], -1))
-    tokens = _fill(tokens, round_to)
+    final[rows[order]] = torch.arange(len(order))  # row item by item -> row in the layout
+
+    numbers, where = np.unique(flat["sequence"].numpy(), return_index=True)
+    item, group = np.array([number for _, number, _ in items]), np.array([one.group for _, _, one in items])
+    columns = numbers, flat["kind"].numpy()[where], item[owners[where]], group[owners[where]]
+    names = np.array([name for name, _, _ in items])[owners[where]]
+    by_kind = {kinds[k]: [pieces[p] for p in np.flatnonzero(kind == k)] for k in np.unique(kind)}
     return Batch(
-        {kind: torch.cat([t.content for t in seen[kind]]) for kind in present},
-        {kind: torch.cat(hidden[kind]) for kind in present},
-        tokens,
-        first,
+        {name: torch.cat([piece.content for _, piece, _ in own]) for name, own in by_kind.items()},
+        {name: torch.cat([_covered(piece, hide) for _, piece, hide in own]) for name, own in by_kind.items()},
+        _fill(tokens, round_to),
+        int(count.sum()),
         {
             name: Asked(
-                {kind: _cat(pieces) for kind, pieces in asked[name].items() if pieces},
-                {kind: torch.cat(rows) for kind, rows in at[name].items() if rows},
+                *_asked(
+                    [(i, one) for i, (section, _, one) in enumerate(items) if section == name],
+                    kinds,
+                    start,
+                    first,
+                    final,
+                ),
                 counts[name],
-                *torch.tensor(tables[name], dtype=torch.long).view(-1, 4).unbind(1),
+                *(torch.from_numpy(column[names == name]) for column in columns),
             )
             for name in sections
         },
     )
+
+
+def _flat(pieces: list[Tokens]) -> dict[str, Tensor]:
+    return {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in _LABELS}
+
+
+def _covered(piece: Tokens, hide: Tensor | None) -> Tensor:
+    return _SEEN.expand(len(piece)) if hide is None else hide.float()
+
+
+_SEEN = torch.zeros(1)
+
+
+def _asked(items: list[tuple[int, Arranged]], kinds: list[str], start, first, final: Tensor) -> tuple[dict, dict]:
+    """The asked tokens of a section's items by kind, and the rows that answer them.
+
+    start, first: each item's first row, item by item, and its first sequence; final: where those rows went.
+    """
+    found: dict[str, list] = {}
+    for i, one in items:
+        for piece, at in zip(one.asked, one.at, strict=True):
+            if len(piece):
+                found.setdefault(kinds[int(piece.kind[0])], []).append((i, piece, at))
+    tokens, rows = {}, {}
+    for kind in sorted(found, key=kinds.index):
+        owners = np.repeat([i for i, _, _ in found[kind]], [len(piece) for _, piece, _ in found[kind]])
+        asked = _cat([piece for _, piece, _ in found[kind]])
+        tokens[kind] = asked.replace(sequence=asked.sequence + torch.from_numpy(first[owners]))
+        at = torch.cat([at for _, _, at in found[kind]])
+        row = final.index_select(0, at.clamp(min=0) + torch.from_numpy(start[owners]))
+        rows[kind] = torch.where(at >= 0, row, -1)
+    return tokens, rows
 
 
 _LABELS = ("position", "sequence", "order", "kind")

@@ -35,7 +35,7 @@ class Tokens:
         return self.sequence.shape[0]
 
     def replace(self, **fields) -> Tokens:
-        return dataclasses.replace(self, **fields)
+        return Tokens(**(vars(self) | fields))
 
     def select(self, rows: Tensor) -> Tokens:
         """The tokens at `rows` (M,), in that order."""
