@@ -45,12 +45,24 @@ class Config:
 def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
     """One sequence of patches in rows, content (N, 3 * patch * patch) uint8, position (0, row, column).
 
-    raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1]. The
-    part of the picture is drawn first, then a JPEG is decoded at the least scale that this part needs. Raises Lost.
+    raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
+    Raises Lost.
     """
     raw = next((raw[e] for e in extensions if e in raw), None) if isinstance(raw, dict) else raw
     if raw is None:
         return []
+    pixels, side = view(config, raw, generator), config.patch
+    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+    patches = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    content = torch.from_numpy(np.ascontiguousarray(patches).reshape(rows * columns, -1))
+    return [sequence_of(content, _positions(rows, columns))]
+
+
+def view(config: Config, raw, generator: torch.Generator | None = None) -> np.ndarray:
+    """The pixels (rows * patch, columns * patch, 3) uint8 of a random part of a picture, without a generator of all.
+
+    The part is drawn first, then a JPEG is decoded at the least scale that this part needs. Raises Lost.
+    """
     jpeg = _jpeg(config, raw)
     if jpeg is None:
         whole = np.asarray(decode(config, raw, config.patch * math.sqrt(config.limit / config.area) * 1.5))
@@ -68,11 +80,7 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
     upper, lower = _edges(top * down, high * down, whole.shape[0])
     first, last = _edges(left * across, wide * across, whole.shape[1])
     pixels = _resize(whole[upper:lower, first:last], size)
-    if draws is not None:
-        pixels = _vary(config, pixels, draws)
-    patches = pixels.reshape(rows, config.patch, columns, config.patch, 3).transpose(0, 2, 4, 1, 3)
-    content = torch.from_numpy(np.ascontiguousarray(patches).reshape(rows * columns, -1))
-    return [sequence_of(content, _positions(rows, columns))]
+    return pixels if draws is None else _vary(config, pixels, draws)
 
 
 @functools.lru_cache(maxsize=4096)
