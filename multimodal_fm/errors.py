@@ -29,7 +29,6 @@ REASONS = {
     "byte-limit": "the member is larger than the limit",
     "duration-limit": "the sound's header announces more seconds than the limit",
     "not-finite": "the sound contains NaN or infinity",
-    "duration-limit": "the sound is longer than the limit",
     "crc": "the bytes differ from those that were indexed",
     "read": "the storage did not give the bytes",
     "crash": "reading it ended the program twice",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,13 +147,14 @@ class _Jpeg:
         try:
             pixels = simplejpeg.decode_jpeg(self.data, fastdct=fast, fastupsample=fast, **least)
         except ValueError as error:  # warnings too: without them a cut file has grey rows
-            if any(word in str(error) for word in DAMAGE):
+            if re.search(DAMAGE, str(error)):
                 raise Lost("decode", str(error)[:100]) from None
             return np.asarray(decode(config, self.data))
         return UPRIGHT[self.turn](pixels)
 
 
-DAMAGE = ("remature end", "Huffman", "instead of RST")  # what libjpeg says where pixels are missing
+DAMAGE = r"remature end|Huffman|instead of RST|data: \d\d+ extraneous bytes before marker 0xd9"
+"""What libjpeg says where pixels are missing or wrong. A few spare bytes before the end harm nothing."""
 
 
 def _jpeg(config: Config, raw) -> _Jpeg | None:
@@ -217,6 +220,7 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
         if isinstance(raw, (bytes, bytearray, memoryview)):
             if len(raw) > config.bytes:
                 raise Lost("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+            _check_png(bytes(raw))
             raw = io.BytesIO(raw)
         with Image.open(raw, formats=FORMATS) as picture:
             _check_size(config, *picture.size)
@@ -234,6 +238,19 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
         raise Lost("decode", f"{type(error).__name__}: {error}"[:100]) from None
+
+
+def _check_png(data: bytes) -> None:
+    """Raises Lost where a chunk of pixels does not fit its checksum, which Pillow does not look at."""
+    place = 8 if data[:8] == b"\x89PNG\r\n\x1a\n" else len(data)
+    while place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(data[place : place + 4])
+        kind = data[place + 4 : place + 8]
+        if kind in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(data[place + 4 : end]) != int.from_bytes(
+            data[end : end + 4]
+        ):
+            raise Lost("decode", f"the checksum of a chunk {kind.decode()} is wrong")
+        place = end + 4
 
 
 def _from_tensor(pixels: Tensor) -> Image.Image:
