@@ -9,9 +9,9 @@ loss a token (M,).
 Optional: `fit(config, raws, folder) -> Config` learns what is to be learned before the first step; `check(config)`
 raises BadInput where what was learned is missing; `things(config, raw)` lists what evaluation takes one by one;
 `read_many(config, raws, generators) -> list[list[Tokens] | Lost]` is `read` of several items with a generator each,
-Lost where that raises it, for kinds that are quicker read together; `measure(data, length) -> (int, int)` says how large
-a member is without decoding it, for the index (`data` is its first megabytes); `count(config, length, a, b) -> (N,)`,
-arrays (N,) of members' bytes and measures, says how many tokens a training view of each has, at most.
+Lost where that raises it, for kinds that are quicker read together; `measure(data, length) -> (int, int)` says how
+large a member is without decoding it, for the index (`data` is its first megabytes); `count(config, length, a, b)`,
+given arrays (N,) of members' bytes and measures, says how many tokens a training view of each has, at most: (N,).
 """
 
 from __future__ import annotations
