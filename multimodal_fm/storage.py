@@ -72,7 +72,8 @@ def read(path: str, offset: int, length: int) -> bytes:
     Raises OSError for a local file, Lost("read") for a remote one that cannot be had.
     """
     if not is_remote(path):
-        return _pread(_open(path, os.getpid()).fileno(), length, offset)
+        file = _open(path, os.getpid())  # held until it is read: another thread may drop it from the cache
+        return _pread(file.fileno(), length, offset)
     total, mark = _known(path)
     length = max(0, min(length, total - offset))
     pieces = range(offset // PIECE, -(-(offset + length) // PIECE))

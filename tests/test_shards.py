@@ -5,7 +5,7 @@ import pytest
 import webdataset
 from conftest import items
 
-from multimodal_fm import index
+from multimodal_fm import index, storage
 from multimodal_fm.errors import BadInput
 from multimodal_fm.shards import Config, Corpus, find, write
 
@@ -117,6 +117,15 @@ def test_jsonl_rows_and_paragraphs_are_items(tmp_path):
     pieces = [corpus.raw(i)["txt"] for i in range(len(corpus))]
     assert all(len(p) <= 256 for p in pieces) and len(pieces) < 40
     assert "".join(p.decode() for p in pieces) == text  # no piece ends inside a character, nothing is lost
+
+
+def test_a_file_stays_open_while_it_is_read(tmp_path, monkeypatch):
+    """Two threads may open a shard at once, and the cache keeps one of the two: the other must not close too early."""
+    path = tmp_path / "a.tar"
+    write(path, items(3))
+    corpus = Corpus(Config(str(path)))
+    monkeypatch.setattr(storage, "_open", lambda path, process: open(path, "rb", buffering=0))
+    assert corpus.read(1)[1] == []
 
 
 def test_items_are_kept_by_their_json(tmp_path):

@@ -128,9 +128,9 @@ def _wave(config: Config, rate: int, take: Callable, start: int, count: int) -> 
 
 def _resample(wave: Tensor, rate: int, to: int) -> Tensor:
     """To `to` samples a second. Odd rates are rounded to a hundred, which keeps the filter small."""
+    rate = rate if rate == to else max(100, round(rate, -2))
     if rate == to:
         return wave
-    rate = max(100, round(rate, -2))
     before, step, pieces = _resampler(rate, to)
     count = -(-len(wave) * to // rate)
     rows = -(-len(wave) // step)

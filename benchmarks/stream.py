@@ -1,0 +1,281 @@
+"""Is the stream exact? A run that is killed, resumed and moved to other ranks, against one that is left alone.
+
+    PYTHONPATH=. python benchmarks/stream.py [--kills 100] [--world 1,2,1] [--json]
+
+kills: `kill -9` at random instants of a run over a three-source mixture with two readers, each followed by `--resume`;
+the items of every step, the losses and the last weights must be those of the run that was left alone, bit for bit.
+world: the same run by other numbers of processes between its resumes; the items of every step must be the same.
+seek: opening a stream over 1,000 shards of 10,000 items at item 0 and at item 10,000,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import torch
+
+from multimodal_fm import index, shards, stream, train
+from multimodal_fm.config import Plugin, build
+from multimodal_fm.tokenizers import text
+
+STEPS, EVERY, TAKE = 240, 10, 8
+
+
+def corpora(folder: Path) -> dict:
+    """Three sources of captions and small pictures, one of them tiny, one with broken items."""
+    import io
+
+    from PIL import Image
+
+    sources = {}
+    generator = np.random.default_rng(0)
+    for name, count in (("large", 600), ("small", 7), ("broken", 150)):
+        items = []
+        for number in range(count):
+            picture = io.BytesIO()
+            Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(picture, "JPEG")
+            caption = " ".join(generator.choice(["red", "green", "square", "circle", "above", "a", "two"], 6))
+            broken = name == "broken" and number % 50 == 3
+            text_bytes = b"\xff\xfe\xfa" if broken else f"{caption} {number}".encode()
+            items.append({"__key__": f"{name}{number}", "jpg": picture.getvalue(), "txt": text_bytes})
+        for part in range(2):
+            shards.write(folder / f"{name}-{part}.tar", items[part::2])
+        sources[name] = {"shards": f"{folder}/{name}-*.tar"}
+    return sources
+
+
+def settings(folder: Path, run: str, **changes) -> dict:
+    words = {"objective": "masked", "parts": ["text"], "take": TAKE, "sources": {"large": 5, "small": 1, "broken": 2}}
+    pairs = {"objective": "contrastive", "parts": ["text", "image"], "take": TAKE, "sources": {"large": 3, "small": 1}}
+    return {
+        "sources": corpora_of(folder),
+        "sections": {"words": words, "pairs": pairs},
+        "tokenizers": {"text": {"vocabulary": 300, "limit": 16}, "image": {"patch": 8, "limit": 6, "area": 0.5}},
+        "model": {"width": 32, "depth": 1, "heads": 2},
+        "embedding": 16,
+        "optim": {"lr": 3e-3, "warmup": 5, "schedule": "constant"},
+        "steps": STEPS,
+        "save_every": EVERY,
+        "threads": 1,
+        "workers": 2,
+        "trace": True,
+        "run": str(folder / run),
+        **changes,
+    }
+
+
+def corpora_of(folder: Path) -> dict:
+    return {name: {"shards": f"{folder}/{name}-*.tar"} for name in ("large", "small", "broken")}
+
+
+def child(data: dict, resume: bool) -> int:
+    """The training in a process of its own (forked, so that a start costs no imports); its process id."""
+    number = os.fork()
+    if number:
+        return number
+    os.setsid()  # its readers die with it when the group is killed
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        train.pretrain(build(data), resume=resume)
+        os._exit(0)
+    except BaseException as error:
+        Path(data["run"] + ".error").write_text(repr(error))
+        os._exit(1)
+
+
+def records(run: Path) -> tuple[list, list, bytes]:
+    """Items and losses of every step, and the last weights."""
+    items = [json.loads(line) for line in (run / "items.jsonl").read_text().splitlines()]
+    losses = [
+        {k: v for k, v in json.loads(line).items() if k.startswith("loss") or k in ("step", "norm")}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    weights = (run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+    return items, losses, weights
+
+
+def differences(wanted: list, found: list) -> tuple[int, int]:
+    """Steps' items that are missing from `found`, and those that are there more than once or should not be."""
+    one, other = (collections.Counter(f"{row['step']} {name} {place}" for row in rows for place, name in
+                                      enumerate(row["items"])) for rows in (wanted, found))  # fmt: skip
+    return sum((one - other).values()), sum((other - one).values())
+
+
+def kills(folder: Path, count: int, seed: int) -> dict:
+    draw = random.Random(seed)
+    began = time.monotonic()
+    os.waitpid(child(settings(folder, "alone"), False), 0)
+    length = time.monotonic() - began
+    items, losses, weights = records(folder / "alone")
+    done = finished = lost = repeated = other_losses = other_weights = failed = 0
+    at_step: list[int] = []
+    while done < count:
+        name = f"killed-{finished}"
+        data = settings(folder, name, readers=("threads", "processes")[finished % 2])
+        run = Path(data["run"])
+        while True:
+            number = child(data, run.is_dir() and any(run.iterdir()))
+            until, status = time.monotonic() + draw.uniform(0, length / 2), 0
+            while time.monotonic() < until and not status:
+                status = os.waitpid(number, os.WNOHANG)[0]
+                time.sleep(0.002)
+            if status:
+                break  # it came to its end
+            if done < count:
+                os.killpg(number, signal.SIGKILL)
+                done += 1
+            code = os.waitpid(number, 0)[1]
+            if (run / "metrics.jsonl").exists():
+                at_step.append(len((run / "metrics.jsonl").read_bytes().splitlines()))
+            if code == 0:
+                break
+            print(f"\r{done} of {count} kills, {finished} runs compared", end="", file=sys.stderr, flush=True)
+        if Path(data["run"] + ".error").exists():
+            failed += 1
+            print("\n" + Path(data["run"] + ".error").read_text(), file=sys.stderr)
+            break
+        theirs = records(run)
+        missing, extra = differences(items, theirs[0])
+        lost, repeated = lost + missing, repeated + extra
+        other_losses += losses != theirs[1] or items != theirs[0]
+        other_weights += weights != theirs[2]
+        finished += 1
+        shutil.rmtree(run)
+    print(file=sys.stderr)
+    return {
+        "name": "kills",
+        "kills": done,
+        "runs": finished,
+        "steps_when_killed": f"{min(at_step, default=0)} to {max(at_step, default=0)}, {len(set(at_step))} different",
+        "items_a_run": sum(len(row["items"]) for row in items),
+        "lost": lost,
+        "repeated": repeated,
+        "runs_with_other_losses": other_losses,
+        "runs_with_other_weights": other_weights,
+        "failed": failed,
+        "ok": not (lost or repeated or other_losses or other_weights or failed),
+    }
+
+
+def world(folder: Path, ranks: list[int]) -> dict:
+    """Other numbers of processes between resumes."""
+    steps = 20 * len(ranks)
+    plain = settings(folder, "plain", steps=steps, microbatches=4)
+    os.waitpid(child(plain, False), 0)
+    changing = settings(folder, "changing", microbatches=4)
+    for turn, size in enumerate(ranks):
+        path = folder / "changing.json"
+        path.write_text(json.dumps({**changing, "steps": 20 * (turn + 1)}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        command += ["-m", "multimodal_fm", "pretrain", str(path), *(["--resume"] if turn else [])]
+        subprocess.run(command, check=True, capture_output=True)
+    items, theirs = ([json.loads(line) for line in (folder / name / "items.jsonl").read_text().splitlines()]
+                     for name in ("plain", "changing"))  # fmt: skip
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "changing")
+    ]
+    missing, extra = differences(items, theirs)
+    return {
+        "name": "world",
+        "ranks": ranks,
+        "steps": steps,
+        "lost": missing,
+        "repeated": extra,
+        "same_order": items == theirs,
+        "largest_difference_of_a_loss": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "ok": items == theirs,
+    }
+
+
+def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
+    """Seconds from nothing to the first step of a stream over `count` shards, at its beginning and far along."""
+    first = folder / "seek-00000.tar"
+    shards.write(first, ({"__key__": f"{i:06d}", "txt": f"caption number {i}"} for i in range(size)))
+    made = index.build(str(first))
+    for number in range(1, count):
+        other = folder / f"seek-{number:05d}.tar"
+        os.link(first, other)
+        os.link(made.file, f"{other}.mmidx")
+    text_config = text.fit(
+        text.Config(vocabulary=300, limit=16), ({"txt": b"caption number"} for _ in range(1)), folder
+    )
+    tokenizers = {"text": Plugin("text", text, text_config)}
+
+    def open_at(item: int) -> float:
+        began = time.perf_counter()
+        corpus = shards.Corpus(shards.Config(f"{folder}/seek-*.tar"), "many")
+        section = stream.Section("words", TAKE, ["text"], [corpus], [(0, [1.0])], _nothing, grouped=False)
+        stream.Steps([section], tokenizers, 0)[item // TAKE]
+        return time.perf_counter() - began
+
+    open_at(0)
+    taken = {item: [] for item in (0, 10_000_000)}
+    for _ in range(5):
+        for item, times in taken.items():
+            times.append(open_at(item))
+    near, far = (statistics.median(times) for times in taken.values())
+    return {
+        "name": "seek",
+        "items": count * size,
+        "seconds_at_0": round(near, 3),
+        "seconds_at_10_000_000": round(far, 3),
+        "ok": far < 1 and far < 1.5 * near,
+    }
+
+
+def _nothing(item, generator):
+    from multimodal_fm.batch import Arranged
+
+    return Arranged(list(item.parts.values()), [None] * len(item.parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--world", default="1,2,1", help="numbers of processes, one after the other")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for stage in ("kills", "world", "seek"):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            if stage != "seek":
+                corpora(folder)
+            if stage == "kills" and given.kills:
+                results.append(kills(folder, given.kills, given.seed))
+            elif stage == "world" and given.world:
+                results.append(world(folder, [int(size) for size in given.world.split(",")]))
+            elif stage == "seek":
+                results.append(seek(folder))
+    for result in results:
+        if given.json:
+            print(json.dumps(result))
+        else:
+            print(f"{result.pop('name')}: {'ok' if result.pop('ok') else 'NOT OK'}")
+            for name, value in result.items():
+                print(f"  {name.replace('_', ' ')}: {value}")
+
+
+if __name__ == "__main__":
+    main()
