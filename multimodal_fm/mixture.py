@@ -16,6 +16,7 @@ import numpy as np
 
 BLOCK = 4096
 ROUNDS = 6
+WINDOW = 16_384  # places
 _STEP, _ONE, _TWO = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _FULL = 2**64 - 1
 
@@ -49,9 +50,7 @@ def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
 
     A balanced Feistel network over the next even power of two, walked until it falls inside.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    keys = [mix(key, turn) for turn in range(ROUNDS)]
+    half, low, keys = _network(size, key)
     found = np.asarray(places, dtype=np.uint64).copy()
     outside = np.arange(len(found))
     while len(outside):
@@ -61,6 +60,45 @@ def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
         found[outside] = left << half | right
         outside = outside[found[outside] >= np.uint64(size)]
     return found.astype(np.int64)
+
+
+def place_of(item: int, size: int, key: int) -> int:
+    """The place that `permute` sends to `item`: the network backwards."""
+    half, low, keys = _network(size, key)
+    found = np.array([item], dtype=np.uint64)
+    while True:
+        left, right = found >> half, found & low
+        for round_key in reversed(keys):
+            left, right = right ^ (_mix_on(round_key, left) & low), left
+        found = left << half | right
+        if found[0] < size:
+            return int(found[0])
+
+
+def _network(size: int, key: int) -> tuple[np.uint64, np.uint64, list[int]]:
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    return half, np.uint64((1 << int(half)) - 1), [mix(key, turn) for turn in range(ROUNDS)]
+
+
+def shuffle(places: np.ndarray, size: int, chunk: int, key: int) -> np.ndarray:
+    """The items (N,) at `places` (N,) of one epoch over `size` items, each item at one place.
+
+    With chunk 1 any item may stand anywhere. Else runs of `chunk` neighbours are permuted, the short last one among
+    them, and the items of `WINDOW` places among themselves: what is read at a time lies in few ranges of the shards.
+    """
+    if chunk == 1:
+        return permute(places, size, key)
+    window, inside = np.divmod(places, WINDOW)
+    spread = np.empty_like(places)
+    for which in np.unique(window):
+        here = window == which
+        length = min(WINDOW, size - int(which) * WINDOW)
+        spread[here] = which * WINDOW + permute(inside[here], length, mix(key, 1, int(which)))
+    chunks, missing = -(-size // chunk), -size % chunk
+    short = place_of(chunks - 1, chunks, mix(key, 0))  # where the last chunk went, from which all are `missing` early
+    spread = np.where(spread >= (short + 1) * chunk - missing, spread + missing, spread)
+    slot, offset = np.divmod(spread, chunk)
+    return permute(slot, chunks, mix(key, 0)) * chunk + offset
 
 
 def quotas(weights: list[float], block: int = BLOCK) -> list[int]:
@@ -82,6 +120,7 @@ class Source:
 
     name: str
     size: int
+    chunk: int = 1  # neighbours that stay near each other, see `shuffle`
 
 
 @dataclass(frozen=True)
@@ -148,7 +187,7 @@ class Mixture:
         for which, turn in dict.fromkeys(zip(source.tolist(), epoch.tolist(), strict=True)):
             here = (source == which) & (epoch == turn)
             own = self.sources[which]
-            item[here] = permute(place[here], own.size, mix(self.seed, number(own.name), turn))
+            item[here] = shuffle(place[here], own.size, own.chunk, mix(self.seed, number(own.name), turn))
         return Draws(positions, source, epoch, item)
 
     def substitute(self, source: int, position: int, attempt: int) -> int:

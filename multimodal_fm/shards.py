@@ -32,12 +32,13 @@ class Config:
     shards: str | list[str]  # paths, patterns or URLs of .tar, .txt and .jsonl files
     where: dict[str, str] = field(default_factory=dict)  # keep the items whose JSON has these values (dots go deeper)
     group: str = ""  # the JSON field that says which items mean the same; empty: an equal text
+    chunk: int = 1  # so many neighbours are read near each other in time: 64 to 256 on an object store
     piece: int = 2000  # .txt: paragraphs are joined, and longer ones cut, to pieces of at most so many bytes
     bytes: int = 200_000_000  # a longer member is not read at all
 
     def __post_init__(self):
-        if self.piece < 16:
-            raise ValueError("piece is at least 16 bytes")
+        if self.piece < 16 or self.chunk < 1:
+            raise ValueError("piece is at least 16 bytes, chunk at least 1")
 
 
 class Corpus:

@@ -96,7 +96,7 @@ class Steps(torch.utils.data.Dataset):
         if section.temperature is not None:
             factor = factor * (sizes / factor) ** section.temperature
         phases = [(step * section.take, list(np.array(weights) * factor)) for step, weights in section.phases]
-        sources = [Source(c.name, len(items)) for c, items in zip(section.corpora, usable, strict=True)]
+        sources = [Source(c.name, len(items), c.config.chunk) for c, items in zip(section.corpora, usable, strict=True)]
         return Mixture(mix(self.seed, number(section.name)), sources, phases, section.drawn)
 
     def drawn_by_section(self, step: int) -> dict[str, dict[str, int]]:

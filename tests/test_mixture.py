@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from multimodal_fm.mixture import BLOCK, Mixture, Source, mix, permute, quotas
+from multimodal_fm.mixture import BLOCK, WINDOW, Mixture, Source, mix, permute, place_of, quotas, shuffle
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
@@ -10,6 +10,24 @@ def test_a_permutation_visits_everything_once(size):
     assert sorted(permute(places, size, 5)) == list(range(size))
     if size > 7:
         assert list(permute(places, size, 5)) != list(permute(places, size, 6))
+
+
+@pytest.mark.parametrize("size", [1, 5, 100, 4097])
+def test_a_permutation_is_undone(size):
+    there = permute(np.arange(size), size, 5)
+    assert [place_of(int(item), size, 5) for item in there] == list(range(size))
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(1, 64), (63, 64), (1000, 64), (50_000, 64), (WINDOW * 2, 256), (7, 2)])
+def test_chunks_visit_everything_once_and_stay_together(size, chunk):
+    items = shuffle(np.arange(size), size, chunk, 5)
+    assert sorted(items) == list(range(size))
+    assert (items == np.concatenate([shuffle(np.array([p]), size, chunk, 5) for p in range(min(size, 50))] +
+                                    [items[50:]])).all()  # fmt: skip
+    if size > WINDOW:
+        window = items[:WINDOW] // chunk
+        assert len(np.unique(window)) <= WINDOW // chunk + 1  # few ranges at a time,
+        assert (np.abs(np.diff(items[:WINDOW])) < chunk).mean() < 0.1  # and well mixed
 
 
 def test_a_permutation_mixes():

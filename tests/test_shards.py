@@ -1,12 +1,14 @@
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
 from conftest import items
 
 from multimodal_fm import index, storage
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import REASONS, BadInput
 from multimodal_fm.shards import Config, Corpus, find, write
 
 
@@ -146,3 +148,9 @@ def test_files_that_cannot_be_sources(tmp_path):
     corpus = Corpus(Config(str(tmp_path / "broken.jsonl")))
     assert [corpus.json(i) for i in range(2)] == [{}, {}]
     assert json.loads(corpus.raw(1)["json"]) == []
+
+
+def test_the_readme_lists_every_reason():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    listed = dict(re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", text, re.M))
+    assert {name: listed.get(name) for name in REASONS} == REASONS
