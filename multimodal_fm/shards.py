@@ -46,7 +46,7 @@ class Corpus:
 
     def __init__(self, config: Config, name: str = "source"):
         self.name, self.config = name, config
-        self.indexes = index.open_all(find(config.shards, name), config.piece, _Told(name))
+        self.indexes = index.open_all(find(config.shards, f"source {name}"), config.piece, _Told(name))
         self.refused: list[Refused] = [refused for one in self.indexes for refused in one.refused]
         self.bounds = np.cumsum([0, *map(len, self.indexes)])
         self._kept: np.ndarray | None = None  # the items that `where` keeps; None: all
@@ -139,19 +139,19 @@ def _told(refused: Refused) -> str:
     return f"{refused.shard}: {refused.reason}: {refused.detail}"
 
 
-def find(patterns: str | list[str], name: str = "source") -> list[str]:
+def find(patterns: str | list[str], name: str = "shards") -> list[str]:
     """The files that the patterns name, each pattern's sorted. Raises BadInput where a pattern names none."""
     files = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [file for file in storage.find(str(pattern)) if not file.endswith(".mmidx")]
         if not found:
-            raise BadInput(f"source {name}: no file matches {pattern}")
+            raise BadInput(f"{name}: no file matches {pattern}")
         files += found
     for file in files:
         if not file.endswith(SHARDS):
             packed = file.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
             mend = f"mmfm pack {file} --to FOLDER" if packed else "give a .tar, .txt or .jsonl file"
-            raise BadInput(f"source {name}: {file} cannot be read at random; {mend}")
+            raise BadInput(f"{name}: {file} cannot be read at random; {mend}")
     return files
 
 

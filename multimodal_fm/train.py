@@ -25,7 +25,7 @@ from .errors import BadInput
 from .mixture import mix, permute
 from .model import Model, pick_device
 from .monitor import Monitor, Silent, summary
-from .shards import Corpus
+from .shards import Corpus, find
 from .stream import Bad, Journal, Loader, Section, Step, Steps
 from .tokens import FILLER
 
@@ -57,6 +57,8 @@ def pretrain(config: Config, resume: bool = False, allow_data_change: bool = Fal
 def _pretrain(config: Config, run: Path, device, ranks: Ranks, resume: bool, allow_data_change: bool) -> Path:
     folder = ranks.share(lambda: _start(run, resume))
     corpora = ranks.in_turn(lambda: {name: Corpus(source, name) for name, source in config.sources.items()})
+    for name, evaluation in config.evaluate.items():
+        find(evaluation.on, f"evaluate.{name}")
     if config.strict:
         for name, corpus in corpora.items():
             for refused in corpus.refused[:1]:

@@ -149,6 +149,15 @@ def test_a_second_signal_leaves_at_once(tmp_path, write_config):
     assert process.returncode in (130, 143)
 
 
+def test_what_is_to_be_measured_must_be_there_before_the_first_step(tmp_path, corpus):
+    config = build(
+        {**tiny(corpus), "run": str(tmp_path / "run"), "evaluate": {"all": {"on": f"{tmp_path}/none-*.tar"}}}
+    )
+    with pytest.raises(BadInput, match="evaluate.all: no file matches"):
+        train.pretrain(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_folder_is_not_overwritten(whole, corpus):
     with pytest.raises(BadInput, match="--resume"):
         train.pretrain(build({**tiny(corpus), "run": str(whole)}))
