@@ -29,7 +29,8 @@ class Config:
 
 def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
     """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
-    seen = [part.replace(sequence=part.sequence + number) for number, part in enumerate(item.parts.values())]
+    parts = list(item.parts.values())
+    seen = [part.replace(sequence=part.sequence + number) if number else part for number, part in enumerate(parts)]
     return Arranged(seen, [None] * len(seen), group=item.group)
 
 
