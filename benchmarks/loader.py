@@ -91,7 +91,12 @@ class Player:
         quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
         path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w"), "text": True}
-        self.process = subprocess.Popen(command, env={**quiet, "PYTHONPATH": path}, **pipes)
+        try:
+            self.process = subprocess.Popen(command, env={**quiet, "PYTHONPATH": path}, **pipes)
+        except OSError as error:
+            log.write_text(str(error))
+            self.process, self.alive = None, False
+            return
         self._answer()  # one starts after the other, so that each warms up alone
 
     def _answer(self) -> str:
@@ -101,7 +106,8 @@ class Player:
 
     def play(self, seconds: float) -> None:
         if self.alive:
-            print(seconds, file=self.process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(seconds, file=self.process.stdin, flush=True)
             if line := self._answer():
                 count, took = line.split()
                 self.rates.append(int(count) / float(took))
@@ -113,6 +119,8 @@ class Player:
         return f"left out: {said[-1][:200] if said else 'it ended without a word'}"
 
     def close(self) -> None:
+        if self.process is None:
+            return
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
