@@ -6,7 +6,9 @@ img2dataset and LAION-CLAP write them. A damaged shard gives what is whole and s
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -48,7 +50,7 @@ class Corpus:
         self.name, self.config = name, config
         self.indexes = index.open_all(find(config.shards, f"source {name}"), config.piece, _Told(name))
         self.refused: list[Refused] = [refused for one in self.indexes for refused in one.refused]
-        self.bounds = np.cumsum([0, *map(len, self.indexes)])
+        self.bounds = list(itertools.accumulate(map(len, self.indexes), initial=0))
         self._kept: np.ndarray | None = None  # the items that `where` keeps; None: all
         if config.where:
             rows = (self.json(item) for item in range(len(self)))
@@ -59,13 +61,13 @@ class Corpus:
             raise BadInput(f"source {name}: no items{why} in {_patterns(config.shards)}{broken}")
 
     def __len__(self) -> int:
-        return int(self.bounds[-1]) if self._kept is None else len(self._kept)
+        return self.bounds[-1] if self._kept is None else len(self._kept)
 
     def _place(self, item: int) -> tuple[index.Index, int]:
         """The item's shard and its number there."""
         item = int(item if self._kept is None else self._kept[item])
-        shard = int(np.searchsorted(self.bounds, item, "right")) - 1
-        return self.indexes[shard], item - int(self.bounds[shard])
+        shard = bisect.bisect_right(self.bounds, item) - 1
+        return self.indexes[shard], item - self.bounds[shard]
 
     def shard(self, item: int) -> str:
         return self._place(item)[0].shard

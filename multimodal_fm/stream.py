@@ -23,6 +23,7 @@ from .mixture import Mixture, Source, mix, number
 from .rows import lookup, parse_map
 from .shards import Corpus
 
+HELD = 1 << 26  # bytes of items that are in memory before they are decoded
 ATTEMPTS = 16  # how many items are tried for a position before the step does without
 
 
@@ -40,6 +41,18 @@ class Section:
     temperature: float | None = None  # weights times size (in what `by` names) to this power
     grouped: bool = True  # whether the objective asks which items mean the same
     drawn: list[int] | None = None  # how many items of each corpus were read before the first phase
+
+
+@dataclass
+class _Opened:
+    """An item on its way: its members, and what has become of them."""
+
+    corpus: Corpus
+    index: int
+    raw: dict[str, bytes]
+    key: int  # of all that is random about this visit
+    failed: list[tuple[str, Lost]]
+    parts: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,9 @@ class Steps(torch.utils.data.Dataset):
         self.kinds, self.microbatches, self.round_to = list(tokenizers), microbatches, round_to
         self.own = range(rank * microbatches // ranks, (rank + 1) * microbatches // ranks)
         self.journal = journal
+        names = [*self.kinds, *(s.name for s in sections), *(c.name for s in sections for c in s.corpora)]
+        self.numbers = {name: number(name) for name in names}
+        self.places = {kind: torch.tensor([place]) for place, kind in enumerate(self.kinds)}
         self.wanted = [self._endings(section) for section in sections]
         self.usable, self.mixtures, self.rulers = [], [], []
         for section in sections:
@@ -168,7 +184,7 @@ class Steps(torch.utils.data.Dataset):
     def _read_items(self, which: int, draws, wanted: list[tuple[int, int]], step: int, lost: list) -> list:
         """For each (place, item of its source): what it became and its name, None where nothing in it can be read."""
         section, endings = self.sections[which], self.wanted[which]
-        raws, names, streams, failures = [], [], [], []
+        results, opened, held = [], [], 0
         for place, item in wanted:
             source, epoch = int(draws.source[place]), int(draws.epoch[place])
             corpus, index = section.corpora[source], int(self.usable[which][source][item])
@@ -177,47 +193,52 @@ class Steps(torch.utils.data.Dataset):
             else:
                 raw, broken = corpus.read(index, endings)
                 failed = [(self._kind_of(ending, section.parts), error) for ending, error in broken]
-            raws.append(raw)
-            names.append((corpus, index))
-            streams.append(mix(self.seed, number(section.name), number(corpus.name), epoch, index))
-            failures.append(failed)
-        parts: list[dict] = [{} for _ in wanted]
+            key = mix(self.seed, self.numbers[section.name], self.numbers[corpus.name], epoch, index)
+            opened.append(_Opened(corpus, index, raw, key, failed))
+            held += sum(map(len, raw.values()))
+            if held > HELD:
+                results += self._arrange(section, opened, step, lost)
+                opened, held = [], 0
+        return results + self._arrange(section, opened, step, lost)
+
+    def _arrange(self, section: Section, opened: list[_Opened], step: int, lost: list) -> list:
         for kind in section.parts:
-            tokenizer = self.tokenizers[kind]
-            place_of = self.kinds.index(kind)
-            generators = [_generator(mix(stream, number(kind))) for stream in streams]
-            members = [{e: raw[e] for e in tokenizer.module.extensions if e in raw} for raw in raws]
-            for one, views in enumerate(self._views(tokenizer, members, generators, names)):
+            place = self.places[kind]
+            for one, views in zip(opened, self._views(kind, opened), strict=True):
                 if isinstance(views, Lost):
-                    failures[one].append((kind, views))
+                    one.failed.append((kind, views))
                 elif views and len(views[0]):
-                    parts[one][kind] = views[0].replace(kind=torch.full((len(views[0]),), place_of))
+                    one.parts[kind] = views[0].replace(kind=place.expand(len(views[0])))
         if self.journal:
             self.journal.clear()
         results = []
-        for (corpus, index), raw, own, failed, stream in zip(names, raws, parts, failures, streams, strict=True):
-            if not own and not failed:
-                failed = [("", Lost("empty", f"none of {', '.join(section.parts)} in it"))]
-            lost += [ledger_row(corpus, index, kind, error, step + 1) for kind, error in failed]
-            if not own:
+        for one in opened:
+            if not one.parts and not one.failed:
+                one.failed.append(("", Lost("empty", f"none of {', '.join(section.parts)} in it")))
+            for kind, error in one.failed:
+                lost.append(ledger_row(one.corpus, one.index, kind, error, step + 1))
+            if not one.parts:
                 results.append(None)
                 continue
-            group = group_of(corpus, index, raw, self.tokenizers) if section.grouped else 0
-            arranged = section.arrange(Item(own, group), _generator(mix(stream, 0)))
-            results.append((arranged, f"{corpus.name}/{corpus.key(index)}"))
+            group = group_of(one.corpus, one.index, one.raw, self.tokenizers) if section.grouped else 0
+            arranged = section.arrange(Item(one.parts, group), _generator(one.key))
+            results.append((arranged, f"{one.corpus.name}/{one.corpus.key(one.index)}"))
         return results
 
-    def _views(self, tokenizer, members: list[dict], generators: list, names: list):
-        """One training view of each item's members, or what it was Lost to."""
-        module, settings = tokenizer.module, tokenizer.settings
+    def _views(self, kind: str, opened: list[_Opened]):
+        """One training view of each item's members of a kind, or what it was Lost to."""
+        module, settings, number_of = self.tokenizers[kind].module, self.tokenizers[kind].settings, self.numbers[kind]
+        members = [{e: one.raw[e] for e in module.extensions if e in one.raw} for one in opened]
+        seeds = [mix(one.key, number_of) for one in opened]
         if hasattr(module, "read_many"):
-            yield from module.read_many(settings, members, generators)
+            yield from module.read_many(settings, members, [_generator(seed) for seed in seeds])
             return
-        for own, generator, name in zip(members, generators, names, strict=True):
+        generator = torch.Generator()
+        for one, own, seed in zip(opened, members, seeds, strict=True):
             if self.journal and own:
-                self.journal.note(*name)
+                self.journal.note(one.corpus, one.index)
             try:
-                yield module.read(settings, own, generator) if own else []
+                yield module.read(settings, own, generator.manual_seed(seed >> 1)) if own else []
             except Lost as error:
                 yield error
 

@@ -45,7 +45,7 @@ class Config:
 
 
 def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
-    """One sequence of patches in rows, content (N, 3 * patch * patch) uint8, position (0, row, column).
+    """One sequence of patches in rows, content (N, patch * patch * 3) uint8, position (0, row, column).
 
     raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
     Raises Lost.
@@ -55,7 +55,7 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
         return []
     pixels, side = view(config, raw, generator), config.patch
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
-    patches = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    patches = pixels.reshape(rows, side, columns, side * 3).transpose(0, 2, 1, 3)  # row, column and colour in each
     content = torch.from_numpy(np.ascontiguousarray(patches).reshape(rows * columns, -1))
     return [sequence_of(content, _positions(rows, columns))]
 
@@ -327,7 +327,7 @@ def unit(content: Tensor) -> Tensor:
 
 
 class Embed(nn.Module):
-    """patches (N, 3 * patch * patch) uint8 -> (N, D)"""
+    """patches (N, patch * patch * 3) uint8 -> (N, D)"""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
