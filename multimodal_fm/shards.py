@@ -168,13 +168,13 @@ def write(path: str | Path, items) -> None:
     """
     import webdataset
 
-    with webdataset.TarWriter(str(path), mtime=0, user="user", group="group", mode=0o644) as sink:
+    with webdataset.TarWriter(str(path), mtime=0, user="user", group="group", mode=0o644, encoder=False) as sink:
         for item in items:
             members = {name: _encoded(value) for name, value in item.items() if name != "__key__"}
             sink.write({"__key__": item["__key__"], **members})
 
 
 def _encoded(value):
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, int)):
         return json.dumps(value, ensure_ascii=False).encode()
     return value.encode() if isinstance(value, str) else value
