@@ -186,6 +186,78 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
     return pairs
 
 
+@app.command
+def pack(
+    *sources: str,
+    to: str,
+    image_column: str = "",
+    text_column: str = "",
+    audio_column: str = "",
+    label_column: str = "",
+    key_column: str = "",
+    longest_side: int = 0,
+    rate: int = 0,
+    shard_size: str = "256MB",
+    split: str = "1",
+    group: str = "",
+    dedup: str = "exact",
+    piece_bytes: int = 2000,
+    workers: int | None = None,
+) -> None:
+    """Make checked webdataset shards and a data card of what you have: `mmfm pack photos --to shards/photos`.
+
+    A SOURCE is a folder of media (files of one stem are an item: photo.jpg, photo.txt, photo.json; or a folder a
+    label), a table (.csv, .tsv, .parquet, or .jsonl with a column named below), text (.jsonl, .txt), webdataset shards
+    (.tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst), or a Hugging Face data set (a folder of save_to_disk, or a name).
+    Stopped at any time, the same command goes on; what it makes does not depend on --workers.
+
+    Parameters
+    ----------
+    sources
+        Files, patterns, folders, or the name of a Hugging Face data set.
+    to
+        The folder to write: shards, card.md, croissant.json, quarantine.jsonl (what was left out, and why).
+    image_column
+        The column of a table with pictures: paths (from the table's folder), URLs, or their bytes.
+    text_column
+        The column with text; without it one of text, caption, txt, captions.
+    audio_column
+        The column with sounds: paths, URLs, or their bytes.
+    label_column
+        The column with classes: whole numbers, or words that are numbered in their order.
+    key_column
+        The column with names for the items.
+    longest_side
+        Make larger pictures smaller, to so many pixels (JPEG, quality 95); others keep their bytes.
+    rate
+        Make all sounds mono FLAC of so many samples a second; without it they keep their bytes.
+    shard_size
+        The most bytes a shard has, as in 256MB or 1GiB.
+    split
+        Shares of train, validation and test, as in 0.9,0.05,0.05. Items that share a picture, a sound, a text or a
+        translation are never on two sides; with --dedup near neither are near copies.
+    group
+        Items with an equal value in this field (dots go deeper) are never on two sides of the split either.
+    dedup
+        none, exact (equal content: the first is kept), or near: also of items whose parts are all nearly equal the
+        first is kept. Pictures of 64 pixels and more: perceptual hashes (64 bits) that differ in at most 4, and alike
+        colours; text: a similarity (Jaccard, runs of 5 characters, by MinHash) of at least 0.8.
+    piece_bytes
+        Longer text that belongs to no picture or sound is cut into pieces of at most so many bytes.
+    workers
+        Processes; without it, one a core. 0: none but this one.
+    """
+    from .pack import settings, summary
+    from .pack.write import pack as write
+
+    chosen = settings.Settings(
+        list(sources), image_column, text_column, audio_column, label_column, key_column, longest_side, rate,
+        settings.parse_size(shard_size), settings.parse_split(split), group, dedup, piece_bytes,
+    )  # fmt: skip
+    facts = write(chosen, to, len(os.sched_getaffinity(0)) if workers is None else workers, show=True)
+    print(summary(facts, to))
+
+
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
     # Waiting threads sleep rather than spin: on a busy machine a step takes two thirds of the time (benchmarks/LOG.md).
