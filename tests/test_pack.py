@@ -1,0 +1,883 @@
+import collections
+import contextlib
+import csv
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+
+import malformed
+import numpy as np
+import pytest
+import soundfile
+import test_malformed
+import webdataset
+from conftest import items, jpeg, tone
+from PIL import Image
+
+from multimodal_fm import shards
+from multimodal_fm.errors import BadInput, Lost
+from multimodal_fm.pack import check, copies, sources, state, tables, write
+from multimodal_fm.pack import items as item
+from multimodal_fm.pack.settings import Settings, parse_size, parse_split
+
+BAD = b"<html><body>404 Not Found</body></html>"
+
+
+def picture(seed: int, size=(96, 80), kind="JPEG") -> bytes:
+    """A picture whose perceptual hash is its own."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(data, kind)
+    return data.getvalue()
+
+
+def pack(given, to, workers=0, **settings):
+    given = given if isinstance(given, list) else [given]
+    return write.pack(Settings([str(s) for s in given], **settings), to, workers)
+
+
+def packed(folder, pattern="*.tar") -> dict[str, dict]:
+    """The members of every item by its key, as the webdataset library reads them."""
+    made = {}
+    for path in sorted(folder.glob(pattern)):
+        for one in webdataset.WebDataset(str(path), shardshuffle=False):
+            assert one["__key__"] not in made
+            made[one["__key__"]] = {k: v for k, v in one.items() if not k.startswith("__")}
+    return made
+
+
+def quarantined(folder) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert all(set(r) == {"source", "shard", "key", "part", "reason", "detail", "step"} for r in rows)
+    return [(r["key"], r["part"], r["reason"]) for r in rows]
+
+
+def bytes_of(folder) -> dict[str, bytes]:
+    """All files but the indexes, which hold the shards' times."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".mmidx"}
+
+
+@pytest.fixture
+def media(tmp_path):
+    """A folder of pictures, sounds and captions, sound ones and broken ones."""
+    folder = tmp_path / "media"
+    (folder / "deep").mkdir(parents=True)
+    files = {
+        "bus.jpg": picture(1),
+        "bus.txt": b"a red bus",
+        "bus.json": b'{"license": "CC0", "source": "me", "url": "https://example.org/bus", "language": "en"}',
+        "horn.flac": tone(300),
+        "horn.txt": "ein Horn, grün".encode(),
+        "deep/cat.png": picture(2, kind="PNG"),
+        "deep/my.first.photo.jpg": picture(3),
+        "deep/my.first.photo.txt": b"the first photo",
+        "moving.gif": picture(4, kind="GIF"),
+        "note.txt": b"".join(b"Sentence number %d. " % i for i in range(400)),
+        "page.jpg": BAD,
+        "page.txt": b"a page that is no picture",
+        "none.jpg": b"",
+        "half.jpg": picture(5)[:900],
+        "half.flac": tone(200, 2.0)[:4000],
+        "latin.txt": "grün".encode("latin-1"),
+        "broken.json": b"{",
+        "broken.png": picture(6, kind="PNG"),
+        "alone.json": b"{}",
+        "Thumbs.db": b"what is this",
+        ".DS_Store": b"hidden",
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_a_folder_of_media(media, tmp_path):
+    facts = pack(media, tmp_path / "out")
+    made = packed(tmp_path / "out")
+    assert made["bus"] == {e: (media / f"bus.{e}").read_bytes() for e in ("jpg", "txt", "json")}
+    assert made["horn"] == {e: (media / f"horn.{e}").read_bytes() for e in ("flac", "txt")}
+    assert made["deep_cat"] == {"png": (media / "deep/cat.png").read_bytes()}
+    assert set(made["deep_my_first_photo"]) == {"jpg", "txt"}
+    assert set(made["moving"]) == {"png"}  # training reads no GIF
+    assert set(made["page"]) == {"txt"} and set(made["broken"]) == {"png"}
+    pieces = [made[key]["txt"] for key in sorted(made) if key.startswith("note-")]
+    assert b"".join(pieces) == (media / "note.txt").read_bytes() and max(map(len, pieces)) <= 2000
+    assert not {"half", "none", "latin", "Thumbs", "alone"} & set(made)
+    assert sorted(quarantined(tmp_path / "out")) == sorted(
+        [
+            ("page", "image", "decode"),
+            ("none", "image", "empty"),
+            ("half", "image", "decode"),
+            ("half", "audio", "decode"),
+            ("latin", "text", "text-decode"),
+            ("broken", "text", "json"),
+            ("Thumbs", "", "name"),
+            ("alone", "", "name"),
+        ]
+    )
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "CC0 (1)" in card and "en (1)" in card and "| decode | 3 |" in card
+    assert facts["splits"]["train"]["items"] == len(made)
+    corpus = shards.Corpus(shards.Config(str(tmp_path / "out" / "*.tar")))
+    assert not corpus.refused and len(corpus) == len(made)
+
+
+def test_links_and_the_output_are_not_followed(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "s.txt").write_text("not yours")
+    folder = tmp_path / "media"
+    folder.mkdir()
+    (folder / "a.txt").write_text("mine")
+    (folder / "link.txt").symlink_to(tmp_path / "secret" / "s.txt")
+    (folder / "all").symlink_to(tmp_path / "secret")
+    for _ in range(2):
+        pack(folder, folder / "out")
+        assert packed(folder / "out") == {"a": {"txt": b"mine"}}
+        assert quarantined(folder / "out") == [("link", "", "name")]
+        (folder / "out" / ".pack" / "done.json").unlink()  # the second time what was packed is there
+
+
+def test_folders_are_labels(tmp_path):
+    for i, name in enumerate(["cat", "dog", "cat"]):
+        path = tmp_path / "classes" / name / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(i))
+    pack(tmp_path / "classes", tmp_path / "out")
+    found = {k: (m["cls"], json.loads(m["json"])) for k, m in packed(tmp_path / "out").items()}
+    assert found == {
+        "cat_0": (b"0", {"label": "cat"}),
+        "cat_2": (b"0", {"label": "cat"}),
+        "dog_1": (b"1", {"label": "dog"}),
+    }
+
+
+COLUMNS = {
+    "image_column": "file",
+    "audio_column": "sound",
+    "text_column": "words",
+    "label_column": "kind",
+    "key_column": "id",
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables(tmp_path, kind):
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        (tmp_path / "pictures" / f"{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "horn.wav").write_bytes(tone(440, kind="WAV"))
+    names = ["zebra", "apple", "zebra", "apple", "apple"]
+    files = [f"pictures/{i}.jpg" for i in range(4)] + ["pictures/none.jpg"]
+    table = [
+        {"file": f, "sound": "horn.wav", "words": f'words, "{i}"\nmore', "kind": n, "id": f"row.{i}", "license": "CC0"}
+        for i, (f, n) in enumerate(zip(files, names))
+    ]
+    path = tmp_path / f"table.{kind}"
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        inside = [row | {"file": {"bytes": None, "path": row["file"]}} for row in table]
+        inside[0]["file"] = {"bytes": picture(0), "path": "other-name.jpg"}
+        parquet.write_table(pyarrow.Table.from_pylist(inside), path, row_group_size=2)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table) + "[1]\nnot json\n")
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(table)
+            file.write("too,few\n" if kind == "csv" else "")
+    pack(path, tmp_path / "out", **COLUMNS)
+    made = packed(tmp_path / "out")
+    assert list(made) == [f"row_{i}" for i in range(5)]
+    for i in range(4):
+        one = made[f"row_{i}"]
+        assert one["jpg"] == picture(i) and one["wav"] == tone(440, kind="WAV")
+        assert one["txt"] == f'words, "{i}"\nmore'.encode() and one["cls"] == (b"1" if i in (0, 2) else b"0")
+        assert json.loads(one["json"])["license"] == "CC0" and json.loads(one["json"])["label"] == table[i]["kind"]
+    assert "jpg" not in made["row_4"] and "txt" in made["row_4"]
+    lost = {("row.4", "image", "missing")}
+    lost |= {("table-5", "text", "json"), ("table-6", "text", "json")} if kind == "jsonl" else set()
+    lost |= {("5", "", "decode")} if kind == "csv" else set()
+    assert set(quarantined(tmp_path / "out")) == lost
+
+
+def test_columns_that_are_not_there(tmp_path):
+    (tmp_path / "a.csv").write_text("picture,words\nx.jpg,hello\n")
+    with pytest.raises(BadInput, match="no column 'image'.*there are: picture, words"):
+        pack(tmp_path / "a.csv", tmp_path / "out", image_column="image")
+    (tmp_path / "x.jpg").write_bytes(picture(1))
+    pack(tmp_path / "a.csv", tmp_path / "out", image_column="picture")  # the same folder, the right name
+    assert packed(tmp_path / "out")["a-0"]["jpg"] == picture(1)
+    with pytest.raises(BadInput, match="name what its columns hold"):
+        pack(tmp_path / "a.csv", tmp_path / "out2")
+    with pytest.raises(BadInput, match="no such file"):
+        pack(tmp_path / "b.csv", tmp_path / "out3")
+
+
+def test_a_dataset_of_the_hub(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        image=datasets.Image(), caption=datasets.Value("string"), label=datasets.ClassLabel(names=["cat", "dog"])
+    )
+    pictures = [{"bytes": picture(i), "path": None} for i in range(3)]
+    table = {"image": pictures, "caption": list("abc"), "label": [1, 0, 1]}
+    datasets.Dataset.from_dict(table, features).save_to_disk(str(tmp_path / "hub"))
+    pack(tmp_path / "hub", tmp_path / "out")
+    made = packed(tmp_path / "out")
+    assert [m["jpg"] for m in made.values()] == [picture(i) for i in range(3)]
+    assert [m["cls"] for m in made.values()] == [b"1", b"0", b"1"]
+    assert [json.loads(m["json"])["label"] for m in made.values()] == ["dog", "cat", "dog"]
+
+
+def test_datasets_is_an_extra(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "dataset_info.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    tables.load_hub.cache_clear()
+    with pytest.raises(BadInput, match="pip install"):
+        pack(tmp_path / "hub", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_shards(tmp_path, kind):
+    given = [
+        *items(6),
+        {"__key__": "x/y", "seg.png": b"any", "txt": b"kept whole", "npz": b"PK", "txt.gz": b"\x1f", "pyd": b"\x80"},
+    ]
+    shards.write(tmp_path / "a.tar", given)
+    if kind != "tar":
+        mode = {"tgz": "gz"}.get(kind, kind[4:])
+        with tarfile.open(tmp_path / f"a.{kind}", f"w:{mode}") as to, tarfile.open(tmp_path / "a.tar") as source:
+            for member in source:
+                to.addfile(member, source.extractfile(member))
+    pack(tmp_path / f"a.{kind}", tmp_path / "out")
+    with tarfile.open(tmp_path / "a.tar") as source:
+        want = {m.name.replace("/", "_"): source.extractfile(m).read() for m in source}
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as made:
+        assert {m.name: made.extractfile(m).read() for m in made} == want
+    assert not quarantined(tmp_path / "out")
+
+
+def test_damaged_shards_give_what_is_whole(tmp_path):
+    shards.write(tmp_path / "a.tar", items(6))
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) * 2 // 3])
+    (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(data, mtime=0)[:-3000])
+    (tmp_path / "page.tar").write_bytes(BAD)
+    (tmp_path / "page.tgz").write_bytes(BAD)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    names = ["cut.tar", "cut.tar.gz", "page.tar", "page.tgz", "empty.tar"]
+    pack([tmp_path / n for n in names], tmp_path / "out", dedup="none")
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert {os.path.basename(json.loads(line)["shard"]) for line in lines} == set(names)
+    made = packed(tmp_path / "out")
+    assert {"item0000", "item0001", "item0002", "item0000~2"} <= set(made)
+    whole = packed(tmp_path, "a.tar")
+    for key, members in made.items():
+        assert all(value == whole[key.partition("~")[0]][ending] for ending, value in members.items())
+
+
+def test_a_gzip_bomb_stops_at_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FREE", 1 << 20)
+    shards.write(tmp_path / "a.tar", items(2))
+    bomb = gzip.compress((tmp_path / "a.tar").read_bytes() + bytes(30 << 20))
+    (tmp_path / "bomb.tar.gz").write_bytes(bomb)
+    pack([tmp_path / "a.tar", tmp_path / "bomb.tar.gz"], tmp_path / "out")
+    assert ("", "", "byte-limit") in quarantined(tmp_path / "out") and "item0001" in packed(tmp_path / "out")
+
+
+def test_names_in_shards_are_no_paths(tmp_path):
+    names = ("../up.txt", "/abs.txt", "a/../../b.txt", "good.txt", "ünï cödé $(touch x).txt", "k" * 200 + ".txt")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(name.encode())
+            archive.addfile(member, io.BytesIO(name.encode()))
+            if name == "good.txt":
+                archive.addfile(tarfile.TarInfo("good." + "e" * 80))
+    before = set(tmp_path.iterdir())
+    pack(tmp_path / "a.tar", tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
+    made = packed(tmp_path / "out")
+    assert len(made) == 3 and "good" in made
+    assert all(set(key.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for key in made)
+    assert [row[2] for row in quarantined(tmp_path / "out")] == ["name"] * 4
+
+
+def test_long_text_is_cut_and_its_row_kept(tmp_path):
+    text = "Zwölf Boxkämpfer jagen Viktor. " * 100 + "日本語" * 500
+    row = json.dumps({"text": text, "license": "MIT", "label": 3}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(row + '\n{"text": "short"}\n{"n": 1}\n')
+    (tmp_path / "b.txt").write_text(text)
+    pack([tmp_path / "a.jsonl", tmp_path / "b.txt"], tmp_path / "out", piece_bytes=256, dedup="none")
+    made = packed(tmp_path / "out")
+    cut = [json.loads(m["json"]) for k, m in made.items() if k.startswith("a-0-")]
+    assert "".join(row["text"] for row in cut) == text and all(len(row["text"].encode()) <= 256 for row in cut)
+    assert all((row["license"], row["label"]) == ("MIT", 3) for row in cut)
+    assert json.loads(made["a-1"]["json"]) == {"text": "short"}
+    assert "".join(m["txt"].decode() for k, m in made.items() if k.startswith("b-")) == text
+    assert quarantined(tmp_path / "out") == [("a-2", "", "empty")]
+
+
+@pytest.mark.parametrize("most", [16, 17, 40, 300])
+def test_pieces_join_to_the_text(most):
+    text = ("eins zwei drei. vier\nfünf\n\n" * 5 + "日本語" * 40 + "x" * 100).encode()
+    pieces = item.cut(text, most)
+    assert b"".join(pieces) == text and max(map(len, pieces)) <= most and all(p.decode() for p in pieces)
+
+
+def test_pictures_and_sounds_are_made_smaller_where_asked(tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    (folder / "large.png").write_bytes(picture(1, (640, 300), "PNG"))
+    (folder / "small.jpg").write_bytes(picture(2, (96, 64)))
+    wave = np.stack([np.sin(np.arange(44_100) * 0.05), np.zeros(44_100)], 1) * 0.5
+    soundfile.write(folder / "stereo.wav", wave, 44_100)
+    (folder / "right.flac").write_bytes(tone(220))
+    pack(folder, tmp_path / "out", longest_side=128, rate=16_000)
+    made = packed(tmp_path / "out")
+    assert Image.open(io.BytesIO(made["large"]["jpg"])).size == (128, 60)
+    assert made["small"]["jpg"] == picture(2, (96, 64)) and made["right"]["flac"] == tone(220)
+    assert soundfile.info(io.BytesIO(made["stereo"]["flac"])).subtype == "PCM_16"
+    sound, rate = soundfile.read(io.BytesIO(made["stereo"]["flac"]))
+    assert rate == 16_000 and sound.shape == (16_000,)
+    want = 0.25 * np.sin(np.arange(16_000) * 0.05 * 44_100 / 16_000)
+    assert np.abs(sound - want)[100:-100].max() < 2e-3
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000, 11_025])
+def test_resampling_in_blocks_is_resampling_at_once(rate):
+    import torch
+    import torchaudio
+
+    wave = np.random.default_rng(0).normal(size=(50_011, 1)).astype(np.float32)
+    blocks = [wave[i : i + 7001] for i in range(0, len(wave), 7001)]
+    made = np.concatenate(list(check._resampled(iter(blocks), rate, 16_000)))[:, 0]
+    whole = torchaudio.transforms.Resample(rate, 16_000)(torch.from_numpy(wave[:, 0])).numpy()
+    assert made.shape == whole.shape and np.abs(made - whole).max() < 1e-5
+
+
+def wav(values) -> bytes:
+    data = io.BytesIO()
+    soundfile.write(data, np.asarray(values, np.float32), 16_000, format="WAV", subtype="FLOAT")
+    return data.getvalue()
+
+
+def huge_png() -> bytes:
+    data = bytearray(picture(0, kind="PNG"))
+    data[16:24] = (30_000).to_bytes(4) * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "ending, data, reason",
+    [
+        ("jpg", BAD, "decode"),
+        ("jpg", b"", "empty"),
+        ("png", huge_png(), "pixel-limit"),
+        ("wav", BAD, "decode"),
+        ("wav", wav([]), "empty"),
+        ("wav", wav([0.1] * 300_000 + [float("nan")]), "not-finite"),
+        ("wav", wav([0.1, float("inf")]), "not-finite"),
+        ("wav", wav([0.1, 1e30]), "not-finite"),
+        ("flac", tone(440, 5.0)[:20_000], "decode"),
+        ("txt", b"\xff\xfe\x00", "text-decode"),
+        ("txt", b" \n", "empty"),
+        ("json", b"[" * 100_000, "json"),
+    ],
+)
+def test_parts_that_are_left_out(ending, data, reason):
+    kept, _, failed = check.check(Settings(["x"]), {ending: data, "cls": b"1"})
+    assert kept == {"cls": b"1"} and [error.reason for _, error in failed] == [reason]
+
+
+def test_sounds_beyond_the_limits(monkeypatch):
+    monkeypatch.setattr(check.AUDIO, "seconds", 1)
+    with pytest.raises(Lost, match="duration-limit"):
+        check.sound(Settings(["x"]), "wav", wav([0.1] * 16_001), {})
+    monkeypatch.setattr(check.AUDIO, "bytes", 100)
+    with pytest.raises(Lost, match="byte-limit"):
+        check.sound(Settings(["x"]), "wav", wav([0.1] * 1000), {})
+
+
+URLS = ["pipe:touch sentinel", "ftp://example.org/a", "simplecache::file:///etc/passwd", "zip://a::b.zip"]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_urls_that_are_not_fetched(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Lost, match="name"):
+        tables.fetch(url, str(tmp_path))
+    with pytest.raises(BadInput):
+        pack([url], tmp_path / "out")
+    assert not (tmp_path / "sentinel").exists()
+
+
+@contextlib.contextmanager
+def server(answers: dict[str, list]):
+    """Answers for each path in turn, the last again and again: a status, or bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            left = answers[self.path]
+            answer = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(answer if isinstance(answer, int) else 200)
+            body = b"" if isinstance(answer, int) else answer
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+
+
+def test_urls_in_tables(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(tables, "PAUSE", 0.01)
+    answers = {"/a.jpg": [picture(1)], "/b": [503, 503, picture(2)], "/c": [404], "/d": [500], "/e": [BAD]}
+    with server(answers) as url:
+        rows = "".join(f"{url}{name},words {name}\n" for name in answers)
+        (tmp_path / "t.csv").write_text(f"url,text\n{rows}")
+        pack(tmp_path / "t.csv", tmp_path / "out", image_column="url")
+    made = packed(tmp_path / "out")
+    assert [m.get("jpg") for m in made.values()] == [picture(1), picture(2), None, None, None]
+    assert json.loads(made["t-0"]["json"]) == {"url": f"{url}/a.jpg"}
+    assert [row[2] for row in quarantined(tmp_path / "out")] == ["missing", "read", "decode"]
+
+
+CHANGED = {  # what packing does on purpose, or need not keep
+    "archive-inside": "an item without text, picture or sound is left out",
+    "png-ztxt-bomb": "either way",
+    "png-iccp-bomb": "either way",
+    "ogg-half": "a sound that ends early is left out",
+    "mp3-half": "a sound that ends early is left out",
+    "lines-5-MB": "long text is cut",
+}
+
+
+def misread(case, folder) -> list[str]:
+    """What packing a malformed file did that it should not."""
+    try:
+        pack(case.path, folder, dedup="none")
+    except BadInput as error:
+        return [f"{error}"] if case.healthy else []
+    made = {key: members for tar in sorted(folder.glob("*.tar")) for key, members in members_of(tar).items()}
+    prefix = os.path.basename(case.path).partition(".")[0] + "-" if case.path.endswith(".jsonl") else ""
+    rows = [(key.removeprefix(prefix), part, reason) for key, part, reason in quarantined(folder)]
+    wrong = test_malformed.compare_refused(case, rows) if case.opens else []
+    if case.path.endswith(".txt"):
+        together = b"".join(members["txt"] for members in made.values())
+        return wrong + [f"lost: byte {at}" for at, own in case.healthy.items() if own["txt"] not in together]
+    for key, due in case.healthy.items():
+        found = made.get(item.safe_key(prefix + key), {})
+        wrong += [f"{key}.{e}" for e, data in due.items() if found.get(e, b"").rstrip(b"\r\n") != data.rstrip(b"\r\n")]
+    return wrong
+
+
+def members_of(path) -> dict[str, dict]:
+    made = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            key, _, ending = member.name.partition(".")
+            made.setdefault(key, {})[ending] = archive.extractfile(member).read()
+    return made
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 16))])
+def test_malformed_files_are_packed_without_harm(tmp_path, monkeypatch, part):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cases = malformed.make(tmp_path / "in")[part::16]
+    wrong = {case.name: misread(case, tmp_path / "out" / str(i)) for i, case in enumerate(cases)}
+    assert {name: what for name, what in wrong.items() if what and name not in CHANGED} == {}
+    assert not list((tmp_path / "here").iterdir()) and {p.name for p in tmp_path.iterdir()} == {"here", "in", "out"}
+
+
+# ------------------------------------------------------------------------------------------------- copies and the split
+
+
+def test_exact_copies(tmp_path):
+    same = {"jpg": picture(1), "txt": "a caption"}
+    made = [
+        {"__key__": "a", **same},
+        {"__key__": "b", **same, "json": {"n": 1}},
+        {"__key__": "c", "jpg": picture(1), "txt": "another"},
+        {"__key__": "d", "txt": "a caption"},
+    ]
+    shards.write(tmp_path / "a.tar", made)
+    facts = pack(tmp_path / "a.tar", tmp_path / "out")
+    assert list(packed(tmp_path / "out")) == ["a", "c", "d"] and facts["refused"] == {"copy": 1}
+    row = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
+    assert (row["key"], row["reason"]) == ("b", "copy") and row["detail"] == f"of a in {tmp_path}/a.tar"
+    pack(tmp_path / "a.tar", tmp_path / "all", dedup="none")
+    assert len(packed(tmp_path / "all")) == 4
+
+
+def again(data: bytes, quality: int = 60) -> bytes:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+STORY = "Once upon a time there was a man who lived by the sea and mended nets for all the fishermen of the village. "
+
+
+def test_near_copies(tmp_path):
+    made = [
+        {"__key__": "a", "jpg": picture(1)},
+        {"__key__": "b", "jpg": again(picture(1))},
+        {"__key__": "c", "jpg": again(picture(1)), "txt": "with words"},  # other parts: no copy
+        {"__key__": "d", "txt": STORY + "He was old."},
+        {"__key__": "e", "txt": STORY + "He was so old."},
+        {"__key__": "f", "txt": "something else altogether, about mountains and the people who climb them"},
+        {"__key__": "g", "jpg": picture(9), "txt": "nine"},
+        {"__key__": "h", "jpg": again(picture(9)), "txt": "a wholly different caption"},
+        {"__key__": "i", "jpg": picture(7, (40, 40))},
+        {"__key__": "j", "jpg": again(picture(7, (40, 40)))},  # too small to tell
+        {"__key__": "k", "flac": tone(300), "txt": STORY + "He sang."},
+        {"__key__": "l", "flac": tone(400), "txt": STORY + "He sang."},
+    ]
+    shards.write(tmp_path / "a.tar", made)
+    facts = pack(tmp_path / "a.tar", tmp_path / "out", dedup="near")
+    assert list(packed(tmp_path / "out")) == list("acdfghijkl") and facts["refused"] == {"near-copy": 2}
+    assert ("b", "", "near-copy") in quarantined(tmp_path / "out")
+
+
+def test_a_picture_in_other_colours_is_no_copy_and_stays_on_its_side(tmp_path):
+    grey = Image.open(io.BytesIO(picture(1))).convert("L")
+    zero = Image.new("L", grey.size)
+    made = []
+    for i in range(12):
+        blue = grey.point(lambda v, i=i: min(255, v + i))
+        for name, bands in (("red", (grey, zero, zero)), ("blue", (zero, zero, blue))):
+            data = io.BytesIO()
+            Image.merge("RGB", bands).save(data, "PNG")
+            made.append({"__key__": f"{name}{i}", "png": data.getvalue(), "txt": f"{'caption' * i} {name} {i * i}"})
+    shards.write(tmp_path / "a.tar", made)
+    pack(tmp_path / "a.tar", tmp_path / "out", dedup="near", split=[0.5, 0.5])
+    kept = set(packed(tmp_path / "out"))
+    assert any(key.startswith("red") for key in kept) and any(key.startswith("blue") for key in kept)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 1
+
+
+def sides(folder) -> dict[str, str]:
+    return {key: split for split in ("train", "validation", "test") for key in packed(folder, f"{split}-*.tar")}
+
+
+def test_nothing_that_is_shared_straddles_the_split(tmp_path):
+    rng = np.random.default_rng(0)
+    made, count = [], 60
+    for i in range(count):
+        text, english, french = ("".join(rng.choice(list("abcdefghijklmnop "), n)) for n in (90, 20, 20))
+        translated = {"captions": {"en": f"{english.upper()}  {i}", "fr": f"{french} {i}"}}
+        made += [
+            {"__key__": f"a{i}", "txt": text, "jpg": picture(i)},
+            {"__key__": f"b{i}", "txt": f"{text} more", "jpg": picture(1000 + i)},  # a near text
+            {"__key__": f"c{i}", "txt": f"{english} {i}", "jpg": again(picture(i), 70)},  # a near picture
+            {"__key__": f"d{i}", "json": translated, "flac": tone(100 + i, 0.1)},
+            {"__key__": f"e{i}", "txt": f"{french} {i}", "flac": tone(2000 + 2 * i, 0.1)},
+        ]
+    shards.write(tmp_path / "a.tar", [made[i] for i in rng.permutation(len(made))])
+    pack(tmp_path / "a.tar", tmp_path / "out", dedup="near", split=[0.6, 0.2, 0.2])
+    side, found = sides(tmp_path / "out"), packed(tmp_path / "out")
+    assert len(side) == 5 * count
+    counts = collections.Counter(side.values())
+    assert len(counts) == 3 and min(counts.values()) > 20
+    for i in range(count):
+        assert len({side[f"{name}{i}"] for name in "abcde"}) == 1
+    hashes = {k: copies.picture_hash(Image.open(io.BytesIO(m["jpg"]))) for k, m in found.items() if "jpg" in m}
+    texts = {k: set(copies.shingles(m["txt"].decode()).tolist()) for k, m in found.items() if "txt" in m}
+    for a in side:
+        for b in side:
+            if side[a] < side[b]:
+                if a in hashes and b in hashes:
+                    assert (int(hashes[a], 16) ^ int(hashes[b], 16)).bit_count() > copies.BITS
+                if a in texts and b in texts:
+                    assert len(texts[a] & texts[b]) < copies.JACCARD * len(texts[a] | texts[b])
+
+
+def test_translations_and_equal_media_stay_together_without_near(tmp_path):
+    made = []
+    for i in range(60):
+        translated = {"captions": {"en": f"An item, number {i}", "fr": f"Une chose, la {i}"}}
+        made += [
+            {"__key__": f"a{i}", "json": translated, "jpg": picture(i)},
+            {"__key__": f"b{i}", "txt": f"une  chose, la {i}", "flac": tone(100 + i, 0.1)},
+            {"__key__": f"c{i}", "txt": f"other words {i}", "flac": tone(100 + i, 0.1)},
+        ]
+    shards.write(tmp_path / "a.tar", made)
+    pack(tmp_path / "a.tar", tmp_path / "out", split=[0.5, 0.5])
+    side = sides(tmp_path / "out")
+    assert all(side[f"a{i}"] == side[f"b{i}"] == side[f"c{i}"] for i in range(60))
+    assert min(collections.Counter(side.values()).values()) > 30
+
+
+def test_groups_stay_together_and_few_texts_are_labels(tmp_path):
+    made = [
+        {"__key__": f"{i}", "flac": tone(100 + i, 0.1), "json": {"text": ["one", "two"][i % 2], "by": {"who": i // 4}}}
+        for i in range(120)
+    ]
+    shards.write(tmp_path / "a.tar", made)
+    pack(tmp_path / "a.tar", tmp_path / "out", split=[0.5, 0.5], group="by.who")
+    side = sides(tmp_path / "out")
+    assert all(side[f"{i}"] == side[f"{i // 4 * 4}"] for i in range(120)) and len(set(side.values())) == 2
+    assert "They tie no items together" in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_bands_find_every_near_pair():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
+    for i in range(0, 300, 2):
+        flips = rng.choice(64, i % 6, replace=False)
+        hashes[i + 1] = hashes[i] ^ np.uint64(sum(1 << int(b) for b in flips))
+
+    def near(a, b):
+        return copies.distance(hashes[a], hashes[b]) <= copies.BITS
+
+    found = {tuple(sorted(map(int, pair))) for pair in copies.pairs(copies.picture_bands(hashes), near)}
+    assert found == {(a, b) for a in range(300) for b in range(a + 1, 300) if near(a, b)} and len(found) > 100
+
+
+def test_a_crowded_band_goes_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "WINDOW", 1)
+    rng = np.random.default_rng(0)
+    made = [{"__key__": f"{i}", "txt": STORY + "".join(rng.choice(list("abcdefgh"), 20))} for i in range(40)]
+    shards.write(tmp_path / "a.tar", made)
+    pack(tmp_path / "a.tar", tmp_path / "out", dedup="near", split=[0.5, 0.5])
+    assert len(set(sides(tmp_path / "out").values())) == 1
+
+
+def test_the_signature_estimates_the_similarity():
+    a, b = copies.shingles(STORY), copies.shingles(STORY + " and his cat, the grey one")
+    true = len(np.intersect1d(a, b)) / len(np.union1d(a, b))
+    assert abs((copies.signature(a) == copies.signature(b)).mean() - true) < 0.12
+    assert np.array_equal(copies.shingles("ＡＢＣ  déf ghi"), copies.shingles("abc déf GHI"))
+
+
+def test_keys_are_unique(tmp_path):
+    for name in ("a", "b"):
+        given = [{"__key__": "same", "txt": name}, {"__key__": f"x{name}", "txt": f"x {name}"}]
+        shards.write(tmp_path / f"{name}.tar", given)
+    pack([tmp_path / "a.tar", tmp_path / "b.tar"], tmp_path / "out")
+    assert set(packed(tmp_path / "out")) == {"same", "same~2", "xa", "xb"}
+
+
+# ------------------------------------------------------------------------------------------------- kills, workers, card
+
+
+@pytest.fixture
+def several(media, tmp_path):
+    """Sources of several kinds."""
+    shards.write(tmp_path / "a.tar", items(30))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50)))
+    shards.write(tmp_path / "b.tar", items(20, 25))
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes(), mtime=0))
+    return [tmp_path / "a.tar", media, tmp_path / "rows.jsonl", tmp_path / "b.tar.gz"]
+
+
+SETTINGS = {"split": [0.7, 0.3], "shard_size": 60_000, "dedup": "near"}
+FLAGS = ["--split", "0.7,0.3", "--shard-size", "60KB", "--dedup", "near"]
+
+
+def test_killed_at_any_file_and_resumed_gives_the_same_bytes(several, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "CHUNK", 16)
+    count, rename = [0], state.rename
+
+    def counted(temporary, path):
+        count[0] += 1
+        rename(temporary, path)
+
+    for module in (state, write):
+        monkeypatch.setattr(module, "rename", counted)
+    pack(several, tmp_path / "0" / "out", **SETTINGS)
+    want, files = bytes_of(tmp_path / "0" / "out"), count[0]
+    assert files > 30
+    for fatal in sorted({1, 4, *range(9, files, 9), files - 2, files}):
+        child = os.fork()
+        if not child:
+
+            def dies(temporary, path, fatal=fatal):
+                count[0] += 1
+                if fatal % 2 or count[0] != fatal:  # after the file has its name, or before
+                    rename(temporary, path)
+                if count[0] == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            count[0], state.rename, write.rename = 0, dies, dies
+            try:
+                pack(several, tmp_path / f"{fatal}" / "out", **SETTINGS)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        pack(several, tmp_path / f"{fatal}" / "out", **SETTINGS)
+        assert bytes_of(tmp_path / f"{fatal}" / "out") == want
+
+
+def command(given, to, *more) -> list[str]:
+    return [sys.executable, "-m", "multimodal_fm", "pack", *map(str, given), "--to", str(to), *more]
+
+
+def test_kill_9_with_workers_then_the_same_command(several, tmp_path):
+    pack(several, tmp_path / "0" / "out", **SETTINGS)
+    out = tmp_path / "1" / "out"
+    running = subprocess.Popen(command(several, out, *FLAGS, "--workers", "2"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((out / ".pack").glob("read/*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    assert not (out / "card.md").exists()
+    done = subprocess.run(command(several, out, *FLAGS, "--workers", "1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "items" in done.stdout and "quarantine.jsonl" in done.stdout
+    assert bytes_of(tmp_path / "0" / "out") == bytes_of(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.5, 2, 3, 4, 4.5, 5, 5.5, 6, 7, 8])
+def test_kill_9_at_any_time(several, tmp_path, delay):
+    pack(several, tmp_path / "0" / "out", **SETTINGS)
+    out = tmp_path / "1" / "out"
+    for _ in range(2):
+        running = subprocess.Popen(command(several, out, *FLAGS), stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        running.kill()
+        running.wait()
+    assert subprocess.run(command(several, out, *FLAGS)).returncode == 0
+    assert bytes_of(tmp_path / "0" / "out") == bytes_of(out)
+
+
+def test_as_many_workers_as_you_like(several, tmp_path, monkeypatch):
+    for workers in (0, 1, 2):
+        pack(several, tmp_path / f"{workers}" / "out", workers, **SETTINGS)
+    zero, one, two = (bytes_of(tmp_path / f"{workers}" / "out") for workers in (0, 1, 2))
+    assert zero == one == two
+
+
+def deadly(task):
+    """`_survey` in a process whose picture decoder aborts over one picture."""
+    real, bad = check.image._jpeg, picture(7)
+    check.image._jpeg = lambda config, raw: os.abort() if raw == bad else real(config, raw)
+    SURVEY(task)
+
+
+SURVEY = write._survey
+
+
+def test_a_decoder_that_ends_its_process(tmp_path, monkeypatch):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.jpg").write_bytes(picture(i))
+    (folder / "deadly.jpg").write_bytes(picture(7))
+    monkeypatch.setattr(write, "_survey", deadly)
+    pack(folder, tmp_path / "out", 2)
+    assert len(packed(tmp_path / "out")) == 6
+    assert [row[2] for row in quarantined(tmp_path / "out")] == ["crash"]
+
+
+def test_a_finished_folder_and_others(media, tmp_path, capsys):
+    pack(media, tmp_path / "out")
+    before = bytes_of(tmp_path / "out")
+    pack(media, tmp_path / "out", 1)
+    assert "already there" in capsys.readouterr().err and bytes_of(tmp_path / "out") == before
+    with pytest.raises(BadInput, match="other settings .dedup"):
+        pack(media, tmp_path / "out", dedup="none")
+    (tmp_path / "out" / "train-000000.tar").write_bytes(b"")
+    with pytest.raises(BadInput, match="train-000000.tar is missing or changed"):
+        pack(media, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.doc").write_text("dear")
+    with pytest.raises(BadInput, match="holds other files"):
+        pack(media, tmp_path / "mine")
+    with state.locked(tmp_path / "mine"), pytest.raises(BadInput, match="another mmfm pack"):
+        pack(media, tmp_path / "mine")
+
+
+def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
+    shards.write(tmp_path / "a.tar", items(4))
+    monkeypatch.setattr(write, "_read", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        pack(tmp_path / "a.tar", tmp_path / "out")
+    monkeypatch.undo()
+    shards.write(tmp_path / "a.tar", items(5))
+    with pytest.raises(BadInput, match="changed since"):
+        pack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_nothing_to_pack(tmp_path):
+    (tmp_path / "a.tar").write_bytes(BAD)
+    with pytest.raises(BadInput, match="nothing in the sources can be read"):
+        pack(tmp_path / "a.tar", tmp_path / "out")
+    assert quarantined(tmp_path / "out") == [("", "", "shard")]
+
+
+def test_shards_are_bounded_and_alike(tmp_path):
+    shards.write(tmp_path / "a.tar", items(40))
+    pack(tmp_path / "a.tar", tmp_path / "out", shard_size=100_000)
+    paths = sorted((tmp_path / "out").glob("*.tar"))
+    assert len(paths) > 2 and all(path.stat().st_size <= 100_000 for path in paths)
+    with tarfile.open(paths[0]) as archive:
+        assert {(m.mtime, m.uname, m.mode) for m in archive.getmembers()} == {(0, "user", 0o644)}
+    assert not list((tmp_path / "out" / ".pack").rglob("*.bin"))
+
+
+def test_croissant_is_valid_and_reads_the_shards(several, tmp_path, monkeypatch):
+    monkeypatch.setenv("CROISSANT_CACHE", str(tmp_path / "cache"))  # it knows shards by their names alone
+    mlcroissant = pytest.importorskip("mlcroissant")
+    pack(several, tmp_path / "out", **SETTINGS)
+    dataset = mlcroissant.Dataset(jsonld=str(tmp_path / "out" / "croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    sums = {one.name: one.sha256 for one in dataset.metadata.file_objects}
+    assert sums == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "out").glob("*.tar")}
+    made = packed(tmp_path / "out")
+    found = {r["txt/key"].decode(): r["txt/content"] for r in dataset.records("txt")}
+    assert found == {key: members["txt"] for key, members in made.items() if "txt" in members}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"split": [0.5, 0.6]}, "add up to 1"),
+        ({"split": [0.5, 0.2, 0.2, 0.1]}, "up to three"),
+        ({"dedup": "fuzzy"}, "none, exact, near"),
+        ({"shard_size": 5}, "10KB"),
+        ({"rate": 3}, "1000"),
+        ({"longest_side": 3}, "16"),
+        ({"piece_bytes": 3}, "16"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(BadInput, match=message):
+        Settings(["x"], **settings)
+
+
+def test_sizes_and_shares():
+    assert [parse_size(t) for t in ("256MB", "1GiB", "1000", "1.5k")] == [256_000_000, 1 << 30, 1000, 1500]
+    assert parse_split("0.9,0.05,0.05") == [0.9, 0.05, 0.05]
+    for call, text in ((parse_size, "many"), (parse_split, "a,b")):
+        with pytest.raises(BadInput):
+            call(text)
+
+
+def test_half_a_picture_of_either_kind():
+    assert jpeg((1, 2, 3))[:2] == b"\xff\xd8"
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = picture(3, kind=kind)
+        with pytest.raises(Lost, match="decode"):
+            check.picture(Settings(["x"]), "jpg", data[: len(data) // 2], {})
