@@ -1,19 +1,23 @@
 """The index of a shard: a small file beside it, through which any item is reached and its bytes are checked.
 
 `NAME.mmidx` stands beside the shard, or in the cache folder where the shard's folder cannot be written. Layout, all
-little endian: the magic, the version (u32), the length of a JSON head (u32), the head, then the tables:
+little endian: the magic, the version (u32), the length of a JSON head (u32), the head's CRC-32 (u32), twelve zeros, the
+head, then the tables:
 
-    members  (M,)  `MEMBER`: offset, length, CRC-32, two measures (pixels wide and high; milliseconds and rate), ending
+    members  (M,)  `MEMBER`: offset, length, CRC-32, two measures (pixels wide and high; milliseconds and rate), ending,
+                   CRC-16 of what belongs to the member but its content: its headers and its padding
     first    (N+1,) u32: item i's members are `first[i] : first[i + 1]`
     makeup   (N,) u16: which of the head's makeups (the endings that an item has) the item is of
     places   (N+1,) u32: item i's key is `names[places[i] : places[i + 1]]`
     names    UTF-8
 
-The head holds the shard's size, time stamp and SHA-256, the counts, what was refused, and the tables' SHA-256.
+The head holds the shard's size, time stamp and SHA-256, the CRC-32 of what follows the last member, the counts, what
+was refused, and the tables' SHA-256. So each byte of a shard is answered for by one member or by the end.
 """
 
 from __future__ import annotations
 
+import binascii
 import concurrent.futures
 import dataclasses
 import functools
@@ -31,7 +35,7 @@ import numpy as np
 from . import storage, tar
 from .errors import BadInput, Lost
 
-MAGIC, VERSION = b"mmidx\r\n\0", 1
+MAGIC, VERSION, START = b"mmidx\r\n\0", 2, 32
 MEMBER = np.dtype(
     [
         ("offset", "<u8"),
@@ -40,7 +44,7 @@ MEMBER = np.dtype(
         ("a", "<u4"),
         ("b", "<u4"),
         ("ending", "<u2"),
-        ("spare", "<u2"),
+        ("frame", "<u2"),
     ]
 )
 LARGEST = 2**32 - 1  # bytes of a member
@@ -60,19 +64,28 @@ class Refused:
     detail: str
 
 
+class Damaged(ValueError):
+    """An index file is not what was written."""
+
+
 class Index:
-    """What an index file holds; the tables are mapped, not read."""
+    """What an index file holds; the tables are mapped, not read. Raises OSError, ValueError and, of these, Damaged."""
 
     def __init__(self, shard: str, file: Path):
         self.shard, self.file = shard, file
         with open(file, "rb") as opened:
-            start = opened.read(16)
-            if start[:8] != MAGIC or int.from_bytes(start[8:12], "little") != VERSION:
+            start = opened.read(START)
+            if start[:8] != MAGIC:
+                raise Damaged("not an index")
+            if int.from_bytes(start[8:12], "little") != VERSION:
                 raise ValueError("not an index of this version")
             length = int.from_bytes(start[12:16], "little")
-            self.head = json.loads(opened.read(length))
+            text = opened.read(length)
+            if start != _start(text):
+                raise Damaged("its head is not what was written")
+            self.head = json.loads(text)
         items, members, self.endings = self.head["items"], self.head["members"], self.head["endings"]
-        place, table = 16 + length, functools.partial(np.memmap, file, mode="r")
+        place, table = START + length, functools.partial(np.memmap, file, mode="r")
         shapes = ((MEMBER, members), ("<u4", items + 1), ("<u2", items), ("<u4", items + 1), ("u1", self.head["names"]))
         tables = []
         for kind, count in shapes:
@@ -80,7 +93,7 @@ class Index:
             tables.append(np.asarray(mapped))  # a plain view of it: much quicker to take a row of
             place += np.dtype(kind).itemsize * count
         if place != os.path.getsize(file):
-            raise ValueError("cut short")
+            raise Damaged("its tables are not as long as its head says")
         self.members, self.first, self.makeup, self.places, self.names = tables
 
     def __len__(self) -> int:
@@ -103,6 +116,44 @@ class Index:
         rows = self.members[self.first[item] : self.first[item + 1]].tolist()
         return {self.endings[row[5]]: row[:3] for row in rows}
 
+    def read(self, item: int, endings=(), most: int = LARGEST) -> tuple[dict[str, bytes], list[tuple[str, Lost]]]:
+        """The item's members, all or those with the given endings, none of more than `most` bytes, and which of them
+        cannot be had and why."""
+        members, failed = {}, []
+        for ending, (offset, length, crc) in self.spans(item).items():
+            if endings and ending not in endings:
+                continue
+            try:
+                if length > most:
+                    raise Lost("byte-limit", f"{length} bytes, the limit is {most}")
+                data = storage.read(self.shard, offset, length)
+                if len(data) != length or zlib.crc32(data) != crc:
+                    raise Lost("crc", f"{length} bytes at {offset} are not those that were indexed")
+                members[ending] = data
+            except OSError as error:
+                failed.append((ending, Lost("read", str(error)[:200])))
+            except Lost as error:
+                failed.append((ending, error))
+        return members, failed
+
+    def differences(self) -> Iterator[tuple[int, str, str, str]]:
+        """Item (-1: none), ending, reason and detail of all that is not as it was indexed. Reads the whole shard.
+
+        Every byte belongs to one item: a header and padding to its member's, what follows the last member to the last.
+        Raises OSError, Lost.
+        """
+        size = storage.stamp(self.shard)[0]
+        read, end, item_of = _Window(self.shard, size), 0, np.repeat(np.arange(len(self)), np.diff(self.first))
+        for item, row in zip(item_of.tolist(), self.members):
+            ending, offset, length = self.endings[row["ending"]], int(row["offset"]), int(row["length"])
+            crc, frame, _, end = _checks(read, end, offset, length, size, _block(self.shard))
+            if crc != row["crc"]:
+                yield item, ending, "crc", f"{length} bytes at {offset} are not those that were indexed"
+            elif frame != row["frame"]:
+                yield item, ending, "shard", f"the header or the padding of {length} bytes at {offset} is damaged"
+        if _crc(read, end, size) != self.head["tail"]:
+            yield len(self) - 1, "", "shard", f"what follows the last member, from byte {end} on, is damaged"
+
     def whole(self) -> bool:
         """Whether the tables are what the head says that they are."""
         return _digest(self.members, self.first, self.makeup, self.places, self.names) == self.head["tables"]
@@ -117,7 +168,7 @@ def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lam
     for file in _files(shard, piece):
         try:
             index = Index(shard, file)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             continue  # none there, or of another version, or damaged: it is made again
         if index.head["size"] == size and (
             index.head["mark"] == mark or digest_of(shard, size) == index.head["sha256"]
@@ -128,6 +179,18 @@ def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lam
         )
     progress(shard)
     return build(shard, piece)
+
+
+def known(shard: str, piece: int = PIECE) -> Index | None:
+    """The index that was made before, whatever the shard is by now; None where there is none. Raises Damaged."""
+    for file in _files(shard, piece):
+        try:
+            return Index(shard, file)
+        except Damaged as error:
+            raise Damaged(f"{file}: {error}") from None
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def open_all(
@@ -168,7 +231,7 @@ def build(shard: str, piece: int = PIECE) -> Index:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as temporary:
-                temporary.write(MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text)
+                temporary.write(_start(text) + text)
                 for table in tables:
                     temporary.write(table.tobytes())
                 temporary.flush()
@@ -179,6 +242,12 @@ def build(shard: str, piece: int = PIECE) -> Index:
         except OSError as error:
             failed = error
     raise BadInput(f"{shard}: its index cannot be written, {failed}; set MMFM_CACHE to a folder that can be")
+
+
+def _start(text: bytes) -> bytes:
+    """What stands before the head `text`."""
+    numbers = (VERSION, len(text), zlib.crc32(text))
+    return (MAGIC + b"".join(number.to_bytes(4, "little") for number in numbers)).ljust(START, b"\0")
 
 
 def digest_of(shard: str, size: int) -> str:
@@ -229,7 +298,7 @@ def _scan(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
     endings: dict[str, int] = {}
     makeups: dict[tuple[str, ...], int] = {}
     counts: list[int] = []
-    rows, makeup = [], []
+    rows, makeup, end = [], [], 0
     for item in found.items:
         which = makeups.setdefault(tuple(item), len(makeups))
         if which == len(counts):
@@ -237,12 +306,9 @@ def _scan(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
         counts[which] += 1
         makeup.append(which)
         for ending, (offset, length) in item.items():
-            content = _content(read, offset, length)
-            crc, first = 0, b""
-            for chunk in content:
-                first, crc = first or chunk, zlib.crc32(chunk, crc)
+            crc, frame, first, end = _checks(read, end, offset, length, size, _block(shard))
             a, b = measure(ending, first, length)
-            rows.append((offset, length, crc, a, b, endings.setdefault(ending, len(endings)), 0))
+            rows.append((offset, length, crc, a, b, endings.setdefault(ending, len(endings)), frame))
     names = [key.encode() for key in found.keys]
     tables = [
         np.array(rows, MEMBER),
@@ -261,14 +327,39 @@ def _scan(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
         "refused_count": len(found.refused),
         "refused": found.refused[:NAMED],
         "piece": piece,
+        "tail": _crc(read, end, size),
     }
     return head, tables
 
 
-def _content(read, offset: int, length: int) -> Iterator[bytes]:
-    yield read(offset, min(length, CHUNK))
-    for start in range(CHUNK, length, CHUNK):
-        yield read(offset + start, min(length - start, CHUNK))
+def _checks(read, before: int, offset: int, length: int, size: int, block: int) -> tuple[int, int, bytes, int]:
+    """A member's CRC-32, the CRC-16 of what else belongs to it from byte `before` on, its first bytes, and its end."""
+    end = min(-(-(offset + length) // block) * block, max(size, offset + length))
+    crc, frame, first = 0, 0, b""
+    for chunk in _chunks(read, before, offset):
+        frame = binascii.crc_hqx(chunk, frame)
+    for chunk in _chunks(read, offset, offset + length):
+        first, crc = first or chunk, zlib.crc32(chunk, crc)
+    for chunk in _chunks(read, offset + length, end):
+        frame = binascii.crc_hqx(chunk, frame)
+    return crc, frame, first, end
+
+
+def _crc(read, start: int, stop: int) -> int:
+    crc = 0
+    for chunk in _chunks(read, start, stop):
+        crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _block(shard: str) -> int:
+    """What a member's end is rounded up to."""
+    return tar.BLOCK if shard.endswith(".tar") else 1
+
+
+def _chunks(read, start: int, stop: int) -> Iterator[bytes]:
+    for place in range(start, stop, CHUNK):
+        yield read(place, min(stop - place, CHUNK))
 
 
 def measure(ending: str, data: bytes, length: int) -> tuple[int, int]:

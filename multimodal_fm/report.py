@@ -5,7 +5,6 @@ The page is a single file that needs no network: pictures and sounds are in it a
 
 from __future__ import annotations
 
-import base64
 import datetime
 import io
 import json
@@ -19,13 +18,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 import yaml
-from markupsafe import Markup, escape
 
-from . import __version__, checkpoint
+from . import __version__, checkpoint, page
 from .config import Evaluation
 from .encoded import Encoded, things_in
 from .errors import BadInput, Lost
@@ -33,6 +30,7 @@ from .evals import retrieval
 from .evaluate import evaluate, render, table
 from .model import Model, load
 from .monitor import summary
+from .page import DASHES, LINES, STYLE, Media, inline
 from .rows import lookup
 from .tokenizers.text import USUAL_FIELDS
 
@@ -78,9 +76,7 @@ def _page(run: Path, folder: Path, model: Model, measured: dict, written: str, t
     """The page; where it grows too large, with smaller pictures, shorter sounds and fewer queries."""
     state = checkpoint.read_data(folder, "state")
     rows = [row for row in _rows(run / "metrics.jsonl") if row["step"] <= state["step"]]
-    blocks = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    template = page.template("report.html")
     given = {
         "name": run.resolve().name,
         "facts": facts(model, rows, state["step"]),
@@ -95,10 +91,10 @@ def _page(run: Path, folder: Path, model: Model, measured: dict, written: str, t
     for count, picture, sound in FITS:
         media = Media(picture, sound)
         sections = [_section(name, model, *found, count, media) for name, found in measured.items()]
-        page = template.render(**given, sections=sections, nearest=NEAREST)
-        if len(page) <= MOST_BYTES:
+        text = template.render(**given, sections=sections, nearest=NEAREST)
+        if len(text) <= MOST_BYTES:
             break
-    return page
+    return text
 
 
 def _rows(path: Path) -> list[dict]:
@@ -254,55 +250,7 @@ def _language(row: dict, text: str) -> str:
     return next((found for found in (lookup(row, name) for name in usual) if isinstance(found, str)), "")
 
 
-class Media:
-    """Pictures and sounds as data URIs that a browser shows, none of many more bytes than allowed."""
-
-    PICTURES, SOUNDS = ("JPEG", "PNG", "WEBP", "GIF"), ("FLAC", "OGG", "MP3", "WAV")
-    PLAYED = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "VORBIS", "OPUS")  # or any MPEG layer
-    SIDE, SECONDS = 256, 5  # of what is made anew
-
-    def __init__(self, picture: int, sound: int):
-        self.picture, self.sound, self.known = picture, sound, {}
-
-    def uri(self, kind: str, extensions: tuple, raw: dict) -> str:
-        data = next(raw[ending] for ending in extensions if ending in raw)
-        if (kind, data) not in self.known:
-            mime, small = self._image(data) if kind == "image" else self._audio(data)
-            self.known[kind, data] = f"data:{mime};base64,{base64.b64encode(small).decode()}"
-        return self.known[kind, data]
-
-    def _image(self, data: bytes) -> tuple[str, bytes]:
-        from PIL import Image
-
-        from .tokenizers.image import Config, decode
-
-        with Image.open(io.BytesIO(data)) as picture:
-            if len(data) <= self.picture and picture.format in self.PICTURES and max(picture.size) <= 1024:
-                return f"image/{picture.format.lower()}", data
-        small, out = decode(Config(pixels=10**9, bytes=10**9), data, self.SIDE), io.BytesIO()
-        small.thumbnail((self.SIDE, self.SIDE))
-        small.save(out, "JPEG", quality=80)
-        return "image/jpeg", out.getvalue()
-
-    def _audio(self, data: bytes) -> tuple[str, bytes]:
-        import soundfile
-
-        out = io.BytesIO()
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            played = sound.subtype in self.PLAYED or sound.subtype.startswith("MPEG")
-            if len(data) <= self.sound and sound.format in self.SOUNDS and played:
-                return f"audio/{sound.format.lower().replace('mp3', 'mpeg')}", data
-            with soundfile.SoundFile(out, "w", sound.samplerate, 1, format="OGG", subtype="VORBIS") as short:
-                for _ in range(self.SECONDS):  # libsndfile's Vorbis encoder crashes on long blocks
-                    short.write(sound.read(sound.samplerate, always_2d=True).mean(1))
-        return "audio/ogg", out.getvalue()
-
-
 # Curves
-
-INK = "#010101"  # stand in for what the page's style sheet says, light or dark
-LINES = ("#020202", "#030303", "#040404")
-DASHES = ("-", "--", ":")
 
 
 def curves(rows: list[dict]) -> list[dict]:
@@ -326,9 +274,7 @@ def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
 
     steps = np.array([row["step"] for row in rows])
     last = []
-    inked = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 8, **inked}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure((3.7, 2.1), layout="constrained")
         axes = figure.subplots()
         for name, colour, dash in zip(names, LINES * len(names), DASHES * len(names)):
@@ -350,7 +296,7 @@ def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
     said = f"{title}, over {len(rows):,} steps, at the end: {', '.join(last)}"
-    svg = _inline(out.getvalue(), f"curve{number}", said)
+    svg = inline(out.getvalue(), f"curve{number}", said)
     return {"title": title, "last": last[0] if len(last) == 1 else "", "svg": svg}
 
 
@@ -367,22 +313,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     sums = np.convolve(np.where(finite, values, 0.0), window, "same")
     with np.errstate(invalid="ignore"):
         return sums / np.convolve(finite.astype(float), window, "same")
-
-
-def _inline(svg: str, prefix: str, said: str) -> Markup:
-    """matplotlib's SVG as a part of a page: ids of its own, the page's colours, a title, as wide as there is room."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{prefix}-', svg)
-    svg = svg.replace("url(#", f"url(#{prefix}-")
-    head = re.match(r"<svg[^>]*>", svg)
-    box = re.search(r'viewBox="[^"]*"', head[0])[0]
-    start = f'<svg {box} role="img" aria-labelledby="{prefix}-title"><title id="{prefix}-title">{escape(said)}</title>'
-    svg = start + svg[head.end() :]
-    for stands, colour in ((INK, "currentColor"), *((c, f"var(--line{i})") for i, c in enumerate(LINES))):
-        svg = svg.replace(stands, colour)
-    return Markup(svg)  # matplotlib has escaped its texts
 
 
 # What was left out, and how to go on

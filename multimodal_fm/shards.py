@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,22 +78,7 @@ class Corpus:
     def read(self, item: int, endings: tuple = ()) -> tuple[dict[str, bytes], list[tuple[str, Lost]]]:
         """The item's members, all or those with the given endings, and which of them cannot be had and why."""
         shard, place = self._place(item)
-        members, failed = {}, []
-        for ending, (offset, length, crc) in shard.spans(place).items():
-            if endings and ending not in endings:
-                continue
-            try:
-                if length > self.config.bytes:
-                    raise Lost("byte-limit", f"{length} bytes, the limit is {self.config.bytes}")
-                data = storage.read(shard.shard, offset, length)
-                if len(data) != length or zlib.crc32(data) != crc:
-                    raise Lost("crc", f"{length} bytes at {offset} are not those that were indexed")
-                members[ending] = data
-            except OSError as error:
-                failed.append((ending, Lost("read", str(error)[:200])))
-            except Lost as error:
-                failed.append((ending, error))
-        return members, failed
+        return shard.read(place, endings, self.config.bytes)
 
     def raw(self, item: int, endings: tuple = ()) -> dict[str, bytes]:
         """The item's members that can be read, all or those with the given endings."""

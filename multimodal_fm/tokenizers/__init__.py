@@ -11,7 +11,9 @@ raises BadInput where what was learned is missing; `things(config, raw)` lists w
 `read_many(config, raws, generators) -> list[list[Tokens] | Lost]` is `read` of several items with a generator each,
 Lost where that raises it, for kinds that are quicker read together; `measure(data, length) -> (int, int)` says how
 large a member is without decoding it, for the index (`data` is its first megabytes); `count(config, length, a, b)`,
-given arrays (N,) of members' bytes and measures, says how many tokens a training view of each has, at most: (N,).
+given arrays (N,) of members' bytes and measures, says how many tokens a training view of each has, at most: (N,);
+`describe(config, raw)` reads the whole part as strictly as a training run would and says in plain data what it is, None
+where the item has none; it raises Lost.
 """
 
 from __future__ import annotations

@@ -252,6 +252,22 @@ def measure(data: bytes, length: int) -> tuple[int, int]:
     return round(1000 * found.frames / found.samplerate), found.samplerate
 
 
+def describe(config: Config, raw: dict) -> dict | None:
+    """Decodes all of the sound, a window at a time: its channels, seconds and rate. Raises Lost."""
+    import soundfile
+
+    data = next((raw[e] for e in extensions if e in raw), None)
+    if data is None:
+        return None
+    rate, total, take = _opened(config, data)
+    whole, patch = -(-total * config.rate // rate), config.frames * config.hop
+    for start in range(0, max(whole - patch, 1), config.samples):
+        left = whole - start
+        _patches(config, _wave(config, rate, take, start, left if left <= config.samples + patch else config.samples))
+    channels = soundfile.info(io.BytesIO(data)).channels
+    return {"channels": channels, "seconds": round(total / rate, 3), "rate": rate}
+
+
 def count(config: Config, length, milliseconds, rate) -> np.ndarray:
     """Patches (N,) of training windows of sounds of these lengths; `limit` where a length is not known."""
     column = config.bands // config.high

@@ -362,6 +362,21 @@ def measure(data: bytes, length: int) -> tuple[int, int]:
             return picture.size
 
 
+def describe(config: Config, raw: dict) -> dict | None:
+    """Decodes the whole picture: its upright width and height, and its mode in the file. Raises Lost."""
+    data = next((raw[e] for e in extensions if e in raw), None)
+    if data is None:
+        return None
+    view(config, data)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        try:
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        except Exception:  # a damaged note beside the pixels, which are fine
+            turned = False
+        width, height = picture.size[::-1] if turned else picture.size
+        return {"width": width, "height": height, "mode": picture.mode}
+
+
 def count(config: Config, length, width, height) -> np.ndarray:
     """Patches (N,) of pictures of these sizes; `limit` where a size is not known."""
     sizes, which = np.unique(np.stack([height, width], 1), axis=0, return_inverse=True)

@@ -195,6 +195,11 @@ def things(config: Config, raw) -> list[str]:
     return next(iter(_offered(config, raw).values()), [])
 
 
+def describe(config: Config, raw: dict) -> str | None:
+    """The item's first text; None where it has none. Raises Lost."""
+    return next(iter(things(config, raw)), None)
+
+
 def _offered(config: Config, raw) -> dict[str, list[str]]:
     """The texts that may be read, by field; empty where the item has none. Raises Lost where all are blank."""
     found = {"given": [raw]} if isinstance(raw, str) else _fields(config, raw)
