@@ -126,6 +126,45 @@ def report(run: str, *, device: str = "auto") -> None:
 
 
 @app.command
+def inspect(
+    *shards: str,
+    config: str = "",
+    html: str = "",
+    verify: Annotated[bool, Parameter(negative=())] = False,
+    rebuild: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    samples: Annotated[bool, Parameter(negative=())] = False,
+    piece: int = 2000,
+) -> int:
+    """Say what a corpus holds and what is broken in it: `mmfm inspect 'photos-*.tar' --html photos.html`.
+
+    Exits with 0 whatever it finds, with 2 where it cannot start, with 1 where --verify finds damage.
+
+    Parameters
+    ----------
+    shards
+        .tar, .jsonl or .txt files, patterns or URLs.
+    config
+        The YAML file whose tokenizers count the tokens; without it, the default ones.
+    html
+        Write the same as a page with plots and a gallery.
+    verify
+        Read every byte and compare it with the index; name what is damaged.
+    rebuild
+        Make the indexes anew, of shards that have changed.
+    json
+        One JSON object on standard output.
+    samples
+        Decode everything: one JSON line a sample with what a training run would get.
+    piece
+        .txt files are cut to pieces of at most so many bytes, as `piece` of a source says.
+    """
+    from .survey import inspect as look
+
+    return look(list(shards), config, html, verify, rebuild, json, samples, piece)
+
+
+@app.command
 def search(
     run: str,
     query: str = "",
