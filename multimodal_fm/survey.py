@@ -63,7 +63,7 @@ def inspect(
     else:
         found = survey(indexes, tokenizers, config)
         if damage is not None:
-            found.data["damage"] = {"count": damage.count, "first": damage.rows}
+            found.data["damage"] = {"count": damage.count, "new_shards": damage.new, "first": damage.rows}
         print(json_.dumps(found.data) if json else "\n".join(lines(found.data)))
         if html:
             write(html, patterns, indexes, tokenizers, found)
@@ -95,6 +95,7 @@ class Damage:
 
     rows: list[dict] = field(default_factory=list)  # shard, key, part, reason, detail; at most NAMED
     count: int = 0
+    new: int = 0  # shards that had no index to be compared with
 
     def add(self, shard: str, key: str, part: str, reason: str, detail: str) -> None:
         self.count += 1
@@ -134,7 +135,7 @@ def verify(shard: str, piece: int, damage: Damage, told=lambda shard: None) -> I
         damage.add(shard, "", "index", "crc", f"{error}; `mmfm inspect --rebuild {shard}` makes it anew")
         return None
     if one is None:
-        print(f"{shard}: indexed only now, so that there is nothing to compare it with", file=sys.stderr)
+        damage.new += 1
         one = index.build(shard, piece)
     else:
         try:
@@ -526,9 +527,15 @@ def lines(data: dict) -> list[str]:
     said.append(label("refused") + (f"{refused['count']:,}: {reasons}" if refused["count"] else "nothing"))
     said += _first(refused)
     if "damage" in data:
-        said.append(label("damage") + (f"{data['damage']['count']:,}" if data["damage"]["count"] else "none found"))
+        said.append(label("damage") + damage_found(data["damage"]))
         said += _first(data["damage"], 20)
     return said
+
+
+def damage_found(damage: dict) -> str:
+    new = f"; {_many(damage['new_shards'], 'shard')} indexed only now, with nothing to compare with"
+    found = _many(damage["count"], "part") if damage["count"] else "none, every byte was read"
+    return found + (new if damage["new_shards"] else "")
 
 
 def _first(found: dict, most: int = SAID) -> list[str]:
@@ -639,6 +646,7 @@ def write(path: str | Path, patterns: list[str], indexes: list[Index], tokenizer
         settings=settings_of(data),
         facts={kind: facts(kind, one) for kind, one in data["kinds"].items()},
         losses=losses(data["kinds"]),
+        damaged=damage_found(data["damage"]) if "damage" in data else "",
         figures=figures(found.spreads),
         gallery=gallery(indexes, tokenizers),
         reasons=REASONS,
