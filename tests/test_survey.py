@@ -6,6 +6,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import malformed
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from conftest import items, jpeg, tiny, tone
+from conftest import COLOURS, items, jpeg, tiny, tone
 from PIL import Image
+from test_malformed import MORE_MEMORY, used
 from test_report import Reader, _bytes
 
 from multimodal_fm import index, shards, survey
@@ -98,9 +101,8 @@ def test_counts_are_those_of_the_items(mixed):
     assert words["items"] == 4 + 1 + 2 + pieces and words["texts"] == words["items"] + 1 and words["exact"]
     assert words["bytes"] == sum(lengths) + 10 + 8 + 4000 + 600
     assert words["length"]["min"] == 5 and words["length"]["max"] == 4000
-    assert (
-        words["cropped_items"] == 1 and words["cropped_tokens"] == 1000 + 2 - 256 and words["tokens_by"] == "bytes / 4"
-    )
+    assert words["cropped_items"] == 1 and words["cropped_tokens"] == 1000 + 2 - 256
+    assert words["tokens_by"] == "bytes / 4"
     assert pictures["items"] == 5 and pictures["unknown"] == 1 and pictures["pixels"] == 3 * 40 * 30 + 100 * 50
     assert pictures["resolution"]["min"] == [40, 30] and pictures["resolution"]["max"] == [100, 50]
     assert sounds["rates"] == {"16000": 1, "8000": 1} and sounds["hours"] == round(30.5 / 3600, 4)
@@ -114,7 +116,8 @@ def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     found = survey.survey(survey.open_all([str(tmp_path / "a.jsonl")], 2000), survey.plugins()).data
     words = found["kinds"]["text"]
-    assert not words["exact"] and abs(words["items"] - 500) < 150 and words["bytes"] == words["items"] * 40
+    assert not words["exact"] and abs(words["items"] - 500) < 150
+    assert abs(words["bytes"] - words["items"] * 40) <= 20  # both are rounded
     assert sum(found["makeup"].values()) == 1001
     assert any("about" in line for line in survey.lines(found))
 
@@ -129,10 +132,8 @@ def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
     found = survey.survey(survey.open_all([str(shard)], 2000), tokenizers, str(path)).data
     words = found["kinds"]["text"]
     assert words["tokens_by"] == "the trained tokenizer" and words["tokens"] == 8 * 6 and words["cropped_items"] == 8
-    exact = sum(
-        len(text.encode(settings, f"a {c} square number {i}")) + 2
-        for i, c in enumerate(["red", "green", "blue", "yellow"] * 2)
-    )
+    texts = [f"a {colour} square number {i}" for i, colour in enumerate([*COLOURS, *COLOURS])]
+    exact = sum(len(text.encode(settings, one)) + 2 for one in texts)
     assert abs(words["tokens"] + words["cropped_tokens"] - exact) <= 8
     assert found["kinds"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(survey.lines(found))
     data["tokenizers"]["text"]["file"] = str(tmp_path / "none.json")
@@ -409,11 +410,13 @@ def cases(tmp_path_factory):
 @pytest.mark.parametrize("name", malformed.RECIPES)
 def test_a_malformed_shard_gives_the_outcomes_that_it_should(cases, name):
     case = cases[name]
-    if not case.opens and not Path(case.path).exists() or case.path.endswith(".gz"):
+    if not Path(case.path).exists() or case.path.endswith(".gz"):
         with pytest.raises(BadInput, match=re.escape(case.path)):
             shards.find([case.path])
         return
+    before = used()
     rows = rows_of(case.path)
+    assert used() - before <= MORE_MEMORY
     assert all(json.loads(json.dumps(row)) == row for row in rows)
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -423,10 +426,7 @@ def test_a_malformed_shard_gives_the_outcomes_that_it_should(cases, name):
     expected = {key: outcome.split("|") for key, outcome in case.outcome.items()}
     if not case.path.endswith(".txt"):
         expected = {key: ["ok"] for key in case.healthy} | expected
-    wrong = {
-        key: found.get(key) for key, allowed in expected.items() if found.get(key) not in [[one] for one in allowed]
-    }
-    assert not wrong, wrong
+    assert all(found.get(key) in [[one] for one in allowed] for key, allowed in expected.items()), found
     for key, part, reason in case.refused:
         told = [lost for row in rows if not key or row["key"] == key for lost in row["lost"].items()]
         assert any((not part or lost[0] == part) and lost[1] in reason.split("|") for lost in told), (key, part, reason)
@@ -484,3 +484,16 @@ def test_patterns_pieces_and_urls(shard, capsys, tmp_path):
     code, out, _ = run(capsys, "memory://bucket/a.tar", "--samples")
     assert code == 0 and [json.loads(line)["outcome"] for line in out.splitlines()] == ["ok"] * 8
     assert run(capsys, "memory://bucket/a.tar", "--verify")[0] == 0
+
+
+def test_its_exit_codes_are_those_of_the_program(shard):
+    def code(*words) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "multimodal_fm", "inspect", *map(str, words)], capture_output=True)
+        return done.returncode, done.stderr.decode()
+
+    assert code(shard, "--json") == (0, "")
+    assert code(shard.parent / "none.tar") == (2, f"mmfm: no file matches {shard.parent / 'none.tar'}\n")
+    flip(shard, shard.stat().st_size // 2)
+    stale = code(shard)
+    assert stale[0] == 2 and "mmfm inspect --rebuild" in stale[1] and stale[1].count("\n") == 1
+    assert code(shard, "--verify")[0] == 1
