@@ -492,7 +492,7 @@ def test_its_exit_codes_are_those_of_the_program(shard):
         return done.returncode, done.stderr.decode()
 
     assert code(shard, "--json") == (0, "")
-    assert code(shard.parent / "none.tar") == (2, f"mmfm: no file matches {shard.parent / 'none.tar'}\n")
+    assert code(shard.parent / "none.tar") == (2, f"mmfm: shards: no file matches {shard.parent / 'none.tar'}\n")
     flip(shard, shard.stat().st_size // 2)
     stale = code(shard)
     assert stale[0] == 2 and "mmfm inspect --rebuild" in stale[1] and stale[1].count("\n") == 1
