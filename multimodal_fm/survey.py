@@ -250,6 +250,8 @@ def sample(one: Index, item: int, tokenizers: dict, lost: dict[str, str]) -> dic
 
 def described(one: Index, item: int, plugin) -> tuple[object, Lost | None]:
     """What an item has of one kind, None where it has none that can be read, and what is lost of it."""
+    if set(one.makeups[one.makeup[item]]).isdisjoint(plugin.module.extensions):
+        return None, None
     members, failed = one.read(item, plugin.module.extensions, Source.bytes)
     reason = failed[0][1] if failed else None
     if not members:
