@@ -48,6 +48,7 @@ MEMBER = np.dtype(
     ]
 )
 LARGEST = 2**32 - 1  # bytes of a member
+KINDS = 2**16 - 1  # endings, and makeups, that a shard may have
 NAMED = 10_000  # how many refusals the head names; it counts them all
 CHUNK = 1 << 22
 PIECE = 2000  # bytes of a piece of plain text
@@ -95,6 +96,7 @@ class Index:
         if place != os.path.getsize(file):
             raise Damaged("its tables are not as long as its head says")
         self.members, self.first, self.makeup, self.places, self.names = tables
+        self._checked = False
 
     def __len__(self) -> int:
         return self.head["items"]
@@ -115,6 +117,14 @@ class Index:
         """Offset, length and CRC-32 of the item's members by ending."""
         rows = self.members[self.first[item] : self.first[item + 1]].tolist()
         return {self.endings[row[5]]: row[:3] for row in rows}
+
+    def check(self) -> None:
+        """Raises BadInput where the tables are damaged. They are looked through once, before an item is looked up."""
+        if not self._checked and not self.whole():
+            raise BadInput(
+                f"{self.shard}: its index {self.file} is damaged; `mmfm inspect --rebuild {self.shard}` makes it anew"
+            )
+        self._checked = True
 
     def read(self, item: int, endings=(), most: int = LARGEST) -> tuple[dict[str, bytes], list[tuple[str, Lost]]]:
         """The item's members, all or those with the given endings, none of more than `most` bytes, and which of them
@@ -162,6 +172,7 @@ class Index:
 def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None) -> Index:
     """The shard's index, made where there is none. Raises BadInput where the shard is gone or is another one by now."""
     try:
+        storage.forget(shard)  # what this process may have open is the file that was there before
         size, mark = storage.stamp(shard)
     except OSError as error:
         raise BadInput(f"{shard}: {error.strerror or error}") from None
@@ -299,7 +310,7 @@ def _scan(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
     makeups: dict[tuple[str, ...], int] = {}
     counts: list[int] = []
     rows, makeup, end = [], [], 0
-    for item in found.items:
+    for item in _of_few_kinds(found):
         which = makeups.setdefault(tuple(item), len(makeups))
         if which == len(counts):
             counts.append(0)
@@ -330,6 +341,27 @@ def _scan(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
         "tail": _crc(read, end, size),
     }
     return head, tables
+
+
+def _of_few_kinds(found: _Found) -> list[dict[str, tuple[int, int]]]:
+    """The items, less what has endings of its own, where there are more of those than an index can count."""
+    endings, makeups = set(), set()
+    for key, item in zip(found.keys, found.items, strict=True):
+        for ending in [e for e in item if e not in endings]:
+            if len(endings) < KINDS:
+                endings.add(ending)
+            else:
+                offset, _ = item.pop(ending)
+                detail = f"more than {KINDS} endings in one shard, at byte {offset}: a key ends at the first dot"
+                found.refused.append((key, ending, "name", detail))
+        if tuple(item) not in makeups and len(makeups) == KINDS:
+            found.refused.append((key, "", "name", f"more than {KINDS} sets of endings in one shard"))
+            item.clear()
+        if item:
+            makeups.add(tuple(item))
+    kept = [(key, item) for key, item in zip(found.keys, found.items, strict=True) if item]
+    found.keys, found.items = [key for key, _ in kept], [item for _, item in kept]
+    return found.items
 
 
 def _checks(read, before: int, offset: int, length: int, size: int, block: int) -> tuple[int, int, bytes, int]:
@@ -421,23 +453,28 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _lines(read, size: int) -> _Found:
-    """A line an item."""
-    found, start, number, rest = _Found(), 0, 0, b""
+    """A line an item. However long it is, only a stretch of it is in memory."""
+    found, start, number, blank = _Found(), 0, 0, True
     for at in range(0, size, CHUNK):
-        *lines, rest = (rest + read(at, min(CHUNK, size - at))).split(b"\n")
-        for line in lines:
-            _line(found, number, start, line)
-            start, number = start + len(line) + 1, number + 1
-    _line(found, number, start, rest)
+        *ends, rest = read(at, min(CHUNK, size - at)).split(b"\n")
+        place = at
+        for stretch in ends:
+            end = place + len(stretch)
+            _line(found, number, start, end, blank and not stretch.strip())
+            place, start, number, blank = end + 1, end + 1, number + 1, True
+        blank = blank and not rest.strip()
+    _line(found, number, start, size, blank)
     if not size:
         found.refused.append(("", "", "empty", "no bytes"))
     return found
 
 
-def _line(found: _Found, number: int, start: int, line: bytes) -> None:
-    if line.strip():
+def _line(found: _Found, number: int, start: int, end: int, blank: bool) -> None:
+    if end - start > LARGEST:
+        found.refused.append((str(number), "json", "byte-limit", f"{end - start} bytes at byte {start}"))
+    elif not blank:
         found.keys.append(str(number))
-        found.items.append({"json": (start, len(line))})
+        found.items.append({"json": (start, end - start)})
 
 
 def _paragraphs(read, size: int, piece: int) -> _Found:

@@ -66,6 +66,7 @@ class Corpus:
         """The item's shard and its number there."""
         item = int(item if self._kept is None else self._kept[item])
         shard = bisect.bisect_right(self.bounds, item) - 1
+        self.indexes[shard].check()
         return self.indexes[shard], item - self.bounds[shard]
 
     def shard(self, item: int) -> str:

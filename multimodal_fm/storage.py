@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -17,6 +18,10 @@ PAUSE = 0.1  # seconds before the second attempt, doubled each time
 PATIENCE = 20.0  # seconds without a byte, after which an attempt has failed
 PIECE = 1 << 20  # bytes fetched and kept at a time
 ROOM = int(os.environ.get("MMFM_CACHE_BYTES", 10 << 30))  # what the cache may hold
+MARKS = (  # what filesystems call that by which a file is told from what stood there before
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
+    *("Last-Modified", "LastModified", "last_modified", "mtime"),
+)
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "file", "memory")
 
 
@@ -60,10 +65,7 @@ def stamp(path: str) -> tuple[int, str]:
         raise OSError(error.detail) from None
     if found.get("size") is None:
         raise OSError("the server does not say how long it is, so it cannot be read by range")
-    mark = next(
-        (str(found[k]) for k in ("ETag", "etag", "md5Hash", "LastModified", "last_modified") if found.get(k)), ""
-    )
-    return int(found["size"]), mark
+    return int(found["size"]), next((str(found[name]) for name in MARKS if found.get(name)), "")
 
 
 def read(path: str, offset: int, length: int) -> bytes:
@@ -75,7 +77,9 @@ def read(path: str, offset: int, length: int) -> bytes:
         file = _open(path, os.getpid())  # held until it is read: another thread may drop it from the cache
         return _pread(file.fileno(), length, offset)
     total, mark = _known(path)
-    length = max(0, min(length, total - offset))
+    length = min(length, total - offset)
+    if length <= 0:
+        return b""
     pieces = range(offset // PIECE, -(-(offset + length) // PIECE))
     data = b"".join(_piece(path, total, mark, number) for number in pieces)
     start = offset - pieces.start * PIECE
@@ -153,13 +157,18 @@ def _patient(path: str, attempt):
             time.sleep(PAUSE * 2 ** (turn - 1))
         try:
             return attempt()
-        except FileNotFoundError as error:
-            raise Lost("read", f"{path}: not there ({error})"[:200]) from None
         except BadInput:
             raise
         except Exception as error:  # every filesystem has its own
             last = error
+        if isinstance(last, FileNotFoundError) and _gone(last):
+            raise Lost("read", f"{path}: not there ({last})"[:200])
     raise Lost("read", f"{path}: {type(last).__name__}: {last} ({ATTEMPTS} attempts)"[:200])
+
+
+def _gone(error: FileNotFoundError) -> bool:
+    """Whether it is meant: where it asks an HTTP server for a size, fsspec calls whatever goes wrong by this name."""
+    return error.__cause__ is None or getattr(error.__cause__, "status", 0) in (404, 410)
 
 
 def _keep(file: Path, data: bytes) -> None:
@@ -171,17 +180,18 @@ def _keep(file: Path, data: bytes) -> None:
         temporary.replace(file)
         _tidy(file.parents[1])
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 _written = 0
 
 
 def _tidy(folder: Path) -> None:
-    """Every so often, drop the pieces that were longest unread until nine tenths of the room are left."""
+    """Every so often, drop the pieces that were longest unread until they fill nine tenths of the room."""
     global _written
     _written += 1
-    if _written % 64 and _written * PIECE < ROOM:
+    if (_written - 1) % max(1, min(64, ROOM // PIECE // 10)):
         return
     pieces = []
     for file in folder.rglob("*-*"):

@@ -11,6 +11,7 @@ import mmap
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +84,8 @@ class Steps(torch.utils.data.Dataset):
             raise BadInput(
                 f"microbatches={microbatches} cannot be shared out among {ranks} ranks: take a multiple of it"
             )
+        if (take := sum(section.take for section in sections)) < microbatches:
+            raise BadInput(f"microbatches={microbatches} are more than the {take} items of a step: take more, or fewer")
         self.sections, self.tokenizers, self.seed = sections, tokenizers, seed
         self.kinds, self.microbatches, self.round_to = list(tokenizers), microbatches, round_to
         self.own = range(rank * microbatches // ranks, (rank + 1) * microbatches // ranks)
@@ -442,7 +445,7 @@ class Journal:
 
     def note(self, corpus: Corpus, index: int) -> None:
         """This thread, or worker process, begins to read an item."""
-        text = _item(corpus, index).encode()[: self.SLOT - 1]
+        text = _item(corpus, index).encode()
         place = self._place()
         self._map[place : place + len(text) + 1] = text + b"\0"
 
@@ -478,7 +481,9 @@ class Journal:
 
 
 def _item(corpus: Corpus, index: int) -> str:
-    return f"{corpus.name}\t{corpus.shard(index)}\t{corpus.key(index)}"
+    """The item's full name, or of a very long one the end, which tells it from others best."""
+    name = f"{corpus.name}\t{corpus.shard(index)}\t{corpus.key(index)}"
+    return name.encode()[1 - Journal.SLOT :].decode(errors="ignore")
 
 
 RESTARTS = 3  # how often workers that die at one step are started again
@@ -530,13 +535,14 @@ class Loader:
         step, deaths = self.start, 0
         while step < self.stop:
             self._near = workers = iter(self._data_loader(step))
+            _Deaths.hold_back()
             try:
                 while step < self.stop:
-                    ready = next(workers)
+                    ready = _Deaths.told(workers)
                     step, deaths = step + 1, 0
                     yield ready
-            except RuntimeError as error:
-                dead = [i for i, worker in enumerate(workers._workers) if worker.exitcode]
+            except (RuntimeError, OSError, EOFError) as error:  # OSError: what it had made was not fetched yet
+                dead = _Deaths.among(workers)
                 if not dead:
                     raise
                 deaths += 1
@@ -544,7 +550,7 @@ class Loader:
             finally:
                 self.close()
 
-    def _blame(self, workers, dead: list[int], deaths: int, step: int, error: RuntimeError) -> None:
+    def _blame(self, workers, dead: list[int], deaths: int, step: int, error: Exception) -> None:
         codes = [workers._workers[i].exitcode for i in dead]
         reading = []
         for worker, code in zip(dead, codes, strict=True):
@@ -567,6 +573,49 @@ class Loader:
             generator=torch.Generator(),  # a private one: the loader must not draw from the run's
             multiprocessing_context="fork",
         )
+
+
+class _Deaths:
+    """PyTorch raises from a signal handler when a worker has died, in whatever the program is at: a step, a save.
+
+    With this it raises where a step is waited for, and nowhere else.
+    """
+
+    waiting = False
+
+    @classmethod
+    def hold_back(cls) -> None:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not hasattr(handler, "held_back"):
+
+            def only_while_waiting(*what):
+                if cls.waiting:
+                    handler(*what)
+
+            only_while_waiting.held_back = True
+            with contextlib.suppress(ValueError):  # not in the main thread: PyTorch has set none there
+                signal.signal(signal.SIGCHLD, only_while_waiting)
+
+    @staticmethod
+    def among(workers, patience: float = 0.5) -> list[int]:
+        """Which of the workers have died, by number; the system may need a moment to say so."""
+        until = time.monotonic() + patience
+        while not (dead := [i for i, worker in enumerate(workers._workers) if worker.exitcode]):
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.01)
+        return dead
+
+    @classmethod
+    def told(cls, workers) -> Step:
+        """The next step of the workers. Raises RuntimeError where one has died."""
+        cls.waiting = True
+        try:
+            if cls.among(workers, 0):
+                raise RuntimeError("a worker died")
+            return next(workers)
+        finally:
+            cls.waiting = False
 
 
 def _as_it_is(step: Step) -> Step:

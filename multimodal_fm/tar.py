@@ -12,7 +12,8 @@ from dataclasses import dataclass
 BLOCK = 512
 LONGEST_NAME = 1024  # bytes
 LONGEST_EXTENSION = 1 << 20  # bytes of a pax header or a GNU long name
-STRIDE = 1 << 22  # bytes looked at at a time, where a sound header is searched for
+STRIDE = 1 << 22  # bytes looked at at a time at most, where a sound header is searched for
+GLANCE = 1 << 14  # and at first: it is near, as a rule
 EMPTY = bytes(BLOCK)
 
 
@@ -223,8 +224,10 @@ def _after_damage(read: Read, block: bytes, content: int, size: int) -> int | No
 
 def _next_header(read: Read, offset: int, size: int) -> int | None:
     """Where the next sound ustar header begins, from `offset` on; None where there is none."""
+    stride = GLANCE
     while offset < size:
-        chunk = read(offset, min(STRIDE, size - offset))
+        wanted = min(stride, size - offset)
+        chunk = read(offset, wanted)
         found = chunk.find(b"ustar")
         while found >= 0:
             start = found - 257
@@ -236,7 +239,8 @@ def _next_header(read: Read, offset: int, size: int) -> int | None:
             ):
                 return offset + start
             found = chunk.find(b"ustar", found + 1)
-        if len(chunk) < STRIDE:
+        if len(chunk) < wanted:
             return None
-        offset += len(chunk)  # a stride is whole blocks, so that no header straddles two
+        offset += wanted  # a stride is whole blocks, so that no header straddles two
+        stride = min(2 * stride, STRIDE)
     return None

@@ -246,7 +246,7 @@ def forward_backward(
     are made without gradients first, compared, and the features' gradients sent back through each microbatch in turn
     (gradient caching, Gao et al. 2021): the same gradients as in one batch, in a microbatch's memory.
     """
-    device = batches[0].tokens.sequence.device.type
+    device = next(model.parameters()).device.type
     cast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
     whole = [name for name in weights if getattr(model.objectives[name], "whole_step", False)]
     report: dict = {"loss": 0.0}

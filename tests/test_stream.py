@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -313,7 +314,9 @@ def _one(folder):
     return folder / "a.tar"
 
 
-def test_a_killed_worker_process_is_replaced(tmp_path):
+@pytest.mark.parametrize("pause", [0, 0.5])
+def test_a_killed_worker_process_is_replaced(tmp_path, pause):
+    """Whether it dies while its step is waited for or while the run is busy with another one."""
     config, corpora = fitted(build(two_sources(tmp_path)))
     wanted = [step.keys for step in Loader(train._steps(config, corpora), 0, 10, 0)]
     loader = Loader(train._steps(config, corpora), 0, 10, 2, "processes")
@@ -322,6 +325,7 @@ def test_a_killed_worker_process_is_replaced(tmp_path):
         found.append(step.keys)
         if len(found) == 3:
             os.kill(loader._near._workers[0].pid, signal.SIGKILL)
+            time.sleep(pause)
     assert found == wanted
 
 
