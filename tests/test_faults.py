@@ -40,7 +40,7 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
 46 second and third resume, edges   test_resumes_around_the_edge_of_an_epoch
 47 resume in constant time          test_opening_far_on_reads_no_more
 48 what an augmentation hangs on    test_a_view_hangs_on_seed_item_and_epoch
-49 a worker that is killed          test_stream: test_a_killed_worker_process_is_replaced, test_an_exception_in_*
+49 a worker that is killed          test_stream: test_a_killed_worker_*, test_an_exception_in_*; here: test_a_reader_*
 50 memory and open files            test_memory_and_open_files_stay_flat (slow)
 51 to 56 servers and the cache      test_storage
 
@@ -68,7 +68,7 @@ from conftest import items, tiny
 from test_config import mmfm
 from test_stream import fitted, rows
 
-from multimodal_fm import index, shards, storage, tar, train
+from multimodal_fm import index, shards, storage, stream, tar, train
 from multimodal_fm.batch import Arranged
 from multimodal_fm.config import build
 from multimodal_fm.errors import REASONS, BadInput
@@ -569,6 +569,34 @@ def test_what_was_read_ahead_does_not_count(tmp_path, how, workers):
         loader.close()
         at += take
     assert found == wanted
+
+
+def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, monkeypatch):
+    """49. Tensors are fetched from the process that made them; where it is gone, the connection breaks."""
+    shards.write(tmp_path / "a.tar", items(10))
+    steps = text_steps(tmp_path)
+    wanted = [keys(steps[step]) for step in range(5)]
+    real, calls = stream._Deaths.told, []
+
+    def told(workers):
+        calls.append(workers)
+        if len(calls) == 3:
+            os.kill(workers._workers[0].pid, signal.SIGKILL)
+            raise ConnectionResetError
+        return real(workers)
+
+    monkeypatch.setattr(stream._Deaths, "told", told)
+    assert [keys(step) for step in Loader(steps, 0, 5, 1, "processes")] == wanted
+    assert calls[2] is not calls[3]
+
+
+def test_a_source_that_has_nothing_for_a_section_is_refused(tmp_path):
+    """19, 38."""
+    shards.write(tmp_path / "a.tar", [{"__key__": "a", "jpg": items(1)[0]["jpg"]}])
+    config = build(text_config(tmp_path))
+    corpora = {"all": source(tmp_path / "a.tar")}
+    with pytest.raises(BadInput, match="section words: no item of source all has any of: text"):
+        Steps(train._sections(config, corpora), config.tokenizers, 0)
 
 
 def test_every_item_once_an_epoch(tmp_path):

@@ -465,6 +465,7 @@ def test_the_cache_stays_within_its_bound(shelf, monkeypatch):
         storage.read(url, len(data) - 4096, 4096)
         storage.read(url, 8192, 4096)
     assert [start for _, _, start in asked] == [8192]
+    assert sum(row == ("GET", "a.bin", 0) for row in shelf.asked) == 1  # it was read all the time
 
 
 def test_many_short_runs_stay_within_the_bound_too(shelf, monkeypatch):
