@@ -176,18 +176,19 @@ def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lam
         size, mark = storage.stamp(shard)
     except OSError as error:
         raise BadInput(f"{shard}: {error.strerror or error}") from None
+    found = []
     for file in _files(shard, piece):
         try:
-            index = Index(shard, file)
+            found.append(Index(shard, file))
         except (OSError, ValueError):
             continue  # none there, or of another version, or damaged: it is made again
-        if index.head["size"] == size and (
-            index.head["mark"] == mark or digest_of(shard, size) == index.head["sha256"]
-        ):
-            return index
+        if found[-1].head["size"] == size and found[-1].head["mark"] == mark:
+            return found[-1]
+    same = any(one.head["size"] == size and one.head["sha256"] == digest_of(shard, size) for one in found)
+    if found and not same:
         raise BadInput(
-            f"{shard}: is not the file that {file} was made of; `mmfm inspect --rebuild {shard}` makes it anew"
-        )
+            f"{shard}: is not the file that {found[0].file} was made of; `mmfm inspect --rebuild {shard}` makes it anew"
+        )  # a copy of it, or the same with another time, gets an index of its own
     progress(shard)
     return build(shard, piece)
 

@@ -169,7 +169,7 @@ def test_a_batch_equals_its_items_alone():
         torch.testing.assert_close(scores[kind], torch.cat(alone[kind]), rtol=0, atol=1e-5)
 
 
-def reference_info_nce(features, rows, scale):
+def reference_info_nce(features, rows, scale, weights=(1.0, 1.0, 1.0)):
     """The formula, item by item and in the plainest way; rows: (kind, item, group) of each feature."""
     losses = []
     for a, b in itertools.combinations(range(3), 2):
@@ -188,11 +188,14 @@ def reference_info_nce(features, rows, scale):
                 each.append(-torch.log_softmax(torch.stack(logits), 0)[target])
             both.append(torch.stack(each).mean())
         losses.append((both[0] + both[1]) / 2)
-    return torch.stack(losses).mean()
+    weights = torch.tensor(weights)
+    return (torch.stack(losses) * weights).sum() / weights.sum()
 
 
-def test_info_nce_is_the_formula_and_leaves_equal_groups_out():
-    net = model({"it": {"objective": "contrastive"}})
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.4, 2.0)])
+def test_info_nce_is_the_formula_and_leaves_equal_groups_out(weights):
+    pairs = dict(zip(("text_image", "text_audio", "image_audio"), weights))
+    net = model({"it": {"objective": "contrastive", "pairs": pairs}})
     items = [
         item(1, text=3, image=4),
         item(2, text=4, audio=5),
@@ -207,8 +210,13 @@ def test_info_nce_is_the_formula_and_leaves_equal_groups_out():
     assert torch.allclose(features.norm(dim=-1), torch.ones(len(features)))
     loss, report = objective.compare(features, asked)
     rows = list(zip(asked.kind.tolist(), asked.item.tolist(), asked.group.tolist()))
-    torch.testing.assert_close(loss, reference_info_nce(features, rows, objective.log_scale.exp()))
+    torch.testing.assert_close(loss, reference_info_nce(features, rows, objective.log_scale.exp(), weights))
     assert {"text_image_accuracy", "text_audio_accuracy", "image_audio_accuracy"} == report.keys()
+
+
+def test_a_pair_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="audio_text; there are text_image, text_audio, image_audio"):
+        model({"it": {"objective": "contrastive", "pairs": {"audio_text": 2}}})
 
 
 def test_the_sigmoid_loss_is_the_formula():

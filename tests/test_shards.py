@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_jsonl_rows_and_paragraphs_are_items(tmp_path):
     pieces = [corpus.raw(i)["txt"] for i in range(len(corpus))]
     assert all(len(p) <= 256 for p in pieces) and len(pieces) < 40
     assert "".join(p.decode() for p in pieces) == text  # no piece ends inside a character, nothing is lost
+
+
+def test_a_copied_shard_is_hashed_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    write(path, items(3))
+    made = index.build(str(path))
+    os.utime(path, ns=(0, 12345))
+    assert index.opened(str(path)).head["tables"] == made.head["tables"]
+    monkeypatch.setattr(index, "digest_of", lambda *_: pytest.fail("hashed again"))
+    assert index.opened(str(path)).head["mark"] == "12345"
 
 
 def test_a_file_stays_open_while_it_is_read(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,10 +21,14 @@ class Config:
     loss: Literal["infonce", "sigmoid"] = "infonce"
     scale: float = 14.0  # what cosines are multiplied by at the start; learned, at most 100
     bias: float = -10.0  # sigmoid: what is added at the start; learned
+    pairs: dict[str, float] = field(default_factory=dict)
+    """Weights of the pairs' losses in their mean, as in {text_audio: 0.5}; a pair that is not named weighs 1."""
 
     def __post_init__(self):
         if not 0 < self.scale <= 100:
             raise ValueError("scale is above 0, at most 100")
+        if not all(0 < weight < math.inf for weight in self.pairs.values()):
+            raise ValueError("pairs are weights above 0")
 
 
 def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
@@ -40,6 +44,9 @@ class Objective(nn.Module):
     def __init__(self, config: Config, model):
         super().__init__()
         self.config, self.kinds = config, list(model.kinds)
+        names = [f"{a}_{b}" for a, b in itertools.combinations(self.kinds, 2)]
+        if unknown := set(config.pairs) - set(names):
+            raise ValueError(f"pairs names {', '.join(sorted(unknown))}; there are {', '.join(names)}")
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
 
@@ -48,8 +55,8 @@ class Objective(nn.Module):
         return output.embedding(asked.sequence, asked.kind)
 
     def compare(self, features: Tensor, asked: Asked) -> tuple[Tensor, dict[str, float]]:
-        """The mean loss over the pairs of kinds that meet in at least one item, and each pair's accuracy."""
-        losses, report = [], {}
+        """The (weighted) mean loss over the pairs of kinds that meet in at least one item, and each pair's accuracy."""
+        losses, weights, report = [], [], {}
         for a, b in itertools.combinations(range(len(self.kinds)), 2):
             rows = [(asked.kind == kind).nonzero()[:, 0] for kind in (a, b)]
             items = [asked.item[r] for r in rows]
@@ -61,14 +68,15 @@ class Objective(nn.Module):
             with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round cosines times 100 away
                 logits = left.float() @ right.float().T * self.log_scale.exp().clamp(max=100.0)
             ignored = (groups[0][:, None] == groups[1]) & ~pair
-            losses.append(self._loss(logits, pair, ignored))
+            name = f"{self.kinds[a]}_{self.kinds[b]}"
+            weights.append(self.config.pairs.get(name, 1.0))
+            losses.append(weights[-1] * self._loss(logits, pair, ignored))
             with torch.no_grad():
-                name = f"{self.kinds[a]}_{self.kinds[b]}_accuracy"
                 best = logits.masked_fill(ignored, -torch.inf).argmax(1, keepdim=True)
-                report[name] = pair.gather(1, best)[:, 0][pair.any(1)].float().mean()
+                report[f"{name}_accuracy"] = pair.gather(1, best)[:, 0][pair.any(1)].float().mean()
         if not losses:
             return (features * 0.0).sum(), report
-        return torch.stack(losses).mean(), report
+        return torch.stack(losses).sum() / sum(weights), report
 
     def _loss(self, logits: Tensor, pair: Tensor, ignored: Tensor) -> Tensor:
         if self.config.loss == "sigmoid":
