@@ -478,7 +478,9 @@ def _resumed(config: Config, folder: Path, corpora: dict[str, Corpus], allow: bo
     for kind, tokenizer in config.tokenizers.items():
         file = before["tokenizers"][kind].get("file")
         if file:
-            kept = shutil.copyfile(folder / Path(file).name, Path(config.run) / Path(file).name)
+            kept = Path(config.run) / Path(file).name
+            own = shutil.copyfile(folder / kept.name, f"{kept}.{os.getpid()}")
+            os.replace(own, kept)  # at once: another rank may be reading it
             tokenizer = dataclasses.replace(tokenizer, settings=dataclasses.replace(tokenizer.settings, file=str(kept)))
         tokenizers[kind] = tokenizer
     return dataclasses.replace(config, tokenizers=tokenizers), origin

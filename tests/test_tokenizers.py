@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -418,3 +420,14 @@ def test_silence_and_a_click_are_finite():
     for wave in (torch.zeros(16_000), torch.ones(1), torch.full((100,), 1e6)):
         for tokens in audio.read(SOUND, (wave, 16_000)):
             assert torch.isfinite(tokens.content).all()
+
+
+def test_the_trained_merges_replace_those_before_at_once(tmp_path, monkeypatch):
+    """Another process reads either the old file or the new one, never a half."""
+    raws = [{"txt": b"a red square and a blue circle"}]
+    path = text.fit(text.Config(vocabulary=300), raws, tmp_path).file
+    before, seen = Path(path).read_bytes(), []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(b).read_bytes()), replace(a, b)))
+    text.fit(text.Config(vocabulary=300), [{"txt": b"something else altogether, altogether"}], tmp_path)
+    assert seen == [before] != [Path(path).read_bytes()]

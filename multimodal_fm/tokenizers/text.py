@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def fit(config: Config, raws, folder: Path) -> Config:
 
     tokenizer.train_from_iterator(texts(), trainer)
     path = Path(folder) / FILE
-    tokenizer.save(str(path))
+    own = f"{path}.{os.getpid()}"
+    tokenizer.save(own)
+    os.replace(own, path)  # at once: another process may be reading it
     return replace(config, file=str(path))
 
 
