@@ -12,10 +12,15 @@ from markupsafe import Markup, escape
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template, which takes all that it is given for text."""
+    """A page's template, which takes all that it is given for text; `style` is what every page's style begins with."""
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
-    return environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    environment.globals["style"] = Markup(_own("page.css").strip())
+    return environment.from_string(_own(name))
+
+
+def _own(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 class Media:

@@ -63,9 +63,7 @@ def _pretrain(config: Config, run: Path, device, ranks: Ranks, resume: bool, all
         for name, corpus in corpora.items():
             for refused in corpus.refused[:1]:
                 raise BadInput(_strict(_refused_row(name, refused)))
-    _steps(
-        config, corpora, tokenizers=False
-    )  # refuses sources that offer a section nothing, before anything is written
+    _steps(config, corpora, tokenizers=False)  # before anything is written: a source may offer a section nothing
     start, origin = 0, Origin()
     if folder:
         config, origin = _resumed(config, folder, corpora, allow_data_change)
@@ -116,7 +114,7 @@ def _pretrain(config: Config, run: Path, device, ranks: Ranks, resume: bool, all
         return checkpoint.folder_of(run, done)
 
     def stop_if_bad() -> None:
-        if line := bad.line(steps.drawn(done)):
+        if line := ranks.share(lambda: bad.line(steps.drawn(done))):  # the first alone has read the ledger
             raise BadInput(f"{line} See {run}/quarantine.jsonl; checkpoint: {save() if done != start else saved}")
 
     try:

@@ -114,12 +114,7 @@ def sound(settings: Settings, ending: str, data: bytes, facts: dict) -> tuple[st
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, channels, frames = file.samplerate, file.channels, file.frames
-            if not 100 <= rate <= 1_000_000:
-                raise Lost("decode", f"{rate} samples a second")
-            if frames <= 0:
-                raise Lost("empty", "no samples")
-            if frames > AUDIO.seconds * rate:
-                raise Lost("duration-limit", f"{frames / rate:.0f} seconds, the limit is {AUDIO.seconds:g}")
+            audio.check_header(AUDIO, rate, frames)
             same = (file.format, file.subtype, rate, channels) == ("FLAC", "PCM_16", settings.rate, 1)
             change = settings.rate and not same
             if change or ending not in audio.extensions:

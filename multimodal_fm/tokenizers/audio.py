@@ -106,13 +106,18 @@ def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndar
                 raise Lost("decode", str(error)[:100]) from None
             return data[:, 0] if channels == 1 else data @ np.full(channels, 1 / channels, np.float32)
 
+    check_header(config, rate, total)
+    return rate, total, take
+
+
+def check_header(config: Config, rate: int, total: int) -> None:
+    """Raises Lost where no sound of `total` samples, `rate` a second, may be decoded."""
     if not 100 <= rate <= 1_000_000:
         raise Lost("decode", f"{rate} samples a second")
     if total <= 0:
         raise Lost("empty", "no samples")
     if total > config.seconds * rate:
         raise Lost("duration-limit", f"{total / rate:.0f} seconds, the limit is {config.seconds:g}")
-    return rate, total, take
 
 
 def _wave(config: Config, rate: int, take: Callable, start: int, count: int) -> Tensor:
