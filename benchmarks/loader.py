@@ -88,7 +88,7 @@ class Player:
 
     def __init__(self, command: list[str], log: Path):
         self.log, self.rates, self.alive = log, [], True
-        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w"), "text": True}
         try:
@@ -164,7 +164,7 @@ def sounds(work: Path, name: str, python: str) -> tuple[str, dict]:
 def texts(work: Path, name: str, python: str) -> tuple[str, dict]:
     folder = work / "texts"
     made(folder, lambda: ({"txt": text} for text in prose(TEXTS)))
-    return "tokenizer", {who: own(how, folder, 1) for who, how in (("ours", "text"), ("tokenizer", "tokenizer"))}
+    return "tokenizer", {who: own(how, folder, 2) for who, how in (("ours", "text"), ("tokenizer", "tokenizer"))}
 
 
 # The corpora, made on the spot.
@@ -257,6 +257,8 @@ def play(who: str, folder: str, workers: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if who == "tokenizer":  # the library's own threads, as many as we have readers
+        os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
     if who in ("text,image", "image", "audio", "text"):
         drawn = {"text": words}.get(who, lambda step: len(step.keys))
         turns(ours(folder, who.split(","), workers), 2 * workers, drawn)

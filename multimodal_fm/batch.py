@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokens import Tokens, layout
+from .tokens import Tokens, layout, runs, spans
 
 
 @dataclass(frozen=True)
@@ -122,28 +122,32 @@ def gather(
     pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
     flat = _flat([piece for _, piece, _ in pieces])  # item by item
-    owners, sequence = np.repeat(owner, size), flat["sequence"].numpy()
-    length, count = np.bincount(owners, minlength=len(items)), np.zeros(len(items), np.int64)
-    np.maximum.at(count, owners, sequence + 1)
+    begin, sequence = np.cumsum(size) - size, flat["sequence"].numpy()
+    length, count = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
+    np.add.at(length, owner, size)
+    np.maximum.at(count, owner, np.maximum.reduceat(sequence, begin) + 1)
     start, first = np.cumsum(length) - length, np.cumsum(count) - count  # an item's first row and sequence
-    flat["sequence"] = torch.from_numpy(sequence + first[owners])
+    sequence += np.repeat(first[owner], size)
 
-    kind = flat["kind"].numpy()[np.cumsum(size) - size]  # of each piece
-    rows = torch.from_numpy(np.argsort(np.repeat(kind, size), kind="stable"))  # kind by kind
-    grouped = {name: flat[name].index_select(0, rows) for name in _LABELS}
-    order = layout(grouped["sequence"], grouped["order"])
-    tokens = Tokens(order, *(grouped[name].index_select(0, order) for name in _LABELS))
-    final = torch.empty_like(order)
-    final[rows[order]] = torch.arange(len(order))  # row item by item -> row in the layout
+    kind = flat["kind"].numpy()[begin]  # of each piece
+    rows = spans(torch.from_numpy(size), torch.from_numpy(np.argsort(kind, kind="stable")))  # kind by kind
+    order = layout(*(flat[name].index_select(0, rows) for name in ("sequence", "order")))
+    source = rows.index_select(0, order)
+    tokens = Tokens(order, *(flat[name].index_select(0, source) for name in _LABELS))
+    final = torch.empty_like(source)
+    final.scatter_(0, source, torch.arange(len(source)))  # row item by item -> row in the layout
 
-    numbers, where = np.unique(flat["sequence"].numpy(), return_index=True)
+    run, lengths, _ = runs(flat["sequence"])
+    numbers, which = np.unique(run.numpy(), return_index=True)
+    where = (lengths.cumsum(0) - lengths).numpy()[which]  # a sequence's first row
+    holder = np.repeat(np.arange(len(items)), length)[where]
     item, group = np.array([number for _, number, _ in items]), np.array([one.group for _, _, one in items])
-    columns = numbers, flat["kind"].numpy()[where], item[owners[where]], group[owners[where]]
-    names = np.array([name for name, _, _ in items])[owners[where]]
+    columns = numbers, flat["kind"].numpy()[where], item[holder], group[holder]
+    names = np.array([name for name, _, _ in items])[holder]
     by_kind = {kinds[k]: [pieces[p] for p in np.flatnonzero(kind == k)] for k in np.unique(kind)}
     return Batch(
         {name: torch.cat([piece.content for _, piece, _ in own]) for name, own in by_kind.items()},
-        {name: torch.cat([_covered(piece, hide) for _, piece, hide in own]) for name, own in by_kind.items()},
+        {name: _hidden([(len(piece), hide) for _, piece, hide in own]) for name, own in by_kind.items()},
         _fill(tokens, round_to),
         int(count.sum()),
         {
@@ -167,11 +171,14 @@ def _flat(pieces: list[Tokens]) -> dict[str, Tensor]:
     return {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in _LABELS}
 
 
-def _covered(piece: Tokens, hide: Tensor | None) -> Tensor:
-    return _SEEN.expand(len(piece)) if hide is None else hide.float()
-
-
-_SEEN = torch.zeros(1)
+def _hidden(pieces: list[tuple[int, Tensor | None]]) -> Tensor:
+    """1.0 where a piece hides a token: pieces as pairs of a length and the hidden tokens, end to end."""
+    hidden, end = torch.zeros(sum(length for length, _ in pieces)), 0
+    for length, hide in pieces:
+        end += length
+        if hide is not None:
+            hidden[end - length : end] = hide
+    return hidden
 
 
 def _asked(items: list[tuple[int, Arranged]], kinds: list[str], start, first, final: Tensor) -> tuple[dict, dict]:

@@ -23,6 +23,7 @@ from .errors import BadInput, Lost
 from .mixture import Mixture, Source, mix, number
 from .rows import lookup, parse_map
 from .shards import Corpus
+from .tokens import constant
 
 HELD = 1 << 26  # bytes of items that are in memory before they are decoded
 ATTEMPTS = 16  # how many items are tried for a position before the step does without
@@ -92,7 +93,6 @@ class Steps(torch.utils.data.Dataset):
         self.journal = journal
         names = [*self.kinds, *(s.name for s in sections), *(c.name for s in sections for c in s.corpora)]
         self.numbers = {name: number(name) for name in names}
-        self.places = {kind: torch.tensor([place]) for place, kind in enumerate(self.kinds)}
         self.wanted = [self._endings(section) for section in sections]
         self.usable, self.mixtures, self.rulers = [], [], []
         for section in sections:
@@ -206,15 +206,15 @@ class Steps(torch.utils.data.Dataset):
 
     def _arrange(self, section: Section, opened: list[_Opened], step: int, lost: list) -> list:
         for kind in section.parts:
-            place = self.places[kind]
+            place = self.kinds.index(kind)
             for one, views in zip(opened, self._views(kind, opened), strict=True):
                 if isinstance(views, Lost):
                     one.failed.append((kind, views))
                 elif views and len(views[0]):
-                    one.parts[kind] = views[0].replace(kind=place.expand(len(views[0])))
+                    one.parts[kind] = views[0].replace(kind=constant(place, len(views[0])))
         if self.journal:
             self.journal.clear()
-        results = []
+        results, generator = [], torch.Generator()
         for one in opened:
             if not one.parts and not one.failed:
                 one.failed.append(("", Lost("empty", f"none of {', '.join(section.parts)} in it")))
@@ -224,7 +224,7 @@ class Steps(torch.utils.data.Dataset):
                 results.append(None)
                 continue
             group = group_of(one.corpus, one.index, one.raw, self.tokenizers) if section.grouped else 0
-            arranged = section.arrange(Item(one.parts, group), _generator(one.key))
+            arranged = section.arrange(Item(one.parts, group), generator.manual_seed(one.key >> 1))
             results.append((arranged, f"{one.corpus.name}/{one.corpus.key(one.index)}"))
         return results
 

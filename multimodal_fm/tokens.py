@@ -6,6 +6,7 @@ N tokens, S sequences, D width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,14 @@ class Tokens:
 
 def sequence_of(content: Tensor, position: Tensor, kind: int = 0) -> Tokens:
     """One sequence whose tokens all read each other (order 0): what a tokenizer's `read` returns."""
-    zeros = _ZERO.expand(len(content))  # one number, seen n times
-    return Tokens(content, position, zeros, zeros, zeros if kind == 0 else torch.full((len(content),), kind))
+    zeros = constant(0, len(content))
+    return Tokens(content, position, zeros, zeros, constant(kind, len(content)))
 
 
-_ZERO = torch.zeros(1, dtype=torch.long)
+@functools.lru_cache(maxsize=16_384)
+def constant(value: int, count: int) -> Tensor:
+    """(count,) of one whole number, which is stored once; shared, so that nobody may write to it."""
+    return torch.full((1,), value, dtype=torch.long).expand(count)
 
 
 def join(parts: list[Tokens]) -> Tokens:
@@ -109,9 +113,16 @@ def layout(sequence: Tensor, order: Tensor) -> Tensor:
 
     Sequences are sorted by pattern, then by length; rows of one sequence keep their order; filler comes last.
     """
-    together = torch.argsort(sequence, stable=True)
-    pattern, lengths, rows = patterns(sequence[together], order[together])
+    numbers, lengths, _ = runs(sequence)
+    together = spans(lengths, torch.argsort(numbers, stable=True))
+    pattern, lengths, _ = patterns(sequence.index_select(0, together), order.index_select(0, together))
     key = pattern * (len(sequence) + 1) + lengths
-    rank = torch.empty_like(key)
-    rank[torch.argsort(key, stable=True)] = torch.arange(len(key), device=key.device)
-    return together[torch.argsort(rank[rows], stable=True)]
+    return together.index_select(0, spans(lengths, torch.argsort(key, stable=True)))
+
+
+def spans(lengths: Tensor, which: Tensor) -> Tensor:
+    """The rows of the spans `which`, one span after the other, where spans of these `lengths` lie end to end."""
+    taken = lengths[which]
+    shift = (lengths.cumsum(0) - lengths)[which] - (taken.cumsum(0) - taken)
+    found = torch.repeat_interleave(shift, taken)
+    return found.add_(torch.arange(len(found), device=found.device))

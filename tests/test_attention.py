@@ -155,3 +155,20 @@ def test_join_and_split_are_inverse():
     for part, again in zip(parts, split(join(parts)), strict=True):
         for field in ("content", "position", "sequence", "order", "kind"):
             assert torch.equal(getattr(part, field), getattr(again, field))
+
+
+def test_the_layout_is_what_sorting_row_by_row_gives():
+    torch.manual_seed(0)
+    for scattered in [True, False] * 20:
+        sequence = torch.randint(-1, 6, (int(torch.randint(0, 40, ())),))
+        sequence = sequence if scattered else sequence.sort().values
+        order = torch.randint(0, 2, sequence.shape)
+        own = {s: order[sequence == s].tolist() for s in sequence.tolist()}
+
+        def key(row, sequence=sequence, own=own):
+            s = int(sequence[row])
+            steps = {b - a for a, b in zip(own[s], own[s][1:])}
+            pattern = 3 if s == -1 else 0 if steps <= {0} else 1 if min(steps) > 0 else 2
+            return pattern, len(own[s]), s, row
+
+        assert layout(sequence, order).tolist() == sorted(range(len(sequence)), key=key)

@@ -113,7 +113,8 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if not pixels.flags.writeable or min(pixels.strides) < 0:  # PyTorch takes neither
         pixels = pixels.copy()
     given = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order it knows the layout: twice as fast
-    return F.interpolate(given, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    found = F.interpolate(given, size=size, mode="bilinear", antialias=True)
+    return found.numpy()[0].transpose(1, 2, 0)
 
 
 def grid(config: Config, height: int, width: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,17 +89,32 @@ def check(config: Config) -> None:
         )
 
 
-@functools.cache
-def bpe(file: str):
-    """The trained merges in `file`. Raises BadInput where there are none."""
+def _load(file: str):
     from tokenizers import Tokenizer
 
     if not file:
         raise BadInput("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
+    # texts are read by several readers already: threads of each tokenizer's own would be in their way
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return Tokenizer.from_file(file)
     except Exception as error:
         raise BadInput(f"{file}: not a tokenizer ({error})") from None
+
+
+class _Loaded(threading.local):
+    """What a thread has loaded: threads that share a tokenizer wait for its cache of words."""
+
+    def __init__(self):
+        self.bpe = functools.cache(_load)
+
+
+_loaded = _Loaded()
+
+
+def bpe(file: str):
+    """The trained merges in `file`, this thread's own. Raises BadInput where there are none."""
+    return _loaded.bpe(file)
 
 
 def _whole(text: str) -> str:
