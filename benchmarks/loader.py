@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def contest(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict
 
 
 class Player:
-    """A process that draws when it is told to (`turns`)."""
+    """A process that draws when it is told to (`turns`). Between its turns it stands still, its workers too: they would
+    fill their queues in the next one's time."""
 
     def __init__(self, command: list[str], log: Path):
         self.log, self.rates, self.alive = log, [], True
@@ -92,7 +94,7 @@ class Player:
         path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w"), "text": True}
         try:
-            self.process = subprocess.Popen(command, env={**quiet, "PYTHONPATH": path}, **pipes)
+            self.process = subprocess.Popen(command, env={**quiet, "PYTHONPATH": path}, start_new_session=True, **pipes)
         except OSError as error:
             log.write_text(str(error))
             self.process, self.alive = None, False
@@ -102,10 +104,16 @@ class Player:
     def _answer(self) -> str:
         line = self.process.stdout.readline()
         self.alive = bool(line)
+        self._signal(signal.SIGSTOP)
         return line
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def play(self, seconds: float) -> None:
         if self.alive:
+            self._signal(signal.SIGCONT)
             with contextlib.suppress(BrokenPipeError):
                 print(seconds, file=self.process.stdin, flush=True)
             if line := self._answer():
@@ -121,6 +129,7 @@ class Player:
     def close(self) -> None:
         if self.process is None:
             return
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
