@@ -207,6 +207,20 @@ def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
     assert len({row["key"] for row in found}) == bad and {row["reason"] for row in found} == {"text-decode"}
 
 
+def test_ranks_end_together_where_a_source_turns_out_too_bad_after_a_resume(tmp_path):
+    """What was bad before the resume is in the ledger, which the first rank alone reads."""
+    data = two_sources(tmp_path, save_every=100, microbatches=2)
+    data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
+    spoil(tmp_path, 8)
+    train.pretrain(build({**data, "steps": 6}))
+    assert 3 <= len({row["key"] for row in rows(tmp_path / "run", "quarantine.jsonl")}) <= 5
+    path = tmp_path / "on.yaml"
+    path.write_text(json.dumps({**data, "steps": 60}))
+    done = torchrun(2, "pretrain", path, "--resume", timeout=90)
+    told = [line for line in done.stderr.splitlines() if "items bad, more than max_bad=0.05 allows" in line]
+    assert done.returncode and len(told) == 2 and told[0] == told[1], done.stderr[-3000:]  # at the same step
+
+
 def test_much_bad_in_a_part_of_a_source_needs_to_be_sure():
     class Corpus:
         indexes = ()

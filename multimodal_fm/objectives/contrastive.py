@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Arranged, Asked, Item
-from ..tokens import constant
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Config:
 def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
     """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
     parts = list(item.parts.values())
-    seen = [part.replace(sequence=constant(number, len(part))) for number, part in enumerate(parts)]
+    seen = [part.replace(sequence=part.sequence + number) if number else part for number, part in enumerate(parts)]
     return Arranged(seen, [None] * len(seen), group=item.group)
 
 
