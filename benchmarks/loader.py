@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ NAMES = ("loader-256-w1", "loader-256-w2", "loader-640-w1", "loader-640-w2", "au
 PICTURES = {256: 768, 640: 256}  # how many of so many pixels a side
 RATE, SECONDS, WANTED = 44_100, 30, 10  # of the sounds
 CLIPS, TEXTS = 24, 2048
+CALLS = ("tokenizer", "tiktoken")  # Hugging Face's batched call, and that of the library that applies our merges
 TOKENIZERS = {
     "text": {"vocabulary": 4096, "limit": 1024},
     "image": {"patch": 16, "limit": 196, "area": 0.9},  # OpenCLIP's crop, to as many pixels
@@ -173,7 +175,7 @@ def sounds(work: Path, name: str, python: str) -> tuple[str, dict]:
 def texts(work: Path, name: str, python: str) -> tuple[str, dict]:
     folder = work / "texts"
     made(folder, lambda: ({"txt": text} for text in prose(TEXTS)))
-    return "tokenizer", {who: own(how, folder, 2) for who, how in (("ours", "text"), ("tokenizer", "tokenizer"))}
+    return "tokenizer", {who: own(how, folder, 2) for who, how in (("ours", "text"), *((w, w) for w in CALLS))}
 
 
 # The corpora, made on the spot.
@@ -277,7 +279,7 @@ def play(who: str, folder: str, workers: int) -> None:
     elif who.startswith("loop"):
         turns(loop(everything(folder), who == "loop-crop"), 0, len)
     else:
-        turns(tokenizer_alone(folder), 0, int)
+        turns(tokenizer_alone(folder, who, workers), 0, int)
 
 
 def ours(folder: str, parts: list[str], workers: int):
@@ -329,7 +331,7 @@ def in_threads(call, raws: list[bytes], workers: int):
 
     def batch(number: int) -> None:
         if not hasattr(local, "generator"):
-            local.generator = torch.Generator().manual_seed(number)
+            local.generator = random.Random(number)
         for i in range(number * BATCH, (number + 1) * BATCH):
             call(raws[i % len(raws)], local.generator)
 
@@ -380,17 +382,23 @@ def loop(raws: list[dict], crop_first: bool):
             yield [mel(wave).clamp(min=1e-8).log10()]
 
 
-def tokenizer_alone(folder: str):
+def tokenizer_alone(folder: str, who: str, workers: int):
     """How many ids each call of the tokenizer gave for a batch of the same texts."""
+    from tokenizers import Tokenizer
+
     from multimodal_fm.tokenizers import text
 
     settings = steps(folder, ["text"]).tokenizers["text"].settings
-    merges, given = text.bpe(settings.file), [raw["txt"].decode() for raw in everything(folder)]
+    merges, given = Tokenizer.from_file(settings.file), [raw["txt"].decode() for raw in everything(folder)]
     counts = [len(found.ids) for found in merges.encode_batch_fast(given, add_special_tokens=False)]
     assert max(counts) < settings.limit - 2, "ours would crop"
+    if who == "tiktoken":
+        call, how = text.bpe(settings.file).encode_ordinary_batch, {"num_threads": workers}
+    else:
+        call, how = merges.encode_batch_fast, {"add_special_tokens": False}
     while True:
         for start in range(0, len(given), BATCH):
-            merges.encode_batch_fast(given[start : start + BATCH], add_special_tokens=False)
+            call(given[start : start + BATCH], **how)
             yield sum(counts[start : start + BATCH])
 
 

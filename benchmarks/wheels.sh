@@ -3,7 +3,7 @@
 # versions. benchmarks/gpu.sh installs them from there without a network. Usage: benchmarks/wheels.sh [NAME ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-names=(webdataset braceexpand soundfile cffi pycparser cyclopts attrs docstring-parser rich rich-rst simplejpeg)
+names=(webdataset braceexpand soundfile cffi pycparser cyclopts attrs docstring-parser rich rich-rst simplejpeg tiktoken regex)
 [ $# -gt 0 ] && names=("$@")
 
 platforms=()

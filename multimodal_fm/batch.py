@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokens import Tokens, layout, runs, spans
+from .tokens import Tokens, patterns_of
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Item:
 class Arranged:
     """seen: what the backbone reads; asked: the raw tokens to be guessed, with their own position, sequence and kind.
 
-    Both are lists of pieces of one kind; the pieces' sequence numbers are the item's own. hidden: for each seen piece,
-    the tokens (N,) whose content the model must not see. at: for each asked piece the row, among all seen pieces laid
-    end to end, whose output answers the token; -1 where the objective's own decoder answers.
+    Both are lists of pieces of one kind; the sequence numbers are the item's own, and one in all of a seen piece.
+    hidden: for each seen piece, the tokens (N,) whose content the model must not see. at: for each asked piece the row,
+    among all seen pieces laid end to end, whose output answers the token; -1 where the objective's own decoder answers.
     """
 
     seen: list[Tokens]
@@ -121,28 +121,31 @@ def gather(
     items = [(name, number, one) for name, own in sections.items() for number, one in own]
     pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
-    flat = _flat([piece for _, piece, _ in pieces])  # item by item
-    begin, sequence = np.cumsum(size) - size, flat["sequence"].numpy()
+    begin = np.cumsum(size) - size  # each piece's first row, item by item
+    kind, own = (np.array([getattr(piece, name).numpy()[0] for _, piece, _ in pieces]) for name in _OF_A_PIECE)
     length, count = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
     np.add.at(length, owner, size)
-    np.maximum.at(count, owner, np.maximum.reduceat(sequence, begin) + 1)
-    start, first = np.cumsum(length) - length, np.cumsum(count) - count  # an item's first row and sequence
-    sequence += np.repeat(first[owner], size)
+    np.maximum.at(count, owner, own + 1)
+    start, first = np.cumsum(length) - length, np.cumsum(count) - count  # each item's first row and sequence
+    sequence = own + first[owner]
 
-    kind = flat["kind"].numpy()[begin]  # of each piece
-    rows = spans(torch.from_numpy(size), torch.from_numpy(np.argsort(kind, kind="stable")))  # kind by kind
-    order = layout(*(flat[name].index_select(0, rows) for name in ("sequence", "order")))
-    source = rows.index_select(0, order)
-    tokens = Tokens(order, *(flat[name].index_select(0, source) for name in _LABELS))
-    final = torch.empty_like(source)
-    final.scatter_(0, source, torch.arange(len(source)))  # row item by item -> row in the layout
+    turn = _turns(sequence, size, [piece.order for _, piece, _ in pieces])
+    shift = _laid(size, turn) - begin
+    content = _laid(size, np.argsort(kind, kind="stable"))[turn] - _laid(size, turn)[turn]  # contents lie kind by kind
+    rows, ordered = np.arange(size.sum()), [pieces[p][1] for p in turn]
+    tokens = Tokens(
+        torch.from_numpy(rows + np.repeat(content, size[turn])),
+        torch.cat([piece.position for piece in ordered]),
+        torch.from_numpy(np.repeat(sequence[turn], size[turn])),
+        torch.cat([piece.order for piece in ordered]),
+        torch.from_numpy(np.repeat(kind[turn], size[turn])),
+    )
+    final = torch.from_numpy(rows + np.repeat(shift, size))  # row item by item -> row in the layout
 
-    run, lengths, _ = runs(flat["sequence"])
-    numbers, which = np.unique(run.numpy(), return_index=True)
-    where = (lengths.cumsum(0) - lengths).numpy()[which]  # a sequence's first row
-    holder = np.repeat(np.arange(len(items)), length)[where]
+    numbers, which = np.unique(sequence, return_index=True)  # and each sequence's first piece
+    holder = owner[which]
     item, group = np.array([number for _, number, _ in items]), np.array([one.group for _, _, one in items])
-    columns = numbers, flat["kind"].numpy()[where], item[holder], group[holder]
+    columns = numbers, kind[which], item[holder], group[holder]
     names = np.array([name for name, _, _ in items])[holder]
     by_kind = {kinds[k]: [pieces[p] for p in np.flatnonzero(kind == k)] for k in np.unique(kind)}
     return Batch(
@@ -167,8 +170,26 @@ def gather(
     )
 
 
-def _flat(pieces: list[Tokens]) -> dict[str, Tensor]:
-    return {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in _LABELS}
+def _turns(sequence: np.ndarray, size: np.ndarray, orders: list[Tensor]) -> np.ndarray:
+    """The pieces, each of one sequence, in the order that `tokens.layout` would bring their tokens into."""
+    together = np.argsort(sequence, kind="stable")
+    heads = np.flatnonzero(np.diff(sequence[together], prepend=-1))  # each sequence's first piece among them
+    lengths = np.add.reduceat(size[together], heads)
+    telling = [orders[p].numpy() for p in together]
+    telling = [order if order.strides[0] else order[:2] for order in telling]  # of a constant two tell as much
+    told = np.add.reduceat([len(order) for order in telling], heads)
+    pattern = patterns_of(*map(torch.from_numpy, (told, np.concatenate(telling)))).numpy()
+    rank = np.empty_like(heads)
+    rank[np.lexsort((lengths, pattern))] = np.arange(len(heads))
+    pieces = np.diff(heads, append=len(together))
+    return together[np.argsort(np.repeat(rank, pieces), kind="stable")]
+
+
+def _laid(size: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Each piece's first row where the pieces lie in the order `turn`."""
+    found = np.empty_like(size)
+    found[turn] = np.cumsum(size[turn]) - size[turn]
+    return found
 
 
 def _hidden(pieces: list[tuple[int, Tensor | None]]) -> Tensor:
@@ -202,7 +223,7 @@ def _asked(items: list[tuple[int, Arranged]], kinds: list[str], start, first, fi
     return tokens, rows
 
 
-_LABELS = ("position", "sequence", "order", "kind")
+_OF_A_PIECE = ("kind", "sequence")  # what all tokens of a piece share
 
 
 def _cat(pieces: list[Tokens]) -> Tokens:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 4096
+STRETCH = 1024  # positions that are worked out at a time
 ROUNDS = 6
 WINDOW = 16_384  # places
 _STEP, _ONE, _TWO = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -146,6 +147,7 @@ class Mixture:
         self.shares = [quotas(weights) for _, weights in phases]
         self._drawn = [np.array(drawn or [0] * len(sources), np.int64)]  # at each phase's start
         self._block = functools.lru_cache(maxsize=8)(self._lay_out)
+        self._stretch = functools.lru_cache(maxsize=8)(self._work_out)
         for phase in range(1, len(phases)):
             self._drawn.append(self.drawn(int(self.starts[phase])))
 
@@ -170,7 +172,14 @@ class Mixture:
 
     def draws(self, start: int, stop: int) -> Draws:
         """What stands at the positions from `start` to `stop`."""
-        positions = np.arange(start, stop)
+        found = [self._stretch(which) for which in range(start // STRETCH, -(-stop // STRETCH))]
+        begin = int(found[0].position[0])
+        columns = zip(*(vars(one).values() for one in found), strict=True)
+        return Draws(*(np.concatenate(column)[start - begin : stop - begin] for column in columns))
+
+    def _work_out(self, stretch: int) -> Draws:
+        """A stretch of positions at a time: for a few, the calls would cost more than the numbers."""
+        positions = np.arange(max(stretch * STRETCH, self.starts[0]), (stretch + 1) * STRETCH)
         phases = np.searchsorted(self.starts, positions, "right") - 1
         source, drawn = np.empty_like(positions), np.empty_like(positions)
         blocks = (positions - self.starts[phases]) // BLOCK

@@ -9,6 +9,7 @@ import itertools
 import json
 import mmap
 import os
+import random
 import signal
 import threading
 import time
@@ -232,16 +233,13 @@ class Steps(torch.utils.data.Dataset):
         """One training view of each item's members of a kind, or what it was Lost to."""
         module, settings, number_of = self.tokenizers[kind].module, self.tokenizers[kind].settings, self.numbers[kind]
         members = [{e: one.raw[e] for e in module.extensions if e in one.raw} for one in opened]
-        seeds = [mix(one.key, number_of) for one in opened]
-        if hasattr(module, "read_many"):
-            yield from module.read_many(settings, members, [_generator(seed) for seed in seeds])
-            return
-        generator = torch.Generator()
-        for one, own, seed in zip(opened, members, seeds, strict=True):
+        generator = random.Random(0)
+        for one, own in zip(opened, members, strict=True):
             if self.journal and own:
                 self.journal.note(one.corpus, one.index)
+            generator.seed(mix(one.key, number_of))
             try:
-                yield module.read(settings, own, generator.manual_seed(seed >> 1)) if own else []
+                yield module.read(settings, own, generator) if own else []
             except Lost as error:
                 yield error
 
@@ -254,12 +252,6 @@ class Steps(torch.utils.data.Dataset):
 
     def _kind_of(self, ending: str, parts: list[str]) -> str:
         return next((kind for kind in parts if ending in self.tokenizers[kind].module.extensions), ending)
-
-
-def _generator(seed: int) -> torch.Generator:
-    generator = torch.Generator()
-    generator.manual_seed(seed >> 1)
-    return generator
 
 
 class Ruler:
@@ -299,7 +291,7 @@ class Ruler:
             for item in _evenly(range(len(self.corpus)), self.SAMPLE):
                 raw = self.corpus.raw(item, tokenizer.module.extensions)
                 try:
-                    views = tokenizer.module.read(tokenizer.settings, raw, _generator(item)) if raw else []
+                    views = tokenizer.module.read(tokenizer.settings, raw, random.Random(item)) if raw else []
                 except Lost:
                     continue
                 if views:

@@ -94,18 +94,19 @@ def patterns(sequence: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     WHOLE: all orders equal. RISING: each later than the one before. MIXED: anything else. NOTHING: filler.
     """
     numbers, lengths, rows = runs(sequence)
-    if not len(numbers):
-        return lengths, lengths, rows
-    same_run = rows[1:] == rows[:-1]
-    step = order[1:] - order[:-1]
-    count = torch.zeros(2, len(numbers), dtype=torch.long, device=sequence.device)
-    count[0].index_add_(0, rows[1:], (same_run & (step == 0)).long())
-    count[1].index_add_(0, rows[1:], (same_run & (step > 0)).long())
-    pattern = torch.full_like(numbers, MIXED)
-    pattern[count[1] == lengths - 1] = RISING
-    pattern[count[0] == lengths - 1] = WHOLE
-    pattern[numbers == FILLER] = NOTHING
-    return pattern, lengths, rows
+    return patterns_of(lengths, order).masked_fill(numbers == FILLER, NOTHING), lengths, rows
+
+
+def patterns_of(lengths: Tensor, order: Tensor) -> Tensor:
+    """The pattern (R,) of each run, where runs of these `lengths` lie end to end with `order` (N,)."""
+    pattern = torch.full_like(lengths, MIXED)
+    if len(lengths):
+        last = lengths.cumsum(0) - 1
+        first, step = last - lengths + 1, order[1:] - order[:-1]
+        for meaning, fits in ((RISING, step > 0), (WHOLE, step == 0)):
+            count = torch.nn.functional.pad(fits.cumsum(0), (1, 0))  # of the steps that lead up to each token
+            pattern[count[last] - count[first] == lengths - 1] = meaning
+    return pattern
 
 
 def layout(sequence: Tensor, order: Tensor) -> Tensor:

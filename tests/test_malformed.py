@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import resource
 import signal
 import subprocess
@@ -52,7 +53,7 @@ def read(raw: dict, plugins: dict) -> tuple[set[str], list[tuple[str, str]]]:
     for kind, plugin in plugins.items():
         members = {ending: data for ending, data in raw.items() if ending in plugin.module.extensions}
         try:
-            views = plugin.module.read(plugin.settings, members, torch.Generator().manual_seed(0)) if members else []
+            views = plugin.module.read(plugin.settings, members, random.Random(0)) if members else []
         except Lost as error:
             lost.append((kind, error.reason))
         else:

@@ -256,8 +256,6 @@ import os
 from multimodal_fm.tokenizers.text import *
 from multimodal_fm.tokenizers import text as _text
 
-del read_many  # item by item
-
 def read(config, raw, generator=None):
     if generator is not None and raw.get("txt", b"").startswith(b"die"):
         os.abort()

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import random
 import time
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from conftest import jpeg, tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 
-from multimodal_fm.errors import Lost
+from multimodal_fm.errors import BadInput, Lost
 from multimodal_fm.tokenizers import audio, image, text
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="module")
@@ -94,25 +96,54 @@ def test_text_that_cannot_be_read(words):
     assert text.read(words, {"json": b'{"other": 1}'}) == []
 
 
-def test_many_texts_are_read_as_one_by_one(words):
-    config = text.Config(vocabulary=400, limit=12, file=words.file, fields={"captions": 3, "txt": 1})
-    row = {"captions": {"en": "a red square " * 9, "de": "ein rotes Quadrat \ud800"}}
-    raws = [{"txt": data} for data in (b"a red square", b"  ", "café".encode("latin-1"), b"red " * 5000)]
-    raws += [{"json": json.dumps(row).encode(), "txt": "日本語".encode()}, {}, {"json": b"{"}, "given as it is"]
-    for first in range(0, 200, len(raws)):
-        seeds = range(first, first + len(raws))
-        many = text.read_many(config, raws, [generator(seed) for seed in seeds])
-        assert len(many) == len(raws)
-        for raw, seed, found in zip(raws, seeds, many, strict=True):
-            try:
-                alone = text.read(config, raw, generator(seed))
-            except Lost as error:
-                assert str(found) == str(error) and type(found) is Lost
-                continue
-            assert len(alone) == len(found) == bool(raw)
-            for a, b in zip(alone, found, strict=True):
-                assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
-    assert text.read_many(config, [], []) == []
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory):
+    """Merges of letters that stand next to each other in every way, and the library that learned them."""
+    draw, folder = random.Random(0), tmp_path_factory.mktemp("merges")
+    words = ["".join(draw.choices("aabc'é1 ", k=draw.randint(1, 30))) for _ in range(2000)]
+    config = text.fit(text.Config(vocabulary=1000), [{"txt": word.encode()} for word in words], folder)
+    return config, Tokenizer.from_file(config.file)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(st.text("aabc'é1 ", max_size=60), st.text(max_size=60)))
+def test_text_is_encoded_as_by_the_library_that_learned_the_merges(merges, given_text):
+    config, learned = merges
+    whole = text._whole(given_text)
+    assert text.encode(config, given_text) == [i + 2 for i in learned.encode(whole, add_special_tokens=False).ids]
+
+
+def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
+    saved = json.loads(Path(words.file).read_text())
+    whole = "it's 3 red squares,  on\n blue 1234567"
+
+    def variant(name, **changes):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(saved | changes))
+        return text.Config(vocabulary=400, file=str(path))
+
+    regex = {"Regex": r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"}
+    pattern = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
+    for steps in ([pattern, bytewise], [bytewise]):
+        config = variant(f"by{len(steps)}", pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+        learned = Tokenizer.from_file(config.file)
+        assert text.encode(config, whole) == [i + 2 for i in learned.encode(whole, add_special_tokens=False).ids]
+        assert text.decode(config, text.encode(config, whole)) == whole
+    vocabulary = saved["model"]["vocab"]
+    refused = {
+        "words": {"model": saved["model"] | {"type": "WordLevel"}},
+        "folded": {"normalizer": {"type": "Lowercase"}},
+        "spaced": {"pre_tokenizer": saved["pre_tokenizer"] | {"add_prefix_space": True}},
+        "inverted": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [pattern | {"invert": True}, bytewise]}},
+        "twice": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [pattern, saved["pre_tokenizer"]]}},
+        "turned": {"model": saved["model"] | {"merges": saved["model"]["merges"][::-1]}},
+        "short": {"model": saved["model"] | {"vocab": {k: v for k, v in vocabulary.items() if k != "Ā"}}},
+        "empty": {"model": {}},
+    }
+    for name, changes in refused.items():
+        with pytest.raises(BadInput, match=f"{name}.json: not a tokenizer of byte-level BPE"):
+            text.bpe(variant(name, **changes).file)
 
 
 def test_every_part_of_a_long_text_is_drawn(words):
@@ -233,7 +264,7 @@ def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
     for seed in (None, 0, 1, 2, 3):
         (small,), (full,) = (image.read(config, r, seed if seed is None else generator(seed)) for r in (data, whole))
         assert torch.equal(small.position, full.position)
-        assert (small.content.float() - full.content.float()).abs().mean() < 4
+        assert (small.content.float() - full.content.float()).abs().mean() < 6  # 43 and more where the part is another
     assert len(decoded) == 5 and (min(size) < 400 or all(2 * shape[0] <= size[1] + 1 for shape in decoded[:1]))
 
 
@@ -291,7 +322,7 @@ def test_limits_hold_before_anything_is_decoded(decoded):
 
 def test_a_picture_varies_only_by_its_generator():
     config = image.Config(patch=8, limit=16, area=0.5, flip=0.5, rotate=10, colour=0.3)
-    picture = torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8, generator=generator())
+    picture = torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     first, again, other = (image.read(config, picture, generator(s))[0].content for s in (1, 1, 2))
     assert torch.equal(first, again) and (first.shape != other.shape or not torch.equal(first, other))
     assert torch.equal(image.read(config, picture)[0].content, image.read(config, picture)[0].content)
@@ -313,7 +344,7 @@ def test_any_rate_becomes_the_same_sound(rate, kind):
 
 
 def test_long_sound_is_cropped_in_training_and_covered_in_inference():
-    wave = torch.randn(16_000 * 3, generator=generator())
+    wave = torch.randn(16_000 * 3, generator=torch.Generator().manual_seed(0))
     windows = audio.read(SOUND, (wave, 16_000))
     covered = sum(len(w) for w in windows) * 8 * 160
     assert abs(covered - len(wave)) <= 8 * 160 and all(len(w) <= 10 for w in windows)
@@ -367,7 +398,7 @@ def test_the_resampler_is_torchaudios(rate):
     import torchaudio
 
     for count in (1, 7, 441, 20_000):
-        wave = torch.randn(count, generator=generator())
+        wave = torch.randn(count, generator=torch.Generator().manual_seed(0))
         expected = torchaudio.transforms.Resample(rate, 16_000)(wave)
         torch.testing.assert_close(audio._resample(wave, rate, 16_000), expected, rtol=0, atol=5e-6)
 

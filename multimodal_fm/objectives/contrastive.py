@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Arranged, Asked, Item
+from ..tokens import constant
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Config:
 def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
     """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
     parts = list(item.parts.values())
-    seen = [part.replace(sequence=part.sequence + number) if number else part for number, part in enumerate(parts)]
+    seen = parts[:1] + [part.replace(sequence=constant(i, len(part))) for i, part in enumerate(parts[1:], start=1)]
     return Arranged(seen, [None] * len(seen), group=item.group)
 
 

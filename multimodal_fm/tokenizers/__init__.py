@@ -1,19 +1,17 @@
 """One file a kind of input; a file defines all that is special about its kind.
 
 `Config`; `extensions`, the member endings that it reads; `read(config, raw, generator=None) -> list[Tokens]`, where
-`raw` maps the item's endings to bytes (or holds what a user passed), with a generator the one random view that
+`raw` maps the item's endings to bytes (or holds what a user passed), with a `random.Random` the one random view that
 training wants, without one the fixed sequences that cover all of it; `Embed(config, width)`, a module from content to
 (N, width); `Predict(config, width)`, a module that scores vectors (M, width) against raw content (M, ...) and gives one
 loss a token (M,).
 
 Optional: `fit(config, raws, folder) -> Config` learns what is to be learned before the first step; `check(config)`
 raises BadInput where what was learned is missing; `things(config, raw)` lists what evaluation takes one by one;
-`read_many(config, raws, generators) -> list[list[Tokens] | Lost]` is `read` of several items with a generator each,
-Lost where that raises it, for kinds that are quicker read together; `measure(data, length) -> (int, int)` says how
-large a member is without decoding it, for the index (`data` is its first megabytes); `count(config, length, a, b)`,
-given arrays (N,) of members' bytes and measures, says how many tokens a training view of each has, at most: (N,);
-`describe(config, raw)` reads the whole part as strictly as a training run would and says in plain data what it is, None
-where the item has none; it raises Lost.
+`measure(data, length) -> (int, int)` says how large a member is without decoding it, for the index (`data` is its first
+megabytes); `count(config, length, a, b)`, given arrays (N,) of members' bytes and measures, says how many tokens a
+training view of each has, at most: (N,); `describe(config, raw)` reads the whole part as strictly as a training run
+would and says in plain data what it is, None where the item has none; it raises Lost.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Config:
         return self.limit // (self.bands // self.high) * self.frames * self.hop
 
 
-def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
+def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
     """Sequences of log-mel patches, content (N, frames * high) float32, position (time, band, 0).
 
     raw: the item's members, a path, bytes, or (waveform (T,) or (C, T), rate). With a generator one random window, else
@@ -69,7 +70,7 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
         if len(waves) > 1 and len(waves[-1]) < config.frames * config.hop:
             waves.pop()  # less than a patch is left over
         return [_patches(config, wave) for wave in waves]
-    speed, where = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    speed, where = generator.random(), generator.random()
     rate = round(rate * (1 + config.gain * (2 * speed - 1)))
     whole = -(-total * config.rate // rate)
     wave = _wave(config, rate, take, int(where * max(whole - config.samples, 0)), config.samples)
@@ -179,7 +180,7 @@ def _transforms(rate: int, window: int, hop: int, bands: int):
     return spectrum, torchaudio.transforms.MelScale(bands, rate, 20.0, n_stft=size // 2 + 1)
 
 
-def _patches(config: Config, wave: Tensor, generator: torch.Generator | None = None) -> Tokens:
+def _patches(config: Config, wave: Tensor, generator: Random | None = None) -> Tokens:
     """log-mel of one window (at most `limit` patches), normalised over the window, cut into patches."""
     span = config.frames * config.hop
     columns = max(1, min(round(len(wave) / span), config.samples // span))
@@ -211,13 +212,13 @@ def _positions(columns: int, rows: int) -> Tensor:
     return position.flatten(0, 1)
 
 
-def _blank(config: Config, mel: Tensor, generator: torch.Generator) -> Tensor:
+def _blank(config: Config, mel: Tensor, generator: Random) -> Tensor:
     """One run of bands and one of frames set to the mean (SpecAugment, Park et al. 2019)."""
     mel = mel.clone()
     for axis in (0, 1):
         most = int(mel.shape[axis] * config.blank)
-        width = int(torch.randint(most + 1, (), generator=generator))
-        start = int(torch.randint(mel.shape[axis] - width + 1, (), generator=generator))
+        width = generator.randrange(most + 1)
+        start = generator.randrange(mel.shape[axis] - width + 1)
         mel.narrow(axis, start, width).zero_()
     return mel
 

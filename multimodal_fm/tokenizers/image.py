@@ -9,8 +9,10 @@ import re
 import warnings
 import zlib
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
@@ -44,7 +46,7 @@ class Config:
             raise ValueError("area is a share above 0, at most 1")
 
 
-def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
+def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
     """One sequence of patches in rows, content (N, patch * patch * 3) uint8, position (0, row, column).
 
     raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
@@ -60,7 +62,7 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
     return [sequence_of(content, _positions(rows, columns))]
 
 
-def view(config: Config, raw, generator: torch.Generator | None = None) -> np.ndarray:
+def view(config: Config, raw, generator: Random | None = None) -> np.ndarray:
     """The pixels (rows * patch, columns * patch, 3) uint8 of a random part of a picture, without a generator of all.
 
     The part is drawn first, then a JPEG is decoded at the least scale that this part needs. Raises Lost.
@@ -71,7 +73,7 @@ def view(config: Config, raw, generator: torch.Generator | None = None) -> np.nd
         height, width = whole.shape[:2]
     else:
         height, width = jpeg.height, jpeg.width
-    draws = None if generator is None else torch.rand(8, generator=generator, dtype=torch.float64).tolist()
+    draws = None if generator is None else [generator.random() for _ in range(8)]
     part = (0.0, 0.0, height, width) if draws is None else _crop(config, height, width, draws)
     rows, columns = grid(config, *part[2:])
     size = (rows * config.patch, columns * config.patch)
@@ -112,8 +114,8 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 to (*size, 3), smoothed where it shrinks."""
     if not pixels.flags.writeable or min(pixels.strides) < 0:  # PyTorch takes neither
         pixels = pixels.copy()
-    given = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order it knows the layout: twice as fast
-    found = F.interpolate(given, size=size, mode="bilinear", antialias=True)
+    batch = pixels.reshape(1, *pixels.shape).transpose(0, 3, 1, 2)  # in this order it knows the layout: twice as fast
+    found = F.interpolate(torch.from_numpy(batch), size=size, mode="bilinear", antialias=True)
     return found.numpy()[0].transpose(1, 2, 0)
 
 
@@ -140,8 +142,6 @@ class _Jpeg:
 
         Other eighths are slower than the next of these. `fast` errs by a level or two of 255. Raises Lost.
         """
-        import simplejpeg
-
         part = next((n for n in (8, 4, 2) if self.height >= n * height and self.width >= n * width), 1)
         size = -(-self.height // part), -(-self.width // part)
         least = dict(zip(("min_width", "min_height") if self.turn >= 5 else ("min_height", "min_width"), size))
@@ -162,8 +162,6 @@ def _jpeg(config: Config, raw) -> _Jpeg | None:
     """The header of a plain JPEG in memory; None for all else, which `decode` reads or refuses. Raises Lost."""
     if not isinstance(raw, bytes) or raw[:3] != b"\xff\xd8\xff" or len(raw) > config.bytes:
         return None
-    import simplejpeg
-
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
     except ValueError:

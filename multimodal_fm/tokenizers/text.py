@@ -1,12 +1,16 @@
-"""Text: byte-level BPE (Sennrich et al. 2016, bytes as in GPT-2), learned from the run's own training text."""
+"""Text: byte-level BPE (Sennrich et al. 2016, bytes as in GPT-2), learned from the run's own training text.
+
+Hugging Face `tokenizers` learns the merges and keeps the file; `tiktoken`, several times faster, applies them.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
-import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -30,7 +34,7 @@ class Config:
     fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
     """Where an item's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
     string, a list or a map of strings). A list: the first that the item has. A map: training draws by these weights."""
-    file: str = ""  # a trained tokenizer.json; empty: `fit` writes one into the run folder
+    file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: `fit` writes one into the run folder
     fit_bytes: int = 20_000_000  # how much training text the merges are learned from
 
     def __post_init__(self):
@@ -82,37 +86,60 @@ def _readable(config: Config, raw: dict) -> list[str]:
 
 def check(config: Config) -> None:
     """Raises BadInput where the trained file is missing or holds more ids than the model has."""
-    held = bpe(config.file).get_vocab_size() + 2
+    held = bpe(config.file).n_vocab + 2
     if held > config.vocabulary:
         raise BadInput(
             f"{config.file} holds {held} ids: set tokenizers.text.vocabulary to that, not {config.vocabulary}"
         )
 
 
-def _load(file: str):
-    from tokenizers import Tokenizer
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Between what no merge reaches (GPT-2, Radford et al. 2019)."""
+
+
+@functools.cache
+def bpe(file: str):
+    """The trained merges in `file`, a `tiktoken.Encoding`. Raises BadInput where there are none."""
+    import tiktoken
 
     if not file:
         raise BadInput("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
     try:
-        return Tokenizer.from_file(file)
-    except Exception as error:
-        raise BadInput(f"{file}: not a tokenizer ({error})") from None
+        with open(file, encoding="utf-8") as opened:
+            ranks, split = _ranks(json.load(opened))
+        return tiktoken.Encoding(file, pat_str=split, mergeable_ranks=ranks, special_tokens={})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__})") from None
 
 
-class _Loaded(threading.local):
-    """What a thread has loaded: two threads with a tokenizer each are quicker than with one between them."""
+def _ranks(saved: dict) -> tuple[dict[bytes, int], str]:
+    """The id of each run of bytes, and the pattern that splits text, of a file of `tokenizers`. Raises ValueError."""
+    model, steps = saved["model"], saved["pre_tokenizer"]
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    *splits, last = steps
+    plain = [s for s in splits if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+    by_regex = [one["pattern"]["Regex"] for one in plain]
+    split = SPLIT if last.get("use_regex", True) else by_regex[0] if by_regex else r"(?s:.+)"
+    if model["type"] != "BPE" or last["type"] != "ByteLevel" or last["add_prefix_space"] or saved["normalizer"]:
+        raise ValueError("BPE on bytes as they are is what can be read")
+    if len(by_regex) != len(splits) or len(splits) + last.get("use_regex", True) > 1:
+        raise ValueError("text is split by more than one pattern")
+    alphabet = _alphabet()
+    ranks = {bytes(alphabet[letter] for letter in token): rank for token, rank in model["vocab"].items()}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = [model["vocab"][left + right] for left, right in merges]
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"byte {missing[0]} has no id")
+    if made != sorted(made):
+        raise ValueError("ids are not in the order of the merges")
+    return ranks, split
 
-    def __init__(self):
-        self.bpe = functools.cache(_load)
 
-
-_loaded = _Loaded()
-
-
-def bpe(file: str):
-    """The trained merges in `file`, this thread's own. Raises BadInput where there are none."""
-    return _loaded.bpe(file)
+def _alphabet() -> dict[str, int]:
+    """The bytes by the letters that stand for them in a file: themselves, or if unprintable the next from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _whole(text: str) -> str:
@@ -125,31 +152,33 @@ def _whole(text: str) -> str:
 CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
 
 
-def _chunks(text: str) -> list[str]:
-    return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
-
-
 def encode(config: Config, text: str, limit: int | None = None) -> list[int]:
     """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
+    return (_encoded(config, _whole(text), limit) + 2).tolist()
+
+
+def _encoded(config: Config, text: str, limit: int | None) -> np.ndarray:
+    """The merges' own ids of a text without halves of surrogate pairs."""
     ids, merges = [], bpe(config.file)
-    for chunk in _chunks(_whole(text)):
-        ids += [i + 2 for i in merges.encode(chunk, add_special_tokens=False).ids]
+    for start in range(0, len(text), CHUNK):
+        ids += merges.encode_ordinary(text[start : start + CHUNK])
         if limit is not None and len(ids) >= limit:
-            return ids[:limit]
-    return ids
+            break
+    ids = ids[:limit]
+    return np.fromiter(ids, np.int64, len(ids))
 
 
 def decode(config: Config, ids: list[int]) -> str:
     """The text that `encode` made `ids` of."""
-    return bpe(config.file).decode([i - 2 for i in ids if i > END], skip_special_tokens=False)
+    return bpe(config.file).decode([i - 2 for i in ids if i > END])
 
 
 def count_bytes(config: Config, ids: list[int]) -> int:
-    """How many bytes of text `ids` stand for: the merges are spelled with one character a byte."""
-    return sum(len(bpe(config.file).id_to_token(i - 2)) for i in ids if i > END)
+    """How many bytes of text `ids` stand for."""
+    return len(bpe(config.file).decode_bytes([i - 2 for i in ids if i > END]))
 
 
-def read(config: Config, raw, generator: torch.Generator | None = None) -> list[Tokens]:
+def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
     """Sequences BEGIN ids END of at most `limit` tokens, content (N,) int64. raw: the item's members, or a string.
 
     With a generator one text is drawn, and of a long one a window; without, the item's first text, cut into at most
@@ -160,51 +189,13 @@ def read(config: Config, raw, generator: torch.Generator | None = None) -> list[
         return []
     if generator is None:
         return _windows(config, next(iter(found.values()))[0])
-    text, draw = _drawn(config, found, generator)
-    return [_window(config, encode(config, text), draw)]
-
-
-def read_many(config: Config, raws: list, generators: list[torch.Generator]) -> list[list[Tokens] | Lost]:
-    """`read` of each item with its generator, or what it raises; all of them in one call of the tokenizer.
-
-    It is called by several readers at a time, so threads of the tokenizer's own, which would be in their way, are
-    turned off unless `TOKENIZERS_PARALLELISM` is set.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    results, drawn, chunks = [], [], []
-    for raw, generator in zip(raws, generators, strict=True):
-        try:
-            found = _offered(config, raw)
-        except Lost as error:
-            results.append(error)
-            continue
-        results.append([])
-        if found:
-            text, draw = _drawn(config, found, generator)
-            pieces = _chunks(_whole(text))
-            chunks += pieces
-            drawn.append((results[-1], len(pieces), draw))
-    encoded = iter(bpe(config.file).encode_batch_fast(chunks, add_special_tokens=False) if chunks else ())
-    for views, count, draw in drawn:
-        ids = np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in range(count)])
-        ids += 2
-        views.append(_window(config, ids, draw))
-    return results
-
-
-def _drawn(config: Config, found: dict[str, list[str]], generator: torch.Generator) -> tuple[str, float]:
-    """One of the item's texts, of a long one a part, and the draw that says which of its ids are taken."""
-    draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    text = _draw(config, found, draws)
-    reach = (config.limit - 2) * 8  # characters: far more than there is room for of nearly any text
+    draws = [generator.random() for _ in range(4)]
+    text, room = _draw(config, found, draws), config.limit - 2
+    reach = room * 8  # characters: far more than there is room for of nearly any text
     start = _pick(draws[2], max(len(text) - reach, 0) + 1)
-    return text[start : start + reach], draws[3]
-
-
-def _window(config: Config, ids, draw: float) -> Tokens:
-    room = config.limit - 2
-    start = _pick(draw, max(len(ids) - room, 0) + 1)
-    return _sequence(config, ids[start : start + room])
+    ids = _encoded(config, _whole(text[start : start + reach]), None)
+    start = _pick(draws[3], max(len(ids) - room, 0) + 1)
+    return [_sequence(config, ids[start : start + room])]
 
 
 def _pick(draw: float, count: int) -> int:
@@ -236,19 +227,25 @@ MOST_WINDOWS = 64
 
 def _windows(config: Config, text: str) -> list[Tokens]:
     room = config.limit - 2
-    ids = encode(config, text, room * MOST_WINDOWS)
+    ids = _encoded(config, _whole(text), room * MOST_WINDOWS)
     return [_sequence(config, ids[start : start + room]) for start in range(0, len(ids), room)]
 
 
-def _sequence(config: Config, ids) -> Tokens:
+def _sequence(config: Config, ids: np.ndarray) -> Tokens:
     content = np.empty(len(ids) + 2, dtype=np.int64)
-    content[0], content[1:-1], content[-1] = BEGIN, ids, END
-    return sequence_of(torch.from_numpy(content), _positions(config.limit)[: len(content)])
+    content[0], content[-1] = BEGIN, END
+    np.add(ids, 2, out=content[1:-1])
+    return sequence_of(torch.from_numpy(content), _positions(len(content)))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def _positions(count: int) -> Tensor:
     """(count, 3); shared, so that nobody may write to it."""
+    return _most_positions(1 << count.bit_length())[:count]
+
+
+@functools.cache
+def _most_positions(count: int) -> Tensor:
     return F.pad(torch.arange(count, dtype=torch.float32)[:, None], (0, 2))
 
 
