@@ -31,7 +31,6 @@ class Config:
     limit: int = 128  # tokens a sequence: longer sound is cropped in training, cut into windows in inference
     blank: float = 0.0  # training: at most this share of the bands, and of the frames, is blanked (SpecAugment)
     gain: float = 0.0  # training: the rate of play changes by at most this share
-    shift: float = 0.0  # training: of a sound that fits, at most so many patches are left out at its start
     windows: int = 64  # inference: at most so many windows of one sound
     seconds: float = 3600.0  # a longer sound is refused, by its header
     bytes: int = 200_000_000  # so is a longer member
@@ -41,8 +40,8 @@ class Config:
             raise ValueError("rate, bands, hop, window, frames, high, limit and windows are at least 1")
         if not self.seconds > 0:
             raise ValueError("seconds is above 0")
-        if not 0 <= self.blank <= 1 or not 0 <= self.gain < 1 or not 0 <= self.shift:
-            raise ValueError("blank and gain are shares from 0 to 1, shift is a number from 0 up")
+        if not 0 <= self.blank <= 1 or not 0 <= self.gain < 1:
+            raise ValueError("blank and gain are shares from 0 to 1")
         if self.bands % self.high:
             raise ValueError(f"bands ({self.bands}) must be a multiple of high ({self.high})")
         if self.limit < self.bands // self.high:
@@ -74,9 +73,7 @@ def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
     speed, where = generator.random(), generator.random()
     rate = round(rate * (1 + config.gain * (2 * speed - 1)))
     whole = -(-total * config.rate // rate)
-    span = config.frames * config.hop
-    spare = whole - config.samples if whole > config.samples else min(config.shift * span, max(whole - span, 0))
-    wave = _wave(config, rate, take, int(where * spare), config.samples)
+    wave = _wave(config, rate, take, int(where * max(whole - config.samples, 0)), config.samples)
     return [_patches(config, wave, generator)]
 
 
