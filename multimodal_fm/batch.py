@@ -122,7 +122,12 @@ def gather(
     pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
     begin = np.cumsum(size) - size  # each piece's first row, item by item
-    kind, own = (np.array([getattr(piece, name).numpy()[0] for _, piece, _ in pieces]) for name in _OF_A_PIECE)
+    (kind, own), last = (
+        np.array([[getattr(piece, name).numpy()[row] for name in _OF_A_PIECE] for _, piece, _ in pieces]).T
+        for row in (0, -1)
+    )
+    if not np.array_equal((kind, own), last):
+        raise ValueError("a piece that is seen is of one kind and one sequence: split it")
     length, count = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
     np.add.at(length, owner, size)
     np.maximum.at(count, owner, own + 1)

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multimodal_fm.batch import Item, count_asked, gather
+from multimodal_fm.batch import Arranged, Item, count_asked, gather
 from multimodal_fm.config import build
 from multimodal_fm.model import Model
 from multimodal_fm.objectives import causal, contrastive, masked
-from multimodal_fm.tokens import sequence_of
+from multimodal_fm.tokens import join, sequence_of
 
 KINDS = ["text", "image", "audio"]
 
@@ -282,3 +282,9 @@ def test_the_start_is_stable_at_any_width(width, heads):
     loss.backward()
     first, last = (net.backbone.blocks[i].attention.project_in.weight.grad.norm() for i in (0, -1))
     assert 0.02 < first / last < 50 and len(tokens) == 60
+
+
+def test_a_piece_of_two_sequences_is_refused():
+    two = join([sequence_of(torch.arange(3), torch.zeros(3, 3)), sequence_of(torch.arange(2), torch.zeros(2, 3))])
+    with pytest.raises(ValueError, match="one sequence"):
+        gather({"a": [(0, Arranged([two], [None]))]}, KINDS, {"a": {}})
