@@ -4,7 +4,6 @@ set -eu
 seed=$1
 run=$2
 corpus=data/tuxpaint
-languages=be,bg,ca,da,el,es,fr,nl,pt,ro,ru  # those of the voices
 
 say() { echo "\$ $*"; "$@"; }
 
@@ -19,19 +18,12 @@ elif [ "$status" -ne 0 ]; then
 fi
 
 shards=$corpus/shards/$seed
-emoji=data/emoji/shards/$seed
 settings="seed=$seed run=$run evaluate.pictures.on=$shards/validation-*.tar evaluate.voices.on=$shards/validation-*.tar"
 settings="$settings sources.pictures.shards=$shards/train-*.tar sources.voices.shards=$shards/train-*.tar"
-settings="$settings sources.effects.shards=$shards/train-*.tar"
-[ "$corpus" = data/tuxpaint ] || settings="$settings sources.effects.where.role=spoken"  # scenes have no effects
 if [ "$corpus" = data/tuxpaint ]; then
-    say python -m data.emoji --seed "$seed" --without "$shards/validation-*.tar" --languages "$languages" || status=$?
-    [ "$status" -eq 0 ] || [ "$status" -eq 3 ] || exit "$status"
-fi
-if [ "$status" -eq 0 ]; then
-    settings="$settings sources.emoji.shards=$emoji/train-*.tar"
-else  # their place goes to more of the pictures
-    settings="$settings sources.emoji.shards=$shards/train-*.tar sources.emoji.where.role=picture"
+    settings="$settings sources.effects.shards=$shards/train-*.tar"
+else  # the scenes have no effects: their place goes to the voices
+    settings="$settings sources.effects.shards=$shards/train-*.tar sources.effects.where.role=spoken"
 fi
 if [ -e "$run" ]; then
     set -- --resume

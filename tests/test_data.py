@@ -7,20 +7,19 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 from scipy import ndimage
 
-from data import debian, writing
-from data.emoji import __main__ as emoji
+from data import writing
 from data.scenes import __main__ as scenes
 from data.scenes import picture, sound
 from data.scenes.captions import canonical, describe
 from data.scenes.scene import COLOURS, HELD_OUT, Kind, Scene, draw_scene, generator
 from data.tuxpaint import __main__ as tuxpaint
+from data.tuxpaint import source
 from data.tuxpaint.stamps import Sound, Stamp, file_digest, read_stamps, validation_stamps, without_leaks
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="2cm" height="1cm"><rect width="40" height="20"/></svg>'
@@ -230,7 +229,7 @@ def test_tuxpaint_failures_are_one_line(arguments, code, tmp_path, monkeypatch, 
 def test_download_that_fails_or_stands_still(tmp_path, monkeypatch):
     tool = tmp_path / "apt-get"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(debian, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(source, "PATIENCE_SECONDS", 0.5)
     for script, reason in {
         "echo half > tuxpaint-stamps-default_1.deb; echo 'E: no network'; exit 100": "no network",
         "exec sleep 60": "no progress",
@@ -239,10 +238,10 @@ def test_download_that_fails_or_stands_still(tmp_path, monkeypatch):
         tool.chmod(0o755)
         start = time.monotonic()
         with pytest.raises(writing.RecipeError, match=reason) as failure:
-            debian.find(tuxpaint.PACKAGE, None, tmp_path / "cache")
+            source.find_stamps(None, tmp_path / "cache")
         assert failure.value.code == 3
         assert time.monotonic() - start < 5
-        assert debian.cached(tuxpaint.PACKAGE, tmp_path / "cache") is None
+        assert source.cached_package(tmp_path / "cache") is None
 
 
 @pytest.fixture(scope="module")
@@ -326,68 +325,3 @@ def test_scene_sound_follows_the_scene():
     plain = play()
     for changes in ({"shape": "star"}, {"place": "left"}, {"place": "top"}, {"colour": "blue"}):
         assert np.abs(play(**changes) - plain).max() > 0.1
-
-
-ANNOTATIONS = {
-    "en": {"🦁": "lion", "🍎": "red apple", "🔴": "red circle", "🏽": "medium skin tone", "🇫🇷": "flag", "🙂": "face"},
-    "fr": {"🦁": "tête de lion", "🍎": "pomme rouge", "🔴": "↑↑↑"},
-    "de": {"🦁": "Löwe"},
-    "pt_PT": {"🦁": "leão"},
-}
-
-
-@pytest.fixture
-def emoji_packages(tmp_path, monkeypatch):
-    """Names of a few emoji, and a font that draws all of them but one."""
-    for package in (emoji.FONT, emoji.NAMES):
-        (tmp_path / "given" / package.inside).mkdir(parents=True)
-    for language, names in ANNOTATIONS.items():
-        rows = [
-            f'<annotation cp="{e}">x | y</annotation><annotation cp="{e}" type="tts">{n}</annotation>'
-            for e, n in names.items()
-        ]
-        text = f"<ldml><annotations>{''.join(rows)}</annotations></ldml>"
-        (tmp_path / "given" / emoji.NAMES.inside / f"{language}.xml").write_text(text, encoding="utf-8")
-    draw = {e: Image.new("RGBA", emoji.SIZE, (ord(e[0]) % 256, 9, 9)) for e in ANNOTATIONS["en"] if e != "🙂"}
-    monkeypatch.setattr(emoji, "draw_with", lambda file, code: draw.get)
-    return tmp_path / "given"
-
-
-def test_emoji_are_drawn_on_white():
-    draw = emoji.draw_with(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
-    assert draw(" ") is None
-    shown = draw("☺").convert("RGB")
-    assert shown.size == emoji.SIZE and shown.getextrema()[0] == (0, 255) and shown.getpixel((0, 0)) == (255,) * 3
-
-
-def test_emoji_items(emoji_packages, tmp_path):
-    def build(*more):
-        arguments = ["--from", str(emoji_packages), "--to", str(tmp_path / "to"), *more]
-        assert writing.run("data.emoji", emoji.main, arguments) == 0
-        return tmp_path / "to" / "0"
-
-    items = read_items(build(), "train")
-    assert {item["json"]["caption"] for item in items.values()} == {"lion", "red apple", "red circle"}
-    lion = items["1f981"]
-    assert lion["json"]["captions"] == {"en": "lion", "fr": "tête de lion", "de": "Löwe"} and lion["txt"] == b"lion"
-    assert items["1f534"]["json"]["captions"] == {"en": "red circle"}
-    assert (
-        np.abs(np.asarray(Image.open(io.BytesIO(lion["jpg"])))[64, 64].astype(int) - (ord("🦁") % 256, 9, 9)).max() < 4
-    )
-
-    held = {"role": "picture", "stamp": "a", "language": "en", "caption": "Red circle."}
-    held["captions"] = {"en": "Red circle.", "fr": "Une balle.", "de": "löwe"}
-    writing.write_split(tmp_path, "validation", [{"key": "a", "txt": "Red circle.", "json": held, "jpg": b""}])
-    fewer = read_items(build("--without", str(tmp_path / "validation-*.tar")), "train")
-    assert set(fewer) == {"1f981", "1f34e"} and set(fewer["1f981"]["json"]["captions"]) == {"en", "fr"}
-    assert set(read_items(build("--languages", "de"), "train")["1f981"]["json"]["captions"]) == {"en", "de"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["--from", "missing"], 2), (["--without", "none-*.tar"], 2), ([], 3), (["--from", "."], 2)]
-)
-def test_emoji_failures_are_one_line(arguments, code, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))  # so there is no apt-get
-    assert writing.run("data.emoji", emoji.main, [*arguments, "--cache", "cache", "--to", "shards"]) == code
-    assert capsys.readouterr().err.count("\n") == 1

@@ -6,15 +6,15 @@ import sys
 import time
 from pathlib import Path
 
-from data import debian, writing
+from data import writing
 from data.tuxpaint.convert import convert_all
+from data.tuxpaint.source import find_stamps
 from data.tuxpaint.stamps import ENGLISH, Sound, file_digest, read_stamps, validation_stamps, without_leaks
 from data.writing import Progress, RecipeError, digest
 
 VERSION = 2  # raise it when the items change, so that an older build is replaced
 LICENSE = "GPL-2"
-PACKAGE = debian.Package("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps", 161_000_000)
-SOURCE = f"Tux Paint stamps, Debian package {PACKAGE.name}"
+SOURCE = "Tux Paint stamps, Debian package tuxpaint-stamps-default"
 
 
 def main(argv=None):
@@ -63,7 +63,7 @@ def parse(argv):
 
 def read_source(given, cache):
     """The stamps and the count of what is left out. Raises RecipeError where there are none."""
-    folder = debian.find(PACKAGE, given, cache)
+    folder = find_stamps(given, cache)
     stamps, left_out = read_stamps(folder)
     if not stamps:
         raise RecipeError(f"{folder} has no stamps (NAME.png or NAME.svg with NAME.txt)")

@@ -1,29 +1,18 @@
-"""Debian packages: unpacked from a given folder or file or from the cache, or downloaded without being root."""
+"""Finds the unpacked stamps: in a given folder or package file, in the cache, or by downloading them."""
 
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
 from data.writing import BAD_ARGUMENT, NO_SOURCE, Progress, RecipeError
 
+PACKAGE = "tuxpaint-stamps-default"
+STAMPS = "usr/share/tuxpaint/stamps"
+BYTES = 161_000_000  # of the package, about
 PATIENCE_SECONDS = 300  # a download that stands still for so long is given up
-
-
-@dataclass(frozen=True)
-class Package:
-    """What a recipe wants of a package."""
-
-    name: str
-    inside: str  # the folder that is wanted
-    bytes: int  # of the package, about
-
-    @property
-    def mend(self):
-        return f"get the Debian package {self.name} yourself and name it with --from"
-
+MEND = "get the Debian package tuxpaint-stamps-default yourself and name it with --from"
 
 # Lists and archives of its own, no hooks of the system's, and no change of user: apt's download user may
 # not enter a private folder.
@@ -42,52 +31,52 @@ quiet "1";
 """
 
 
-def find(package, given, cache):
-    """The folder that is wanted, in `given` (--from; None: the cache or a download).
+def find_stamps(given, cache):
+    """The folder of stamps in `given` (--from; None: the cache or a download).
 
-    Raises RecipeError: code 2 where `given` has no such folder, code 3 where the package can't be had.
+    Raises RecipeError: code 2 where `given` has no stamps, code 3 where the package can't be had.
     """
     if given is None:
-        return unpack(package, cached(package, cache) or download(package, cache), cache, NO_SOURCE)
+        return unpack(cached_package(cache) or download(cache), cache, NO_SOURCE)
     if not given.exists():
         raise RecipeError(f"--from {given}: no such file or folder")
-    files = [given] if given.is_file() else sorted(given.glob(f"{package.name}_*.deb"))
-    if given.is_dir() and (given / package.inside).is_dir():
-        return given / package.inside
-    return unpack(package, files[-1], cache) if files else given
+    packages = [given] if given.is_file() else sorted(given.glob(f"{PACKAGE}*.deb"))
+    if given.is_dir() and (given / STAMPS).is_dir():
+        return given / STAMPS
+    return unpack(packages[-1], cache) if packages else given
 
 
-def cached(package, cache):
-    """The file that an earlier run downloaded, or None."""
-    return next(iter(sorted(cache.glob(f"{package.name}_*.deb"))), None)
+def cached_package(cache):
+    """The package that an earlier run downloaded, or None."""
+    return next(iter(sorted(cache.glob(f"{PACKAGE}*.deb"))), None)
 
 
-def unpack(package, file, cache, code=BAD_ARGUMENT):
-    """Unpack a .deb into the cache, once, and return the folder that is wanted."""
-    folder = cache / f"{file.stem}-{file.stat().st_size}"
+def unpack(package, cache, code=BAD_ARGUMENT):
+    """Unpack a .deb into the cache, once, and return its folder of stamps."""
+    folder = cache / f"{package.stem}-{package.stat().st_size}"
     if not folder.is_dir():
         if not shutil.which("dpkg-deb"):
-            raise RecipeError(f"dpkg-deb, to unpack {file}, is missing; {package.mend} (unpacked)", NO_SOURCE)
+            raise RecipeError(f"dpkg-deb, to unpack {package}, is missing; {MEND} (unpacked)", NO_SOURCE)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        done = subprocess.run(["dpkg-deb", "-x", file, part], check=False, capture_output=True, text=True)
+        done = subprocess.run(["dpkg-deb", "-x", package, part], check=False, capture_output=True, text=True)
         if done.returncode:
             shutil.rmtree(part)
-            raise RecipeError(f"{file} can't be unpacked ({error_line(done.stderr)}); {package.mend}", code)
+            raise RecipeError(f"{package} can't be unpacked ({error_line(done.stderr)}); {MEND}", code)
         part.replace(folder)
-    if not (folder / package.inside).is_dir():
-        raise RecipeError(f"{file} holds no {package.inside}; {package.mend}", code)
-    return folder / package.inside
+    if not (folder / STAMPS).is_dir():
+        raise RecipeError(f"{package} holds no {STAMPS}; {MEND}", code)
+    return folder / STAMPS
 
 
-def download(package, cache):
+def download(cache):
     """Fetch the package with apt-get, with lists and caches of its own: no root, no trace on the system.
 
     The file enters the cache under its name only when it is whole.
     """
     if not shutil.which("apt-get"):
-        raise RecipeError(f"apt-get, which downloads {package.name}, is missing; {package.mend}", NO_SOURCE)
+        raise RecipeError(f"apt-get, which downloads {PACKAGE}, is missing; {MEND}", NO_SOURCE)
     work = (cache / "apt").resolve()
     target = work / "download"
     shutil.rmtree(target, ignore_errors=True)
@@ -99,13 +88,13 @@ def download(package, cache):
     # An update may fail over a mirror of no interest here; whether the package comes is what counts.
     print("updating the package lists", file=sys.stderr)
     stale = watched([*apt, "update"], target, work)
-    progress = Progress(f"downloading {package.name}", package.bytes)
-    trouble = watched([*apt, "download", package.name], target, target, progress)
-    files = sorted(target.glob(f"{package.name}_*.deb"))
-    if trouble or not files:
+    progress = Progress(f"downloading {PACKAGE}", BYTES)
+    trouble = watched([*apt, "download", PACKAGE], target, target, progress)
+    packages = sorted(target.glob(f"{PACKAGE}*.deb"))
+    if trouble or not packages:
         reason = stale or trouble or "no file came"
-        raise RecipeError(f"{package.name} can't be downloaded: {reason}; {package.mend}", NO_SOURCE)
-    return files[0].replace(cache / files[0].name)
+        raise RecipeError(f"{PACKAGE} can't be downloaded: {reason}; {MEND}", NO_SOURCE)
+    return packages[0].replace(cache / packages[0].name)
 
 
 def watched(command, here, grows, progress=None):
