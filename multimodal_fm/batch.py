@@ -134,18 +134,8 @@ def gather(
     start, first = np.cumsum(length) - length, np.cumsum(count) - count  # each item's first row and sequence
     sequence = own + first[owner]
 
-    turn = _turns(sequence, size, [piece.order for _, piece, _ in pieces])
-    shift = _laid(size, turn) - begin
-    content = _laid(size, np.argsort(kind, kind="stable"))[turn] - _laid(size, turn)[turn]  # contents lie kind by kind
-    rows, ordered = np.arange(size.sum()), [pieces[p][1] for p in turn]
-    tokens = Tokens(
-        torch.from_numpy(rows + np.repeat(content, size[turn])),
-        torch.cat([piece.position for piece in ordered]),
-        torch.from_numpy(np.repeat(sequence[turn], size[turn])),
-        torch.cat([piece.order for piece in ordered]),
-        torch.from_numpy(np.repeat(kind[turn], size[turn])),
-    )
-    final = torch.from_numpy(rows + np.repeat(shift, size))  # row item by item -> row in the layout
+    tokens, place = _laid_out([piece for _, piece, _ in pieces], size, kind, sequence)
+    final = _rows(size, place - begin)  # row item by item -> row in the layout
 
     numbers, which = np.unique(sequence, return_index=True)  # and each sequence's first piece
     holder = owner[which]
@@ -173,6 +163,30 @@ def gather(
             for name in sections
         },
     )
+
+
+def _laid_out(
+    pieces: list[Tokens], size: np.ndarray, kind: np.ndarray, sequence: np.ndarray
+) -> tuple[Tokens, np.ndarray]:
+    """The tokens of all pieces in layout (content: a row among the contents kind by kind), and each piece's first row.
+
+    size, kind, sequence: each piece's (P,).
+    """
+    turn = _turns(sequence, size, [piece.order for piece in pieces])
+    place, content = _laid(size, turn), _laid(size, np.argsort(kind, kind="stable"))
+    tokens = Tokens(
+        _rows(size[turn], (content - place)[turn]),
+        torch.cat([pieces[p].position for p in turn]),
+        torch.from_numpy(np.repeat(sequence[turn], size[turn])),
+        torch.cat([pieces[p].order for p in turn]),
+        torch.from_numpy(np.repeat(kind[turn], size[turn])),
+    )
+    return tokens, place
+
+
+def _rows(size: np.ndarray, shift: np.ndarray) -> Tensor:
+    """0, 1, 2, ... over the tokens of all pieces, each piece's moved by its shift."""
+    return torch.from_numpy(np.arange(size.sum()) + np.repeat(shift, size))
 
 
 def _turns(sequence: np.ndarray, size: np.ndarray, orders: list[Tensor]) -> np.ndarray:

@@ -261,10 +261,10 @@ def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
     config, picture = image.Config(patch=16, limit=64, area=0.4, flip=0.5), waves(size)
     data = as_jpeg(picture)
     whole = Image.open(io.BytesIO(data)).convert("RGB")
-    for seed in (None, 0, 1, 2, 3):
+    for seed in (None, 1, 2, 3, 4):
         (small,), (full,) = (image.read(config, r, seed if seed is None else generator(seed)) for r in (data, whole))
         assert torch.equal(small.position, full.position)
-        assert (small.content.float() - full.content.float()).abs().mean() < 6  # 43 and more where the part is another
+        assert (small.content.float() - full.content.float()).abs().mean() < 4  # 43 and more where the part is another
     assert len(decoded) == 5 and (min(size) < 400 or all(2 * shape[0] <= size[1] + 1 for shape in decoded[:1]))
 
 

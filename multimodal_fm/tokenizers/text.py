@@ -195,7 +195,7 @@ def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
     start = _pick(draws[2], max(len(text) - reach, 0) + 1)
     ids = _encoded(config, _whole(text[start : start + reach]), None)
     start = _pick(draws[3], max(len(ids) - room, 0) + 1)
-    return [_sequence(config, ids[start : start + room])]
+    return [_sequence(ids[start : start + room])]
 
 
 def _pick(draw: float, count: int) -> int:
@@ -228,10 +228,10 @@ MOST_WINDOWS = 64
 def _windows(config: Config, text: str) -> list[Tokens]:
     room = config.limit - 2
     ids = _encoded(config, _whole(text), room * MOST_WINDOWS)
-    return [_sequence(config, ids[start : start + room]) for start in range(0, len(ids), room)]
+    return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
 
 
-def _sequence(config: Config, ids: np.ndarray) -> Tokens:
+def _sequence(ids: np.ndarray) -> Tokens:
     content = np.empty(len(ids) + 2, dtype=np.int64)
     content[0], content[-1] = BEGIN, END
     np.add(ids, 2, out=content[1:-1])
