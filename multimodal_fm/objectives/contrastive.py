@@ -35,7 +35,7 @@ class Config:
 def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
     """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
     parts = list(item.parts.values())
-    seen = parts[:1] + [part.replace(sequence=constant(i, len(part))) for i, part in enumerate(parts[1:], start=1)]
+    seen = [part.replace(sequence=constant(number, len(part))) for number, part in enumerate(parts)]
     return Arranged(seen, [None] * len(seen), group=item.group)
 
 
