@@ -122,12 +122,7 @@ def gather(
     pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
     begin = np.cumsum(size) - size  # each piece's first row, item by item
-    (kind, own), last = (
-        np.array([[getattr(piece, name).numpy()[row] for name in _OF_A_PIECE] for _, piece, _ in pieces]).T
-        for row in (0, -1)
-    )
-    if not np.array_equal((kind, own), last):
-        raise ValueError("a piece that is seen is of one kind and one sequence: split it")
+    kind, own = (_of_each([getattr(piece, name) for _, piece, _ in pieces], begin, size) for name in _OF_A_PIECE)
     length, count = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
     np.add.at(length, owner, size)
     np.maximum.at(count, owner, own + 1)
@@ -165,6 +160,15 @@ def gather(
     )
 
 
+def _of_each(fields: list[Tensor], begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The number (P,) that is in all rows of each piece's field. Raises ValueError where there are two."""
+    rows = torch.cat(fields).numpy()
+    found = rows[begin]
+    if not np.array_equal(rows, np.repeat(found, size)):
+        raise ValueError("a piece that is seen is of one kind and one sequence: split it")
+    return found
+
+
 def _laid_out(
     pieces: list[Tokens], size: np.ndarray, kind: np.ndarray, sequence: np.ndarray
 ) -> tuple[Tokens, np.ndarray]:
@@ -194,10 +198,7 @@ def _turns(sequence: np.ndarray, size: np.ndarray, orders: list[Tensor]) -> np.n
     together = np.argsort(sequence, kind="stable")
     heads = np.flatnonzero(np.diff(sequence[together], prepend=-1))  # each sequence's first piece among them
     lengths = np.add.reduceat(size[together], heads)
-    telling = [orders[p].numpy() for p in together]
-    telling = [order if order.strides[0] else order[:2] for order in telling]  # of a constant two tell as much
-    told = np.add.reduceat([len(order) for order in telling], heads)
-    pattern = patterns_of(*map(torch.from_numpy, (told, np.concatenate(telling)))).numpy()
+    pattern = patterns_of(torch.from_numpy(lengths), torch.cat([orders[p] for p in together])).numpy()
     rank = np.empty_like(heads)
     rank[np.lexsort((lengths, pattern))] = np.arange(len(heads))
     pieces = np.diff(heads, append=len(together))

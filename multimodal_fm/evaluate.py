@@ -55,7 +55,7 @@ def table(figures: dict[str, dict]) -> list[list[str]]:
     """Rows of text for a person, the header first: one row a direction of retrieval, one a figure of the rest."""
     rows = [["", "R@1", "R@5", "R@10", "95 % interval", "chance", "× chance", "median rank", "MRR", "n"]]
     for name in dict.fromkeys(n.rpartition("/")[0] for n in figures if n.startswith("retrieval/")):
-        ten = figures[f"{name}/r@10"]
+        ten, queries = figures[f"{name}/r@10"], figures[f"{name}/mrr"]["n"]
         rows.append(
             [
                 name.removeprefix("retrieval/").replace("_to_", " → "),
@@ -65,7 +65,7 @@ def table(figures: dict[str, dict]) -> list[list[str]]:
                 f"{ten['value'] / ten['chance']:.1f}",
                 f"{figures[f'{name}/median_rank']['value']:.0f}",
                 f"{figures[f'{name}/mrr']['value']:.3f}",
-                str(ten["n"]),
+                str(ten["n"]) if ten["n"] == queries else f"{ten['n']} of {queries}",
             ]
         )
     for name, one in figures.items():

@@ -15,7 +15,7 @@ from multimodal_fm.config import Evaluation, build
 from multimodal_fm.encoded import Encoded, Things, encode, figure
 from multimodal_fm.errors import BadInput
 from multimodal_fm.evals import retrieval
-from multimodal_fm.evaluate import evaluate
+from multimodal_fm.evaluate import evaluate, table
 from multimodal_fm.shards import Config, Corpus
 
 
@@ -150,6 +150,29 @@ def test_within_keeps_the_gallery_to_its_share(tmp_path):
     outside = retrieval.run(encoded, retrieval.Config(group="g"))
     assert inside["retrieval/text_to_audio/r@1"]["chance"] == pytest.approx(1 / 4)
     assert outside["retrieval/text_to_audio/r@1"]["chance"] == pytest.approx(2 / 8)
+
+
+def test_queries_that_cannot_miss_are_left_out(tmp_path):
+    """Twelve texts and pictures in one language, ten in another, where R@10 misses one text and one picture or none."""
+    vectors = [[np.cos(i), np.sin(i)] for i in range(22)]
+    pictures = [vectors[i ^ 1] for i in range(22)]  # everything is nearest to its neighbour
+    pictures[0], pictures[12] = [-v for v in vectors[0]], [-v for v in vectors[12]]  # and these two are furthest
+    encoded = by_hand(
+        {"text": vectors, "image": pictures},
+        [{"text": [i], "image": [i]} for i in range(22)],
+        [{"language": "a" if i < 12 else "b", "g": str(i)} for i in range(22)],
+        tmp_path,
+    )
+    config = retrieval.Config(group="g", within="language")
+    figures = retrieval.run(encoded, config)
+    ten = figures["retrieval/text_to_image/r@10"]
+    assert ten["n"] == 12 and ten["value"] == pytest.approx(11 / 12) and ten["chance"] == pytest.approx(10 / 12)
+    assert figures["retrieval/text_to_image/r@5"]["n"] == figures["retrieval/text_to_image/mrr"]["n"] == 22
+    assert [row[-1] for row in table(figures)[1:]] == ["12 of 22"] * 2
+    for vector in range(12):
+        encoded.held[vector].clear()  # now none can miss
+    ten = retrieval.run(encoded, config)["retrieval/text_to_image/r@10"]
+    assert ten["n"] == 10 and ten["value"] == ten["chance"] == 1
 
 
 def test_the_interval_is_over_groups():

@@ -2,6 +2,8 @@
 
 A gallery holds each distinct thing once. A right answer is a thing of an item of the query's group. The rank of a query
 is that of its first right answer; ties count against it. Chance is exact: it counts the right answers of each query.
+R@k is over the queries that can miss, those with k wrong answers or more to choose from: the rest, as in a language of
+nine voices, would count as found whatever the model says. Where no query can miss it is over all of them, and is 1.
 """
 
 from __future__ import annotations
@@ -82,9 +84,15 @@ def grouped(encoded: Encoded, name: str, kind: str, items: list[int]) -> dict[in
 def _figures(name: str, ranks, sizes, rights, clusters) -> dict[str, dict]:
     guesses = [_guess(int(size), int(right)) for size, right in zip(sizes, rights, strict=True)]
     longest = max(len(g) for g in guesses)
-    late = np.mean([np.pad(g, (0, longest - len(g))) for g in guesses], axis=0)  # P(a guess's rank > k), k = 0, 1, ...
+    late = np.array([np.pad(g, (0, longest - len(g))) for g in guesses])  # P(a guess's rank > k), k = 0, 1, ...
     mrr = float(np.mean([_reciprocal(int(size), int(right)) for size, right in zip(sizes, rights, strict=True)]))
-    figures = {f"{name}/r@{k}": figure((ranks <= k).astype(float), clusters, _at(late, k)) for k in AT}
+    figures = {}
+    for k in AT:
+        telling = sizes - rights >= k
+        telling = telling if telling.any() else ~telling
+        found = (ranks[telling] <= k).astype(float)
+        figures[f"{name}/r@{k}"] = figure(found, clusters[telling], _at(late[telling].mean(0), k))
+    late = late.mean(0)
     figures[f"{name}/median_rank"] = figure(ranks.astype(float), clusters, float((late > 0.5).sum()), median=True)
     figures[f"{name}/mrr"] = figure(1 / ranks, clusters, mrr)
     return figures
