@@ -284,14 +284,14 @@ def play(who: str, folder: str, workers: int) -> None:
 
 def ours(folder: str, parts: list[str], workers: int):
     """Steps of the training stream."""
-    from multimodal_fm.stream import Loader
+    from multimodal_fm.stream.loader import Loader
 
     return iter(Loader(steps(folder, parts), 0, 10**9, workers, "threads"))
 
 
 def steps(folder: str, parts: list[str]):
-    from multimodal_fm import train
     from multimodal_fm.config import build
+    from multimodal_fm.sections import fit, steps_of
     from multimodal_fm.shards import Corpus
 
     take = 8 if parts == ["audio"] else BATCH
@@ -307,8 +307,8 @@ def steps(folder: str, parts: list[str]):
         "benchmarks/loader.py",
     )
     corpora = {name: Corpus(source, name) for name, source in config.sources.items()}
-    config = dataclasses.replace(config, tokenizers=train._fit(config, corpora, Path(folder)))
-    return train._steps(config, corpora)
+    config = dataclasses.replace(config, tokenizers=fit(config, corpora, Path(folder)))
+    return steps_of(config, corpora)
 
 
 def words(step) -> int:

@@ -19,10 +19,11 @@ from multimodal_fm import optim
 from multimodal_fm.backbone import Backbone
 from multimodal_fm.batch import Batch, Item, count_asked, gather
 from multimodal_fm.config import Config, build, load, to_data
+from multimodal_fm.gradients import forward_backward
 from multimodal_fm.model import Model
+from multimodal_fm.sections import weights_of
 from multimodal_fm.tokenizers.image import grid
 from multimodal_fm.tokens import RISING, Tokens, patterns, sequence_of
-from multimodal_fm.train import _weights, forward_backward
 
 PEAK = 989e12  # FLOP/s: bfloat16, dense, of an H100 or H200 (SXM)
 CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
@@ -89,7 +90,7 @@ class Trainer:
     """The step of `mmfm pretrain` without its files: gradients, clipping, optimisers, averaged weights."""
 
     def __init__(self, config: Config):
-        self.config, self.weights = config, _weights(config)
+        self.config, self.weights = config, weights_of(config)
         self.model, self.ema = Model(config).to(device()), Model(config).to(device()).requires_grad_(False)
         self.optimisers = optim.build(config.optim, self.model)
 

@@ -30,8 +30,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import torch
 
-from multimodal_fm import index, shards, stream, train
+from multimodal_fm import index, shards, train
 from multimodal_fm.config import Plugin, build
+from multimodal_fm.stream.steps import Section, Steps
 from multimodal_fm.tokenizers import text
 
 STEPS, EVERY, TAKE = 240, 10, 8
@@ -223,8 +224,8 @@ def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
     def open_at(item: int) -> float:
         began = time.perf_counter()
         corpus = shards.Corpus(shards.Config(f"{folder}/seek-*.tar"), "many")
-        section = stream.Section("words", TAKE, ["text"], [corpus], [(0, [1.0])], _nothing, grouped=False)
-        stream.Steps([section], tokenizers, 0)[item // TAKE]
+        section = Section("words", TAKE, ["text"], [corpus], [(0, [1.0])], _nothing, grouped=False)
+        Steps([section], tokenizers, 0)[item // TAKE]
         return time.perf_counter() - began
 
     open_at(0)

@@ -39,11 +39,12 @@ def pretrain(
     """
     from . import train
     from .config import load
+    from .smoke import toy
 
     loaded = load(config, list(settings))
     if smoke and resume:
         raise BadInput("--smoke always starts afresh: leave out --resume")
-    train.pretrain(train.smoke(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
+    train.pretrain(toy(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
 
 
 @app.command

@@ -12,7 +12,7 @@ from .errors import Lost
 from .model import Model
 from .rows import lookup, parse_map
 from .shards import Corpus
-from .stream import ledger_row
+from .stream.ledger import ledger_row
 
 
 @dataclass

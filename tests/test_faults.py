@@ -68,13 +68,20 @@ from conftest import items, tiny
 from test_config import mmfm
 from test_stream import fitted, rows
 
-from multimodal_fm import index, shards, storage, stream, tar, train
-from multimodal_fm.batch import Arranged
+from multimodal_fm import index, shards, storage, tar, train
+from multimodal_fm.batch import Arranged, with_counts
 from multimodal_fm.config import build
+from multimodal_fm.distributed import Ranks
 from multimodal_fm.errors import REASONS, BadInput
+from multimodal_fm.gradients import forward_backward
 from multimodal_fm.mixture import BLOCK, Mixture, Source, quotas
 from multimodal_fm.model import Model
-from multimodal_fm.stream import Journal, Loader, Section, Steps
+from multimodal_fm.sections import sections_of, steps_of, weights_of
+from multimodal_fm.stream import loader
+from multimodal_fm.stream.journal import Journal
+from multimodal_fm.stream.ledger import refused_row
+from multimodal_fm.stream.loader import Loader
+from multimodal_fm.stream.steps import Section, Steps
 
 ROW = {"source", "shard", "key", "part", "reason", "detail", "step"}
 
@@ -99,7 +106,7 @@ def text_steps(folder, take=4, **changes):
     data = text_config(folder)
     data["sections"]["words"]["take"] = take
     config, corpora = fitted(build(data))
-    return Steps(train._sections(config, corpora), config.tokenizers, 0, **changes)
+    return Steps(sections_of(config, corpora), config.tokenizers, 0, **changes)
 
 
 def keys(step) -> list[str]:
@@ -457,12 +464,12 @@ def test_a_kind_that_is_missing_learns_nothing(tmp_path):
         config, corpora = fitted(build(data))
         corpus = corpora["all"]
         assert len(corpus.having({"flac"})) == (0 if name == "none" else 12) and len(corpus.having({"jpg"})) == 12
-        step = train._steps(config, corpora)[0]
+        step = steps_of(config, corpora)[0]
         model = Model(config)
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)
-        weights = train._weights(config)
-        report = train.forward_backward(model, weights, [train.with_counts(b, step.counts) for b in step.batches])
+        weights = weights_of(config)
+        report = forward_backward(model, weights, [with_counts(b, step.counts) for b in step.batches])
         assert np.isfinite(float(report["loss"])) and not step.lost
         parts = sum(head["items"] for head in (one.head for one in corpus.indexes))
         assert parts == 12
@@ -513,14 +520,14 @@ def test_a_rank_whose_items_are_all_lost_goes_on(tmp_path, corpus):
     """38. It has no batch in that step; its gradients are zero, and it does not leave the others waiting."""
     config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"))))
     model = Model(config)
-    report = train.forward_backward(model, train._weights(config), [])
+    report = forward_backward(model, weights_of(config), [])
     assert float(report["loss"]) == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
-    [batch] = train._steps(config, corpora)[0].batches
+    [batch] = steps_of(config, corpora)[0].batches
     asked, objective = batch.sections["pairs"], model.objectives["pairs"]
     with torch.no_grad():
         features = objective.features(model(batch), asked)
 
-    class Beside(train.Ranks):
+    class Beside(Ranks):
         """The first of two ranks; the other one has a batch."""
 
         def tell(self, value):
@@ -529,7 +536,7 @@ def test_a_rank_whose_items_are_all_lost_goes_on(tmp_path, corpus):
         def gather(self, rows):
             return [rows, features]
 
-    report = train.forward_backward(model, train._weights(config), [], ranks=Beside(0, 2))
+    report = forward_backward(model, weights_of(config), [], ranks=Beside(0, 2))
     assert abs(float(report["loss/pairs"]) - float(objective.compare(features, asked)[0].detach()) / 2) < 1e-5
 
 
@@ -576,7 +583,7 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
     shards.write(tmp_path / "a.tar", items(10))
     steps = text_steps(tmp_path)
     wanted = [keys(steps[step]) for step in range(5)]
-    real, calls = stream._Deaths.told, []
+    real, calls = loader._Deaths.told, []
 
     def told(workers):
         calls.append(workers)
@@ -585,7 +592,7 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
             raise ConnectionResetError
         return real(workers)
 
-    monkeypatch.setattr(stream._Deaths, "told", told)
+    monkeypatch.setattr(loader._Deaths, "told", told)
     assert [keys(step) for step in Loader(steps, 0, 5, 1, "processes")] == wanted
     assert calls[2] is not calls[3]
 
@@ -596,7 +603,7 @@ def test_a_source_that_has_nothing_for_a_section_is_refused(tmp_path):
     config = build(text_config(tmp_path))
     corpora = {"all": source(tmp_path / "a.tar")}
     with pytest.raises(BadInput, match="section words: no item of source all has any of: text"):
-        Steps(train._sections(config, corpora), config.tokenizers, 0)
+        Steps(sections_of(config, corpora), config.tokenizers, 0)
 
 
 def test_every_item_once_an_epoch(tmp_path):
@@ -607,7 +614,7 @@ def test_every_item_once_an_epoch(tmp_path):
     data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar"} for n in "ab"}
     data["sections"]["words"]["sources"] = {"a": 0.6, "b": 0.4}
     config, corpora = fitted(build(data))
-    mixture = train._steps(config, corpora).mixtures[0]
+    mixture = steps_of(config, corpora).mixtures[0]
     draws = mixture.draws(0, 3000)
     for stop in np.random.default_rng(0).integers(1, 3000, 50).tolist():
         for which, size in enumerate((37, 5)):
@@ -711,12 +718,12 @@ def test_a_view_hangs_on_seed_item_and_epoch(tmp_path):
     section = {"objective": "contrastive", "parts": ["text", "image", "audio"], "take": 4, "sources": {"a": 1}}
     data["sections"] = {"pairs": section}
     config, corpora = fitted(build(data))
-    alone = recorded(Steps(train._sections(config, corpora), config.tokenizers, 0), range(4))  # two epochs
+    alone = recorded(Steps(sections_of(config, corpora), config.tokenizers, 0), range(4))  # two epochs
     section |= {"take": 12, "sources": {"a": 0.3, "b": 0.7}}
     both, corpora = fitted(build(data))
     found = {}
     for rank in range(2):
-        steps = Steps(train._sections(both, corpora), config.tokenizers, 0, 4, rank=rank, ranks=2)
+        steps = Steps(sections_of(both, corpora), config.tokenizers, 0, 4, rank=rank, ranks=2)
         mine = recorded(steps, range(4))
         found |= {k: v for k, v in mine.items() if k not in found}
     first = {name for name, turn in found if name.startswith("a/")}
@@ -724,7 +731,7 @@ def test_a_view_hangs_on_seed_item_and_epoch(tmp_path):
     for name in first:
         assert same(found[name, 0], alone[name, 0])
     assert sum(same(alone[name, 0], alone[name, 1]) for name in {name for name, _ in alone}) == 0
-    other = recorded(Steps(train._sections(config, corpora), config.tokenizers, 1), range(2))
+    other = recorded(Steps(sections_of(config, corpora), config.tokenizers, 1), range(2))
     assert not any(same(alone[name], other[name]) for name in other)
 
 
@@ -797,7 +804,7 @@ def complaints(case: malformed.Case, plugins: dict, sound: dict) -> list[str]:
     steps._read = read
     for (name, _), (parts, _) in recorded(steps, range(1)).items():
         got.setdefault(name.removeprefix("all/"), parts)
-    refused = [train._refused_row("all", row) for row in corpus.refused]
+    refused = [refused_row("all", row) for row in corpus.refused]
     wrong = [f"a row {row}" for row in lost + refused if row.keys() != ROW or row["reason"] not in REASONS]
     wrong += [f"a row of another shard: {row}" for row in lost + refused if row["shard"] != case.path]
     told = [(row["key"], row["part"], row["reason"]) for row in refused]

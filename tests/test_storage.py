@@ -18,10 +18,11 @@ import torch
 from conftest import items, tiny
 from test_stream import fitted
 
-from multimodal_fm import index, shards, storage, train
+from multimodal_fm import index, shards, storage
 from multimodal_fm.config import build
 from multimodal_fm.errors import BadInput, Lost
-from multimodal_fm.stream import Loader
+from multimodal_fm.sections import steps_of
+from multimodal_fm.stream.loader import Loader
 
 pytest.importorskip("aiohttp")
 
@@ -264,7 +265,7 @@ def steps_over(places: list, run: Path):
     data = tiny(run, run=str(run))
     data["sources"] = {"all": {"shards": [str(place) for place in places], "group": "colour"}}
     config, corpora = fitted(build(data))
-    return train._steps(config, corpora), corpora
+    return steps_of(config, corpora), corpora
 
 
 @pytest.mark.parametrize(("workers", "how"), [(0, "threads"), (2, "threads"), (2, "processes")])

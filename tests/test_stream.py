@@ -14,10 +14,15 @@ import pytest
 import torch
 from conftest import items, tiny
 
-from multimodal_fm import shards, stream, train
+from multimodal_fm import shards, train
 from multimodal_fm.config import build
 from multimodal_fm.errors import BadInput
-from multimodal_fm.stream import Bad, Journal, Loader, Ruler
+from multimodal_fm.sections import fit, sections_of, steps_of
+from multimodal_fm.stream.journal import Journal
+from multimodal_fm.stream.ledger import Bad
+from multimodal_fm.stream.loader import Loader
+from multimodal_fm.stream.ruler import Ruler
+from multimodal_fm.stream.steps import Steps
 
 
 def rows(run, name="metrics.jsonl"):
@@ -28,7 +33,7 @@ def fitted(config):
     """The config with its tokenizers, and its corpora."""
     Path(config.run).mkdir(parents=True, exist_ok=True)
     corpora = {name: shards.Corpus(source, name) for name, source in config.sources.items()}
-    config.tokenizers = train._fit(config, corpora, Path(config.run))
+    config.tokenizers = fit(config, corpora, Path(config.run))
     return config, corpora
 
 
@@ -47,15 +52,15 @@ def two_sources(folder, **changes) -> dict:
 @pytest.mark.parametrize("how", ["threads", "processes"])
 def test_readers_change_nothing(tmp_path, how):
     config, corpora = fitted(build(two_sources(tmp_path)))
-    wanted = list(Loader(train._steps(config, corpora), 0, 6, 0))
+    wanted = list(Loader(steps_of(config, corpora), 0, 6, 0))
     for workers in (1, 3):
-        found = list(Loader(train._steps(config, corpora), 0, 6, workers, how))
+        found = list(Loader(steps_of(config, corpora), 0, 6, workers, how))
         for one, other in zip(wanted, found, strict=True):
             assert one.keys == other.keys and one.counts == other.counts
             for left, right in zip(one.batches, other.batches, strict=True):
                 assert all(torch.equal(left.content[kind], right.content[kind]) for kind in left.content)
                 assert torch.equal(left.tokens.position, right.tokens.position)
-    ahead = list(Loader(train._steps(config, corpora), 4, 6, 2, how))
+    ahead = list(Loader(steps_of(config, corpora), 4, 6, 2, how))
     assert [step.keys for step in ahead] == [step.keys for step in wanted[4:]]
 
 
@@ -91,15 +96,15 @@ def test_ranks_may_change_between_resumes(tmp_path, corpus):
 def test_ranks_must_share_the_microbatches_out(tmp_path, corpus):
     config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=3)))
     with pytest.raises(BadInput, match="cannot be shared out among 2 ranks"):
-        stream.Steps(train._sections(config, corpora), config.tokenizers, 0, 3, ranks=2)
+        Steps(sections_of(config, corpora), config.tokenizers, 0, 3, ranks=2)
 
 
 def test_every_rank_has_its_share_and_no_item_is_read_twice(tmp_path, corpus):
     config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=4)))
-    sections = train._sections(config, corpora)
-    whole = stream.Steps(sections, config.tokenizers, 0, 4)
+    sections = sections_of(config, corpora)
+    whole = Steps(sections, config.tokenizers, 0, 4)
     for ranks in (2, 4):
-        parts = [stream.Steps(sections, config.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
+        parts = [Steps(sections, config.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
         for step in range(3):
             dealt = [part[step] for part in parts]
             assert sorted(key for one in dealt for key in one.keys) == sorted(whole[step].keys)
@@ -122,7 +127,7 @@ def test_microbatches_have_about_equal_tokens(tmp_path):
     section = {"objective": "contrastive", "parts": ["text", "image"], "take": 128, "sources": {"all": 1}}
     data["sections"] = {"pairs": section}
     config, corpora = fitted(build(data))
-    steps = train._steps(config, corpora)
+    steps = steps_of(config, corpora)
     for step in range(5):
         tokens = [len(batch.tokens) for batch in steps[step].batches]
         assert (max(tokens) - min(tokens)) / np.mean(tokens) < 0.05
@@ -140,7 +145,7 @@ def test_weights_by_token_share_out_tokens(tmp_path):
         "words": {"objective": "causal", "parts": ["text"], "take": 16, "by": "token", "sources": weights}
     }
     config, corpora = fitted(build(data))
-    mixture = train._steps(config, corpora).mixtures[0]
+    mixture = steps_of(config, corpora).mixtures[0]
     draws = mixture.draws(0, 10_000 * 16)
     lengths = [[Ruler(corpora[n], ["text"], config.tokenizers).of(i) for i in range(30)] for n in weights]
     tokens = [np.array(lengths[s])[draws.item[draws.source == s]].sum() for s in range(2)]
@@ -152,7 +157,7 @@ def test_a_temperature_makes_weights_from_sizes(tmp_path):
     data = two_sources(tmp_path)
     data["sections"]["words"] |= {"sources": ["large", "small"], "temperature": 0.5}
     config, corpora = fitted(build(data))
-    shares = train._steps(config, corpora).mixtures[0].shares[0]
+    shares = steps_of(config, corpora).mixtures[0].shares[0]
     assert abs(shares[0] / shares[1] - (40 / 3) ** 0.5) < 0.05
 
 
@@ -330,8 +335,8 @@ def _one(folder):
 def test_a_killed_worker_process_is_replaced(tmp_path, pause):
     """Whether it dies while its step is waited for or while the run is busy with another one."""
     config, corpora = fitted(build(two_sources(tmp_path)))
-    wanted = [step.keys for step in Loader(train._steps(config, corpora), 0, 10, 0)]
-    loader = Loader(train._steps(config, corpora), 0, 10, 2, "processes")
+    wanted = [step.keys for step in Loader(steps_of(config, corpora), 0, 10, 0)]
+    loader = Loader(steps_of(config, corpora), 0, 10, 2, "processes")
     found = []
     for step in loader:
         found.append(step.keys)
@@ -343,7 +348,7 @@ def test_a_killed_worker_process_is_replaced(tmp_path, pause):
 
 def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):
     config, corpora = fitted(build(two_sources(tmp_path)))
-    steps = train._steps(config, corpora)
+    steps = steps_of(config, corpora)
     monkeypatch.setattr(steps, "_read", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(iter(Loader(steps, 0, 10, 2, "threads")))

@@ -17,8 +17,12 @@ from multimodal_fm import checkpoint, index, shards, train
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build, load
 from multimodal_fm.errors import BadInput
+from multimodal_fm.gradients import forward_backward
 from multimodal_fm.model import Model
-from multimodal_fm.stream import Loader, Steps
+from multimodal_fm.sections import fit, sections_of, weights_of
+from multimodal_fm.smoke import toy
+from multimodal_fm.stream.loader import Loader
+from multimodal_fm.stream.steps import Steps
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/tiny_*.yaml"))
@@ -256,8 +260,8 @@ def test_a_bad_item_is_replaced_and_no_position_shifts(tmp_path, corpus):
         config = build({**data, "run": str(tmp_path / f"run-{name}")})
         Path(config.run).mkdir()
         corpora = {"all": shards.Corpus(config.sources["all"], "all")}
-        fitted = train._fit(config, corpora, Path(config.run))
-        steps = Steps(train._sections(config, corpora), fitted, 0)
+        fitted = fit(config, corpora, Path(config.run))
+        steps = Steps(sections_of(config, corpora), fitted, 0)
         streams.append([[name for _, _, name in sorted(steps[s].keys)] for s in range(12)])
     assert all(len(a) == len(b) == 4 for a, b in zip(*streams))
     for a, b in zip(*streams):
@@ -272,12 +276,12 @@ def test_microbatches_give_the_same_gradients(corpus, tmp_path):
     for microbatches in (1, 3):
         config = build({**tiny(corpus), "run": str(tmp_path), "microbatches": microbatches})
         corpora = {n: shards.Corpus(s, n) for n, s in config.sources.items()}
-        config.tokenizers = train._fit(config, corpora, tmp_path)
-        step = Steps(train._sections(config, corpora), config.tokenizers, 0, microbatches)[0]
+        config.tokenizers = fit(config, corpora, tmp_path)
+        step = Steps(sections_of(config, corpora), config.tokenizers, 0, microbatches)[0]
         assert len(step.batches) == microbatches
         torch.manual_seed(0)
         model = Model(config)
-        report = train.forward_backward(model, train._weights(config), step.batches)
+        report = forward_backward(model, weights_of(config), step.batches)
         found.append((report, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (one, gradients), (several, others) = found
     for name in ("loss", "loss/words", "loss/next", "loss/looks", "loss/pairs"):
@@ -365,7 +369,7 @@ def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
 
 def test_smoke_runs_at_toy_size(tmp_path, write_config):
     path = write_config(steps=100_000, model={"width": 768, "depth": 12, "heads": 12})
-    config = train.smoke(load(path))
+    config = toy(load(path))
     assert train.pretrain(config).name == "step-00000010"
     assert not (tmp_path / "run").exists()
 
@@ -379,10 +383,10 @@ def test_nothing_finite_stops_with_a_line(tmp_path, corpus):
 def test_loading_draws_nothing_from_the_global_generator(corpus, tmp_path):
     config = build({**tiny(corpus), "run": str(tmp_path)})
     corpora = {n: shards.Corpus(s, n) for n, s in config.sources.items()}
-    config.tokenizers = train._fit(config, corpora, tmp_path)
+    config.tokenizers = fit(config, corpora, tmp_path)
     before = torch.get_rng_state()
     for workers, how in ((0, "threads"), (1, "threads"), (1, "processes")):
-        loader = Loader(Steps(train._sections(config, corpora), config.tokenizers, 0), 0, 3, workers, how)
+        loader = Loader(Steps(sections_of(config, corpora), config.tokenizers, 0), 0, 3, workers, how)
         next(iter(loader))
         loader.close()
     assert torch.equal(before, torch.get_rng_state())

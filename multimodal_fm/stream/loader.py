@@ -1,0 +1,168 @@
+"""Steps read ahead, by threads or by worker processes; the order is the same."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import BadInput
+from .journal import Journal
+from .steps import Step, Steps
+
+RESTARTS = 3  # how often workers that die at one step are started again
+
+
+@dataclass
+class Loader:
+    """Steps from `start` to `stop`, read ahead by threads or by worker processes; the order is the same."""
+
+    steps: Steps
+    start: int
+    stop: int
+    workers: int = 1
+    how: str = "threads"
+    _near: object = field(default=None, repr=False)
+
+    def __iter__(self):
+        if not self.workers:
+            for step in range(self.start, self.stop):
+                yield self.steps[step]
+        elif self.how == "threads":
+            yield from self._by_threads()
+        else:
+            yield from self._by_processes()
+
+    def close(self) -> None:
+        if isinstance(self._near, concurrent.futures.Executor):
+            self._near.shutdown(wait=True, cancel_futures=True)
+        elif self._near is not None:
+            self._near._shutdown_workers()  # they ignore signals, so that nobody else can end them
+        self._near = None
+
+    def _by_threads(self):
+        self._near = pool = concurrent.futures.ThreadPoolExecutor(self.workers, "mmfm-read", _modest_thread)
+        ahead = collections.deque()
+        todo = iter(range(self.start, self.stop))
+        try:
+            for step in itertools.islice(todo, 2 * self.workers):
+                ahead.append(pool.submit(self.steps.__getitem__, step))
+            while ahead:
+                ready = ahead.popleft().result()
+                for step in itertools.islice(todo, 1):
+                    ahead.append(pool.submit(self.steps.__getitem__, step))
+                yield ready
+        finally:
+            self.close()
+
+    def _by_processes(self):
+        step, deaths = self.start, 0
+        while step < self.stop:
+            self._near = workers = iter(self._data_loader(step))
+            _Deaths.hold_back()
+            try:
+                while step < self.stop:
+                    ready = _Deaths.told(workers)
+                    step, deaths = step + 1, 0
+                    yield ready
+            except (RuntimeError, OSError, EOFError) as error:  # OSError: what it had made was not fetched yet
+                dead = _Deaths.among(workers)
+                if not dead:
+                    raise
+                deaths += 1
+                self._blame(workers, dead, deaths, step, error)
+            finally:
+                self.close()
+
+    def _blame(self, workers, dead: list[int], deaths: int, step: int, error: Exception) -> None:
+        codes = [workers._workers[i].exitcode for i in dead]
+        reading = []
+        for worker, code in zip(dead, codes, strict=True):
+            if self.steps.journal and code not in (-signal.SIGKILL, -signal.SIGTERM):
+                reading += self.steps.journal.blame_worker(worker)
+        names = Journal.named(reading)
+        if deaths > RESTARTS:
+            raise BadInput(f"step {step + 1}: its reader ended {deaths} times (exit {codes[0]}) at {names}") from error
+        print(f"step {step + 1}: a reader ended (exit {codes[0]}) at {names}; started again", flush=True)
+
+    def _data_loader(self, start: int):
+        return torch.utils.data.DataLoader(
+            self.steps,
+            batch_size=None,
+            sampler=range(start, self.stop),
+            num_workers=self.workers,
+            prefetch_factor=2,
+            collate_fn=_as_it_is,
+            worker_init_fn=_modest_process,
+            generator=torch.Generator(),  # a private one: the loader must not draw from the run's
+            multiprocessing_context="fork",
+        )
+
+
+class _Deaths:
+    """PyTorch raises from a signal handler when a worker has died, in whatever the program is at: a step, a save.
+
+    With this it raises where a step is waited for, and nowhere else.
+    """
+
+    waiting = False
+
+    @classmethod
+    def hold_back(cls) -> None:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not hasattr(handler, "held_back"):
+
+            def only_while_waiting(*what):
+                if cls.waiting:
+                    handler(*what)
+
+            only_while_waiting.held_back = True
+            with contextlib.suppress(ValueError):  # not in the main thread: PyTorch has set none there
+                signal.signal(signal.SIGCHLD, only_while_waiting)
+
+    @staticmethod
+    def among(workers, patience: float = 0.5) -> list[int]:
+        """Which of the workers have died, by number; the system may need a moment to say so."""
+        until = time.monotonic() + patience
+        while not (dead := [i for i, worker in enumerate(workers._workers) if worker.exitcode]):
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.01)
+        return dead
+
+    @classmethod
+    def told(cls, workers) -> Step:
+        """The next step of the workers. Raises RuntimeError where one has died."""
+        cls.waiting = True
+        try:
+            if cls.among(workers, 0):
+                raise RuntimeError("a worker died")
+            return next(workers)
+        finally:
+            cls.waiting = False
+
+
+def _as_it_is(step: Step) -> Step:
+    return step
+
+
+def _modest_thread() -> None:
+    """Readers leave the processor to the training, where it is short."""
+    torch.set_num_threads(1)  # of this thread alone
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
+
+
+def _modest_process(_: int) -> None:
+    """Workers leave interrupts to the main process, which saves first, and the processor too, where it is short."""
+    os.nice(10)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
