@@ -160,7 +160,7 @@ def inspect(
     piece
         .txt files are cut to pieces of at most so many bytes, as `piece` of a source says.
     """
-    from .survey import inspect as look
+    from .survey.run import inspect as look
 
     return look(list(shards), config, html, verify, rebuild, json, samples, piece)
 

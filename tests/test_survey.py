@@ -20,9 +20,15 @@ from PIL import Image
 from test_malformed import MORE_MEMORY, used
 from test_report import Reader, _bytes
 
-from multimodal_fm import index, shards, survey
+from multimodal_fm import index, shards
 from multimodal_fm.cli import app
 from multimodal_fm.errors import BadInput
+from multimodal_fm.survey.counts import survey
+from multimodal_fm.survey.lines import lines
+from multimodal_fm.survey.page import SHOW, gallery
+from multimodal_fm.survey.run import plugins
+from multimodal_fm.survey.samples import SHOWN, every_sample
+from multimodal_fm.survey.verify import Damage, open_all, verify
 from multimodal_fm.tokenizers import text
 
 HOSTILE = '<script>alert("1")</script></p>{{ 7 * 7 }} & \u202e\u05e9\u05dc\u05d5\u05dd'
@@ -51,8 +57,8 @@ def run(capsys, *words) -> tuple[int, str, str]:
 
 def damaged(path, piece=index.PIECE) -> list[tuple[str, str, str]]:
     """(key, part, reason) of what `--verify` finds."""
-    damage = survey.Damage()
-    survey.verify(str(path), piece, damage)
+    damage = Damage()
+    verify(str(path), piece, damage)
     assert damage.count == len(damage.rows) and all(row["shard"] == str(path) for row in damage.rows)
     return [(row["key"], row["part"], row["reason"]) for row in damage.rows]
 
@@ -66,8 +72,7 @@ def flip(path, place: int, bit: int = 2) -> None:
 
 
 def rows_of(*paths) -> list[dict]:
-    plugins = survey.plugins()
-    return list(survey.every_sample(survey.open_all([str(p) for p in paths], index.PIECE), plugins))
+    return list(every_sample(open_all([str(p) for p in paths], index.PIECE), plugins()))
 
 
 # --- what it holds ---
@@ -88,7 +93,7 @@ def mixed(tmp_path):
 
 
 def test_counts_are_those_of_the_items(mixed):
-    found = survey.survey(survey.open_all(list(map(str, mixed)), 64), survey.plugins()).data
+    found = survey(open_all(list(map(str, mixed)), 64), plugins()).data
     pieces = -(-600 // 60)  # ten words to a piece of 64 bytes
     assert (found["shards"], found["items"]) == (3, 6 + 3 + pieces)
     assert found["bytes"] == sum(path.stat().st_size for path in mixed)
@@ -111,15 +116,15 @@ def test_counts_are_those_of_the_items(mixed):
 
 
 def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "SAMPLE", 100)
+    monkeypatch.setattr("multimodal_fm.survey.counts.SAMPLE", 100)
     rows = [json.dumps({"text": "x" * 40} if i % 2 else {"label": i}) for i in range(1001)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    found = survey.survey(survey.open_all([str(tmp_path / "a.jsonl")], 2000), survey.plugins()).data
+    found = survey(open_all([str(tmp_path / "a.jsonl")], 2000), plugins()).data
     words = found["kinds"]["text"]
     assert not words["exact"] and abs(words["items"] - 500) < 150
     assert abs(words["bytes"] - words["items"] * 40) <= 20  # both are rounded
     assert sum(found["makeup"].values()) == 1001
-    assert any("about" in line for line in survey.lines(found))
+    assert any("about" in line for line in lines(found))
 
 
 def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
@@ -128,18 +133,18 @@ def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
     data["tokenizers"]["text"] |= {"limit": 6, "file": settings.file}
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(data))
-    tokenizers = survey.plugins(str(path))
-    found = survey.survey(survey.open_all([str(shard)], 2000), tokenizers, str(path)).data
+    tokenizers = plugins(str(path))
+    found = survey(open_all([str(shard)], 2000), tokenizers, str(path)).data
     words = found["kinds"]["text"]
     assert words["tokens_by"] == "the trained tokenizer" and words["tokens"] == 8 * 6 and words["cropped_items"] == 8
     texts = [f"a {colour} square number {i}" for i, colour in enumerate([*COLOURS, *COLOURS])]
     exact = sum(len(text.encode(settings, one)) + 2 for one in texts)
     assert abs(words["tokens"] + words["cropped_tokens"] - exact) <= 8
-    assert found["kinds"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(survey.lines(found))
+    assert found["kinds"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(lines(found))
     data["tokenizers"]["text"]["file"] = str(tmp_path / "none.json")
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(BadInput, match="none.json"):
-        survey.plugins(str(path))
+        plugins(str(path))
 
 
 def test_what_is_refused_is_counted_and_named(tmp_path, capsys):
@@ -197,8 +202,8 @@ def test_the_gallery_shows_and_plays(page):
 
 def test_the_gallery_has_something_of_each_makeup(tmp_path):
     shards.write(tmp_path / "a.tar", [{"__key__": f"w{i}", "txt": "words"} for i in range(500)] + items(2))
-    shown = survey.gallery(survey.open_all([str(tmp_path / "a.tar")], 2000), survey.plugins())
-    assert 12 <= len(shown) <= survey.SHOW and {"item0000", "item0001", "w0", "w499"} <= {one["key"] for one in shown}
+    shown = gallery(open_all([str(tmp_path / "a.tar")], 2000), plugins())
+    assert 12 <= len(shown) <= SHOW and {"item0000", "item0001", "w0", "w499"} <= {one["key"] for one in shown}
 
 
 def test_a_page_of_nothing(tmp_path, capsys):
@@ -362,7 +367,7 @@ def test_each_part_is_described(tmp_path):
     }
     assert found["cmyk"] == common | {"text": "one", "image": {"width": 40, "height": 30, "mode": "CMYK"}}
     assert found["turned"]["image"] == {"width": 36, "height": 48, "mode": "RGB"}  # as a run gets it: upright
-    assert len(found["turned"]["text"]) == survey.SHOWN
+    assert len(found["turned"]["text"]) == SHOWN
     assert found["grey"] == common | {"image": {"width": 40, "height": 30, "mode": "L"}}
     assert found["neither"] == common | {"outcome": "skip", "lost": {"item": "empty"}}
 
@@ -383,7 +388,7 @@ def test_all_of_a_long_sound_is_read(tmp_path):
         made.append({"__key__": key, "wav": data.getvalue()})
     shards.write(tmp_path / "a.tar", made)
     tokenizers = {"audio": Plugin("audio", audio, audio.Config(limit=16, windows=2))}
-    rows = survey.every_sample(survey.open_all([str(tmp_path / "a.tar")], 2000), tokenizers)
+    rows = every_sample(open_all([str(tmp_path / "a.tar")], 2000), tokenizers)
     assert [(row["outcome"], row["lost"]) for row in rows] == [
         ("ok", {}), ("skip", {"audio": "not-finite"}), ("skip", {"audio": "not-finite"})
     ]  # fmt: skip
@@ -396,10 +401,10 @@ def test_another_kind_is_counted_in_tokens(tmp_path):
 
     series = types.SimpleNamespace(extensions=("series",), read=lambda settings, raw: [list(raw["series"])])
     shards.write(tmp_path / "a.tar", [{"__key__": "k", "series": b"12345"}])
-    indexes, tokenizers = survey.open_all([str(tmp_path / "a.tar")], 2000), {"series": Plugin("series", series, None)}
-    assert next(survey.every_sample(indexes, tokenizers))["series"] == {"tokens": 5}
-    found = survey.survey(indexes, tokenizers).data
-    assert found["kinds"] == {"series": {"items": 1, "bytes": 5}} and survey.lines(found)
+    indexes, tokenizers = open_all([str(tmp_path / "a.tar")], 2000), {"series": Plugin("series", series, None)}
+    assert next(every_sample(indexes, tokenizers))["series"] == {"tokens": 5}
+    found = survey(indexes, tokenizers).data
+    assert found["kinds"] == {"series": {"items": 1, "bytes": 5}} and lines(found)
 
 
 @pytest.fixture(scope="module")
