@@ -20,7 +20,6 @@ from __future__ import annotations
 import binascii
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from . import storage, tar
 from .errors import BadInput, Lost
@@ -74,27 +74,24 @@ class Index:
 
     def __init__(self, shard: str, file: Path):
         self.shard, self.file = shard, file
-        with open(file, "rb") as opened:
-            start = opened.read(START)
-            if start[:8] != MAGIC:
-                raise Damaged("not an index")
-            if int.from_bytes(start[8:12], "little") != VERSION:
-                raise ValueError("not an index of this version")
-            length = int.from_bytes(start[12:16], "little")
-            text = opened.read(length)
-            if start != _start(text):
-                raise Damaged("its head is not what was written")
-            self.head = json.loads(text)
+        held = _mapped(file)
+        start = held[:START].tobytes()
+        if start[:8] != MAGIC:
+            raise Damaged("not an index")
+        if int.from_bytes(start[8:12], "little") != VERSION:
+            raise ValueError("not an index of this version")
+        place = START + int.from_bytes(start[12:16], "little")
+        text = held[START:place].tobytes()
+        if start != _start(text):
+            raise Damaged("its head is not what was written")
+        self.head = json.loads(text)
         items, members, self.endings = self.head["items"], self.head["members"], self.head["endings"]
-        place, table = START + length, functools.partial(np.memmap, file, mode="r")
         shapes = ((MEMBER, members), ("<u4", items + 1), ("<u2", items), ("<u4", items + 1), ("u1", self.head["names"]))
-        tables = []
-        for kind, count in shapes:
-            mapped = table(dtype=kind, offset=place, shape=(count,)) if count else np.zeros(0, kind)
-            tables.append(np.asarray(mapped))  # a plain view of it: much quicker to take a row of
-            place += np.dtype(kind).itemsize * count
-        if place != os.path.getsize(file):
+        tables, ends = [], np.cumsum([place, *(np.dtype(kind).itemsize * count for kind, count in shapes)]).tolist()
+        if ends[-1] != len(held):
             raise Damaged("its tables are not as long as its head says")
+        for (kind, _), begin, end in zip(shapes, ends, ends[1:], strict=False):
+            tables.append(held[begin:end].view(kind))
         self.members, self.first, self.makeup, self.places, self.names = tables
         self._checked = False
 
@@ -167,6 +164,18 @@ class Index:
     def whole(self) -> bool:
         """Whether the tables are what the head says that they are."""
         return _digest(self.members, self.first, self.makeup, self.places, self.names) == self.head["tables"]
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """A file's bytes (N,), not read but mapped. No file stays open for it, as one does for each of numpy's maps: there
+    may be more shards than a process may have files open. Raises OSError."""
+    size = os.stat(file).st_size
+    try:
+        found = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from None
+    found.flags.writeable = False
+    return found
 
 
 def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None) -> Index:

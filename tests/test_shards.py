@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import tarfile
 from pathlib import Path
 
@@ -139,6 +140,23 @@ def test_a_file_stays_open_while_it_is_read(tmp_path, monkeypatch):
     corpus = Corpus(Config(str(path)))
     monkeypatch.setattr(storage, "_open", lambda path, process: open(path, "rb", buffering=0))
     assert corpus.read(1)[1] == []
+
+
+def test_there_may_be_more_shards_than_open_files(tmp_path):
+    """Sixty shards where twenty more files may be opened: indexed first, then opened with their indexes, then read."""
+    for number in range(60):
+        write(tmp_path / f"{number:02d}.tar", [{"__key__": "k", "txt": f"text {number}"}])
+    storage._open.cache_clear()
+    opened = [int(name) for name in os.listdir("/proc/self/fd")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(opened) + 21, hard))
+    try:
+        for _ in range(2):
+            corpus = Corpus(Config(f"{tmp_path}/*.tar"))
+            storage._open.cache_clear()
+        assert [corpus.raw(item)["txt"] for item in range(15)] == [f"text {number}".encode() for number in range(15)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_items_are_kept_by_their_json(tmp_path):
