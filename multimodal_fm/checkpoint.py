@@ -35,11 +35,11 @@ def save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[s
         for name, values in tensors.items():
             save_file({k: v.detach().contiguous() for k, v in values.items()}, work / f"{name}.safetensors")
         for name, value in data.items():
-            (work / f"{name}.json").write_text(json.dumps(value, indent=1, ensure_ascii=False))
+            (work / f"{name}.json").write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
         for file in files:
             shutil.copyfile(file, work / Path(file).name)
         listing = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps(listing, indent=1))
+        (work / MANIFEST).write_text(json.dumps(listing, indent=1), encoding="utf-8")
         for path in (*work.iterdir(), work):
             _sync(path)
         if folder.exists():  # the same step again, after a resume: the bytes are the same
@@ -68,7 +68,7 @@ def _hash(path: Path) -> str:
 def verify(folder: Path) -> str:
     """Empty where every file of the manifest is whole, else what is wrong."""
     try:
-        listing = json.loads((folder / MANIFEST).read_text())
+        listing = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not listing.keys():
             return f"{folder}: its manifest is empty"
         for name, wanted in listing.items():
@@ -119,7 +119,7 @@ def read_tensors(folder: Path, name: str, device="cpu") -> dict[str, torch.Tenso
 
 
 def read_data(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text())
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def optimiser_tensors(optimisers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:

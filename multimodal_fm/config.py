@@ -137,7 +137,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides (dots go deeper, values are YAML). Raises BadInput."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(), _Loader) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ def cut_back(path: Path, step: int) -> list[dict]:
             if isinstance(row, dict) and (row.get("step") or 0) <= step:
                 rows.append(row)
         work = path.with_suffix(".tmp")
-        work.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(work, path)
     return rows
 
@@ -36,8 +36,8 @@ class Monitor:
         self.start, self.steps, self.began = start, steps, time.monotonic()
         cut_back(run / "metrics.jsonl", start)
         self.lost = cut_back(run / "quarantine.jsonl", start)
-        self.metrics = open(run / "metrics.jsonl", "a")
-        self.ledger = open(run / "quarantine.jsonl", "a")
+        self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")
+        self.ledger = open(run / "quarantine.jsonl", "a", encoding="utf-8")
         cut_back(run / "items.jsonl", start)
         self.items = None
         self.run = run
@@ -62,7 +62,7 @@ class Monitor:
 
     def trace(self, row: dict) -> None:
         """The items of one step."""
-        self.items = self.items or open(self.run / "items.jsonl", "a")
+        self.items = self.items or open(self.run / "items.jsonl", "a", encoding="utf-8")
         self.items.write(json.dumps(row) + "\n")
         self.items.flush()
 

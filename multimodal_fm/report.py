@@ -60,7 +60,7 @@ def write(run: str | Path, device: str = "auto") -> Path:
             print("\n".join(summary(encoded.lost)), file=sys.stderr)
         print(f"\n{name}", render(table(figures)), sep="\n")
     data = {name: figures for name, (figures, _) in measured.items()}
-    (run / "evaluation.json").write_text(json.dumps(data, indent=1))
+    (run / "evaluation.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     written = _config(run, folder)
     (run / "config.yaml").write_text(written, encoding="utf-8")
     tries = commands(run, folder, model, measured)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,17 @@ def test_a_broken_file_is_one_line(tmp_path, text):
     with pytest.raises(BadInput) as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_files_are_utf_8_whatever_the_machine_takes_for_text(write_config, corpus, tmp_path):
+    """In a locale of ASCII alone: a config and shards with other letters train, and what is saved is read again."""
+    path = write_config(sources={"all": {"shards": f"{corpus}/train-*.tar", "where": {"größe": "→"}}})
+    path.write_bytes(path.read_bytes() + "# größer → besser\n".encode())
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = mmfm("pretrain", path, "--smoke", env={**os.environ, **plain})
+    assert done.returncode == 2 and "no items with gr\\xf6\\xdfe=\\u2192" in done.stderr
+    done = mmfm("pretrain", path, "--smoke", "sources.all.where={}", env={**os.environ, **plain})
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_line_says_it_in_one_line_and_exits_2(write_config):

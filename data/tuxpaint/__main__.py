@@ -90,7 +90,7 @@ def usable(found, digests, files, left_out):
         image = files["picture", digests[stamp.picture]]
         file = files[sound.role, digests[sound.path]]
         if bad := next((path for path in (image, file) if path.suffix == ".bad"), None):
-            left_out[bad.read_text()] += 1
+            left_out[bad.read_text(encoding="utf-8")] += 1
             continue
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(stamp.name).name)[:40]
         key = f"{number:06d}-{name}-{sound.role}-{sound.language}"

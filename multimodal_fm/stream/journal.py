@@ -28,7 +28,7 @@ class Journal:
         self.times: collections.Counter[str] = collections.Counter()
         self.told: list[str] = []  # lines for a person
         if self.rows.exists():
-            self.times.update(row["item"] for row in map(json.loads, self.rows.read_text().splitlines()))
+            self.times.update(row["item"] for row in map(json.loads, self.rows.read_bytes().splitlines()))
         if self.trace.exists() and self.trace.stat().st_size:
             self.blame(self._slots())
             self.told.append(f"the run before was ended by a fault while it read: {self.named(self._slots())}")
@@ -88,7 +88,7 @@ class Journal:
 
     def blame(self, items: list[str]) -> None:
         """Write down that the program ended while these were read."""
-        with open(self.rows, "a") as file:
+        with open(self.rows, "a", encoding="utf-8") as file:
             for item in items:
                 self.times[item] += 1
                 file.write(json.dumps({"item": item, "times": self.times[item]}) + "\n")
