@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import BadInput
@@ -27,7 +28,19 @@ def folder_of(run: str | Path, step: int) -> Path:
 
 
 def save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: list[Path]) -> Path:
-    """Publish `folder`: each of `tensors` as NAME.safetensors, each of `data` as NAME.json, copies of `files`."""
+    """Publish `folder`: each of `tensors` as NAME.safetensors, each of `data` as NAME.json, copies of `files`.
+
+    Raises BadInput where it cannot be written, as on a full disk; what was there before is left as it was.
+    """
+    try:
+        return _save(folder, tensors, data, files)
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", "") or str(error)
+        mend = "make room, and --resume goes on from the last one that is whole"
+        raise BadInput(f"{folder}: the checkpoint cannot be written: {said}; {mend}") from None
+
+
+def _save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: list[Path]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     work.mkdir()

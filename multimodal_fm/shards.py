@@ -136,6 +136,8 @@ def find(patterns: str | list[str], name: str = "shards") -> list[str]:
         files += found
     for file in files:
         if not file.endswith(SHARDS):
+            if os.path.isdir(file):
+                raise BadInput(f"{name}: {file} is a folder; name shards, '{file}/*.tar', or make some: mmfm pack")
             packed = file.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
             mend = f"mmfm pack {file} --to FOLDER" if packed else "give a .tar, .txt or .jsonl file"
             raise BadInput(f"{name}: {file} cannot be read at random; {mend}")

@@ -173,6 +173,8 @@ def test_files_that_cannot_be_sources(tmp_path):
         find(str(tmp_path / "*.gz"))
     with pytest.raises(BadInput, match="no file matches"):
         find(str(tmp_path / "*.tar"))
+    with pytest.raises(BadInput, match=r"is a folder; name shards, '.*/\*\.tar'"):
+        find(str(tmp_path))
     (tmp_path / "broken.jsonl").write_text("{\n[]\n")
     corpus = Corpus(Config(str(tmp_path / "broken.jsonl")))
     assert [corpus.json(i) for i in range(2)] == [{}, {}]
