@@ -597,6 +597,19 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
     assert calls[2] is not calls[3]
 
 
+def test_too_little_shared_memory_is_said_and_does_not_hang(tmp_path, monkeypatch):
+    """In a container /dev/shm may hold 64 MB; an error of the thread that feeds a worker's queue would reach nobody."""
+    shards.write(tmp_path / "a.tar", items(10))
+    steps = text_steps(tmp_path)
+
+    def full(storage):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    with pytest.raises(BadInput, match="/dev/shm is too small.*readers=threads"):
+        next(iter(Loader(steps, 0, 5, 1, "processes")))
+
+
 def test_a_source_that_has_nothing_for_a_section_is_refused(tmp_path):
     """19, 38."""
     shards.write(tmp_path / "a.tar", [{"__key__": "a", "jpg": items(1)[0]["jpg"]}])

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 
@@ -75,6 +76,9 @@ class Loader:
                     yield ready
             except (RuntimeError, OSError, EOFError) as error:  # OSError: what it had made was not fetched yet
                 dead = _Deaths.among(workers)
+                if not dead and "shared memory" in str(error):
+                    mend = "give it more room (docker run --shm-size), or take readers=threads"
+                    raise BadInput(f"readers=processes: /dev/shm is too small for what is read ahead: {mend}") from None
                 if not dead:
                     raise
                 deaths += 1
@@ -100,7 +104,7 @@ class Loader:
             sampler=range(start, self.stop),
             num_workers=self.workers,
             prefetch_factor=2,
-            collate_fn=_as_it_is,
+            collate_fn=_packed,
             worker_init_fn=_modest_process,
             generator=torch.Generator(),  # a private one: the loader must not draw from the run's
             multiprocessing_context="fork",
@@ -145,13 +149,14 @@ class _Deaths:
         try:
             if cls.among(workers, 0):
                 raise RuntimeError("a worker died")
-            return next(workers)
+            return ForkingPickler.loads(next(workers))
         finally:
             cls.waiting = False
 
 
-def _as_it_is(step: Step) -> Step:
-    return step
+def _packed(step: Step) -> bytes:
+    """What goes to the main process, tensors in shared memory. An error of the queue's own thread is told to nobody."""
+    return bytes(ForkingPickler.dumps(step))
 
 
 def _modest_thread() -> None:
