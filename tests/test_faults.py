@@ -602,11 +602,11 @@ def test_too_little_shared_memory_is_said_and_does_not_hang(tmp_path, monkeypatc
     shards.write(tmp_path / "a.tar", items(10))
     steps = text_steps(tmp_path)
 
-    def full(storage):
+    def full(size):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
-    with pytest.raises(BadInput, match="/dev/shm is too small.*readers=threads"):
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(BadInput, match="No space left on device.*/dev/shm.*readers=threads"):
         next(iter(Loader(steps, 0, 5, 1, "processes")))
 
 

@@ -7,16 +7,17 @@ import concurrent.futures
 import contextlib
 import itertools
 import os
+import re
 import signal
 import threading
 import time
 from dataclasses import dataclass, field
-from multiprocessing.reduction import ForkingPickler
 
 import torch
 
 from ..errors import BadInput
 from .journal import Journal
+from .parcel import packed, unpacked
 from .steps import Step, Steps
 
 RESTARTS = 3  # how often workers that die at one step are started again
@@ -77,8 +78,11 @@ class Loader:
             except (RuntimeError, OSError, EOFError) as error:  # OSError: what it had made was not fetched yet
                 dead = _Deaths.among(workers)
                 if not dead and "shared memory" in str(error):
-                    mend = "give it more room (docker run --shm-size), or take readers=threads"
-                    raise BadInput(f"readers=processes: /dev/shm is too small for what is read ahead: {mend}") from None
+                    why = re.search(r"</.*>: (.*)", str(error))
+                    mend = "give /dev/shm more room (docker run --shm-size), or take readers=threads"
+                    raise BadInput(
+                        f"readers=processes: no shared memory ({why[1] if why else error}): {mend}"
+                    ) from None
                 if not dead:
                     raise
                 deaths += 1
@@ -104,7 +108,7 @@ class Loader:
             sampler=range(start, self.stop),
             num_workers=self.workers,
             prefetch_factor=2,
-            collate_fn=_packed,
+            collate_fn=packed,
             worker_init_fn=_modest_process,
             generator=torch.Generator(),  # a private one: the loader must not draw from the run's
             multiprocessing_context="fork",
@@ -149,14 +153,9 @@ class _Deaths:
         try:
             if cls.among(workers, 0):
                 raise RuntimeError("a worker died")
-            return ForkingPickler.loads(next(workers))
+            return unpacked(next(workers))
         finally:
             cls.waiting = False
-
-
-def _packed(step: Step) -> bytes:
-    """What goes to the main process, tensors in shared memory. An error of the queue's own thread is told to nobody."""
-    return bytes(ForkingPickler.dumps(step))
 
 
 def _modest_thread() -> None:
