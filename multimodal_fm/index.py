@@ -21,6 +21,7 @@ import binascii
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -90,7 +91,7 @@ class Index:
         tables, ends = [], np.cumsum([place, *(np.dtype(kind).itemsize * count for kind, count in shapes)]).tolist()
         if ends[-1] != len(held):
             raise Damaged("its tables are not as long as its head says")
-        for (kind, _), begin, end in zip(shapes, ends, ends[1:], strict=False):
+        for (kind, _), (begin, end) in zip(shapes, itertools.pairwise(ends), strict=True):
             tables.append(held[begin:end].view(kind))
         self.members, self.first, self.makeup, self.places, self.names = tables
         self._checked = False
