@@ -157,7 +157,8 @@ def pictures(work: Path, name: str, python: str) -> tuple[str, dict]:
     made(folder, lambda: ({"jpg": photo, "txt": caption} for photo, caption in photos(side, PICTURES[side])))
     peers = {who: [python, str(HERE / "loader_peers.py"), who] for who in ("openclip", "energon", "webdataset")}
     commands = {who: [*command, str(folder), str(workers)] for who, command in peers.items()}
-    mine = {"ours": "text,image", "ours, pictures alone": "image", "decoder": "decoder", "libjpeg": "libjpeg"}
+    mine = {"ours": "text,image", "ours, threads": "text,image:threads", "ours, pictures alone": "image"}
+    mine |= {"decoder": "decoder", "libjpeg": "libjpeg"}
     return "openclip", {who: own(how, folder, workers) for who, how in mine.items()} | commands
 
 
@@ -268,11 +269,12 @@ def play(who: str, folder: str, workers: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    who, _, how = who.partition(":")
     if who == "tokenizer":  # the library's own threads, as many as we have readers
         os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
     if who in ("text,image", "image", "audio", "text"):
         drawn = {"text": words}.get(who, lambda step: len(step.keys))
-        turns(ours(folder, who.split(","), workers), 2 * workers, drawn)
+        turns(ours(folder, who.split(","), workers, how or "processes"), 2 * workers, drawn)
     elif who in ("decoder", "libjpeg"):
         raws = [raw["jpg"] for raw in everything(folder)]
         turns(in_threads(decoder if who == "decoder" else libjpeg, raws, workers), 0)
@@ -282,11 +284,11 @@ def play(who: str, folder: str, workers: int) -> None:
         turns(tokenizer_alone(folder, who, workers), 0, int)
 
 
-def ours(folder: str, parts: list[str], workers: int):
+def ours(folder: str, parts: list[str], workers: int, how: str):
     """Steps of the training stream."""
     from multimodal_fm.stream.loader import Loader
 
-    return iter(Loader(steps(folder, parts), 0, 10**9, workers, "threads"))
+    return iter(Loader(steps(folder, parts), 0, 10**9, workers, how))
 
 
 def steps(folder: str, parts: list[str]):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokens import Tokens, patterns_of
+from .tokens import WHOLE, Tokens, patterns_of
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,12 @@ def gather(
     kinds: list[str],
     counts: dict[str, dict[str, int]],
     round_to: int = 1,
+    empty=torch.empty,
 ) -> Batch:
     """Lay a microbatch's arranged items end to end. sections: by name, pairs of an item's number and what it became.
 
     `round_to`: the number of tokens is rounded up to a multiple of it with filler (of the first kind, and never read),
-    where a GPU wants round sizes.
+    where a GPU wants round sizes. `empty`, called like `torch.empty`, makes the tensors of the raw content.
     """
     items = [(name, number, one) for name, own in sections.items() for number, one in own]
     pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
@@ -139,7 +140,7 @@ def gather(
     names = np.array([name for name, _, _ in items])[holder]
     by_kind = {kinds[k]: [pieces[p] for p in np.flatnonzero(kind == k)] for k in np.unique(kind)}
     return Batch(
-        {name: torch.cat([piece.content for _, piece, _ in own]) for name, own in by_kind.items()},
+        {name: _joined([piece.content for _, piece, _ in own], empty) for name, own in by_kind.items()},
         {name: _hidden([(len(piece), hide) for _, piece, hide in own]) for name, own in by_kind.items()},
         _fill(tokens, round_to),
         int(count.sum()),
@@ -158,6 +159,11 @@ def gather(
             for name in sections
         },
     )
+
+
+def _joined(contents: list[Tensor], empty) -> Tensor:
+    first = contents[0]
+    return torch.cat(contents, out=empty(sum(map(len, contents)), *first.shape[1:], dtype=first.dtype))
 
 
 def _of_each(fields: list[Tensor], begin: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -198,7 +204,10 @@ def _turns(sequence: np.ndarray, size: np.ndarray, orders: list[Tensor]) -> np.n
     together = np.argsort(sequence, kind="stable")
     heads = np.flatnonzero(np.diff(sequence[together], prepend=-1))  # each sequence's first piece among them
     lengths = np.add.reduceat(size[together], heads)
-    pattern = patterns_of(torch.from_numpy(lengths), torch.cat([orders[p] for p in together])).numpy()
+    if len(heads) == len(size) and all(order.stride(0) == 0 for order in orders):  # pieces of `constant` order: alike
+        pattern = np.full_like(lengths, WHOLE)
+    else:
+        pattern = patterns_of(torch.from_numpy(lengths), torch.cat([orders[p] for p in together])).numpy()
     rank = np.empty_like(heads)
     rank[np.lexsort((lengths, pattern))] = np.arange(len(heads))
     pieces = np.diff(heads, append=len(together))

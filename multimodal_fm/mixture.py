@@ -33,9 +33,9 @@ def mix(*words: int) -> int:
     return state
 
 
-def _mix_on(state: int, words: np.ndarray) -> np.ndarray:
-    """`mix` of the words that gave `state` and one more: (N,) uint64 -> (N,)."""
-    mixed = words + np.uint64((state + _STEP) & _FULL)
+def mix_on(state, words) -> np.ndarray:
+    """`mix` of the words that gave `state` and one more; one of the two, or both, an array (N,): uint64 (N,)."""
+    mixed = np.asarray(words, np.uint64) + np.asarray(state, np.uint64) + np.uint64(_STEP)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(_ONE)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(_TWO)
     return mixed ^ (mixed >> np.uint64(31))
@@ -57,7 +57,7 @@ def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
     while len(outside):
         left, right = found[outside] >> half, found[outside] & low
         for round_key in keys:
-            left, right = right, left ^ (_mix_on(round_key, right) & low)
+            left, right = right, left ^ (mix_on(round_key, right) & low)
         found[outside] = left << half | right
         outside = outside[found[outside] >= np.uint64(size)]
     return found.astype(np.int64)
@@ -70,7 +70,7 @@ def place_of(item: int, size: int, key: int) -> int:
     while True:
         left, right = found >> half, found & low
         for round_key in reversed(keys):
-            left, right = right ^ (_mix_on(round_key, left) & low), left
+            left, right = right ^ (mix_on(round_key, left) & low), left
         found = left << half | right
         if found[0] < size:
             return int(found[0])

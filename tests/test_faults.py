@@ -597,17 +597,31 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
     assert calls[2] is not calls[3]
 
 
-def test_too_little_shared_memory_is_said_and_does_not_hang(tmp_path, monkeypatch):
-    """In a container /dev/shm may hold 64 MB; an error of the thread that feeds a worker's queue would reach nobody."""
+def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):
+    """In a container /dev/shm may be full, and a user may have no processes left."""
     shards.write(tmp_path / "a.tar", items(10))
     steps = text_steps(tmp_path)
 
-    def full(size):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    with pytest.raises(BadInput, match="No space left on device.*/dev/shm.*readers=threads"):
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
+    with pytest.raises(BadInput, match="readers=processes: .*: No space left on device; take readers=threads"):
         next(iter(Loader(steps, 0, 5, 1, "processes")))
+
+
+def test_bad_input_is_one_line_from_any_reader(tmp_path):
+    """An index that is damaged after the start is met by a reader, whose traceback nobody wants to see."""
+    shards.write(tmp_path / "a.tar", items(10))
+    text_steps(tmp_path)
+    file = tmp_path / "a.tar.mmidx"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 255
+    file.write_bytes(data)
+    for how in ("threads", "processes"):
+        with pytest.raises(BadInput) as raised:
+            list(Loader(text_steps(tmp_path), 0, 5, 1, how))
+        assert "is damaged" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_source_that_has_nothing_for_a_section_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from multimodal_fm import shards, train
 from multimodal_fm.config import build
 from multimodal_fm.errors import BadInput
 from multimodal_fm.sections import fit, sections_of, steps_of
+from multimodal_fm.stream import shelves as mod
 from multimodal_fm.stream.journal import Journal
 from multimodal_fm.stream.ledger import Bad
 from multimodal_fm.stream.loader import Loader
 from multimodal_fm.stream.ruler import Ruler
+from multimodal_fm.stream.shelves import Shelves
 from multimodal_fm.stream.steps import Steps
 
 
@@ -344,6 +347,53 @@ def test_a_killed_worker_process_is_replaced(tmp_path, pause):
             os.kill(loader._near._workers[0].pid, signal.SIGKILL)
             time.sleep(pause)
     assert found == wanted
+
+
+@pytest.fixture
+def shelves(tmp_path, monkeypatch):
+    """Makes shelves of one worker, whose part this process plays too."""
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=0))
+    config, corpora = fitted(build(two_sources(tmp_path)))
+    return lambda: Shelves(steps_of(config, corpora), 1)
+
+
+def contents(step) -> list:
+    return [batch.content[kind].tolist() for batch in step.batches for kind in sorted(batch.content)]
+
+
+def test_a_shelf_is_free_once_nothing_on_it_is_held(shelves):
+    shelves = shelves()
+    first, second = (shelves.taken(shelves[step]) for step in range(2))
+    assert list(shelves.used[:]) == [1, 1, 0, 0, 0]
+    tensor = next(iter(first.batches[0].content.values()))
+    told = tensor.tolist()
+    del first
+    assert list(shelves.used[:]) == [1, 1, 0, 0, 0] and tensor.tolist() == told
+    del tensor
+    assert list(shelves.used[:]) == [0, 1, 0, 0, 0]
+    third = shelves.taken(shelves[2])
+    assert list(shelves.used[:]) == [1, 1, 0, 0, 0]
+    assert contents(second) == contents(shelves.steps[1]) and contents(third) == contents(shelves.steps[2])
+
+
+@pytest.mark.parametrize("room", ["as ever", "little", "none", "refused"])
+def test_steps_arrive_whatever_memory_there_is(shelves, monkeypatch, room):
+    """On shelves; on shelves that are too small, all or in part; by the pipe, since there are none or all are held."""
+
+    def refused(file, size):
+        if size > 100:
+            raise OSError(12, "Cannot allocate memory")
+        return mmap(file, size)
+
+    mmap = mod.mmap.mmap
+    if room == "refused":
+        monkeypatch.setattr(mod.mmap, "mmap", refused)
+    monkeypatch.setattr(mod, "ROOM", {"little": 2048, "none": 1}.get(room, mod.ROOM))
+    shelves = shelves()
+    found = [shelves.taken(shelves[step]) for step in range(8)]
+    assert sum(shelves.used[:]) == (0 if room in ("none", "refused") else mod.EACH)
+    for number, step in enumerate(found):
+        assert step.keys == shelves.steps[number].keys and contents(step) == contents(shelves.steps[number])
 
 
 def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):

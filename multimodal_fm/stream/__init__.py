@@ -4,6 +4,6 @@ steps     `steps[s]`: items drawn from the mixture, read, arranged and dealt to 
 ruler     how many tokens an item has, told from the index
 ledger    what could not be read, and when it is too much
 journal   which item ended the program
-parcel    a step on its way between processes
+shelves   a step on its way between processes
 loader    steps read ahead, by threads or processes
 """

@@ -33,6 +33,7 @@ class Journal:
             self.blame(self._slots())
             self.told.append(f"the run before was ended by a fault while it read: {self.named(self._slots())}")
         size = self.SLOT * max(readers, 1)
+        self.file.unlink(missing_ok=True)  # what a killed run has left may still write to the file it knows
         self.file.write_bytes(bytes(size))
         self._opened = open(self.file, "r+b")
         self._map = mmap.mmap(self._opened.fileno(), size)

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import os
-import re
 import signal
 import threading
 import time
@@ -17,8 +16,8 @@ import torch
 
 from ..errors import BadInput
 from .journal import Journal
-from .parcel import packed, unpacked
-from .steps import Step, Steps
+from .shelves import Shelves
+from .steps import Steps
 
 RESTARTS = 3  # how often workers that die at one step are started again
 
@@ -31,7 +30,7 @@ class Loader:
     start: int
     stop: int
     workers: int = 1
-    how: str = "threads"
+    how: str = "processes"
     _near: object = field(default=None, repr=False)
 
     def __iter__(self):
@@ -68,21 +67,20 @@ class Loader:
     def _by_processes(self):
         step, deaths = self.start, 0
         while step < self.stop:
-            self._near = workers = iter(self._data_loader(step))
+            shelves = Shelves(self.steps, self.workers)
+            try:
+                self._near = workers = iter(self._data_loader(shelves, step))
+            except OSError as error:  # no room for a semaphore in /dev/shm, no more processes, no more open files
+                why = error.strerror or error
+                raise BadInput(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
             _Deaths.hold_back()
             try:
                 while step < self.stop:
-                    ready = _Deaths.told(workers)
+                    ready = shelves.taken(_Deaths.told(workers))
                     step, deaths = step + 1, 0
                     yield ready
-            except (RuntimeError, OSError, EOFError) as error:  # OSError: what it had made was not fetched yet
+            except (RuntimeError, OSError, EOFError) as error:
                 dead = _Deaths.among(workers)
-                if not dead and "shared memory" in str(error):
-                    why = re.search(r"</.*>: (.*)", str(error))
-                    mend = "give /dev/shm more room (docker run --shm-size), or take readers=threads"
-                    raise BadInput(
-                        f"readers=processes: no shared memory ({why[1] if why else error}): {mend}"
-                    ) from None
                 if not dead:
                     raise
                 deaths += 1
@@ -101,14 +99,14 @@ class Loader:
             raise BadInput(f"step {step + 1}: its reader ended {deaths} times (exit {codes[0]}) at {names}") from error
         print(f"step {step + 1}: a reader ended (exit {codes[0]}) at {names}; started again", flush=True)
 
-    def _data_loader(self, start: int):
+    def _data_loader(self, shelves: Shelves, start: int):
         return torch.utils.data.DataLoader(
-            self.steps,
+            shelves,
             batch_size=None,
             sampler=range(start, self.stop),
             num_workers=self.workers,
             prefetch_factor=2,
-            collate_fn=packed,
+            collate_fn=bytes,
             worker_init_fn=_modest_process,
             generator=torch.Generator(),  # a private one: the loader must not draw from the run's
             multiprocessing_context="fork",
@@ -147,13 +145,13 @@ class _Deaths:
         return dead
 
     @classmethod
-    def told(cls, workers) -> Step:
-        """The next step of the workers. Raises RuntimeError where one has died."""
+    def told(cls, workers) -> bytes:
+        """What the workers send next. Raises RuntimeError where one has died."""
         cls.waiting = True
         try:
             if cls.among(workers, 0):
                 raise RuntimeError("a worker died")
-            return unpacked(next(workers))
+            return next(workers)
         finally:
             cls.waiting = False
 

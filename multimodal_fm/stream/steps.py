@@ -11,7 +11,7 @@ import torch
 
 from ..batch import Arranged, Batch, Item, count_asked, gather
 from ..errors import BadInput, Lost
-from ..mixture import Mixture, Source, mix, number
+from ..mixture import Mixture, Source, mix, mix_on, number
 from ..rows import lookup, parse_map
 from ..shards import Corpus
 from ..tokens import constant
@@ -128,6 +128,10 @@ class Steps(torch.utils.data.Dataset):
         return dict(totals)
 
     def __getitem__(self, step: int) -> Step:
+        return self.read(step)
+
+    def read(self, step: int, empty=torch.empty) -> Step:
+        """Step `step`; its raw content lies in tensors that `empty` makes."""
         dealt: list[dict] = [{} for _ in range(self.microbatches)]
         counts, lost, keys, loads = {}, [], [], np.zeros(self.microbatches)
         for which, section in enumerate(self.sections):
@@ -138,7 +142,7 @@ class Steps(torch.utils.data.Dataset):
             counts[section.name] = count_asked(list(arranged.values()), self.kinds)
             for place, one in arranged.items():
                 dealt[turns[place]].setdefault(section.name, []).append((place, one))
-        batches = [gather(dealt[turn], self.kinds, counts, self.round_to) for turn in self.own if dealt[turn]]
+        batches = [gather(dealt[turn], self.kinds, counts, self.round_to, empty) for turn in self.own if dealt[turn]]
         return Step(batches, counts, lost, keys)
 
     def _deal(self, which: int, draws, loads: np.ndarray) -> list[int]:
@@ -182,21 +186,31 @@ class Steps(torch.utils.data.Dataset):
         """For each (place, item of its source): what it became and its name, None where nothing in it can be read."""
         section, endings = self.sections[which], self.wanted[which]
         results, opened, held = [], [], 0
-        for place, item in wanted:
-            source, epoch = int(draws.source[place]), int(draws.epoch[place])
-            corpus, index = section.corpora[source], int(self.usable[which][source][item])
+        visits = [(int(draws.source[place]), int(draws.epoch[place])) for place, _ in wanted]
+        items = [int(self.usable[which][source][item]) for (source, _), (_, item) in zip(visits, wanted, strict=True)]
+        for (source, _), index, key in zip(visits, items, self._keys(section, visits, items), strict=True):
+            corpus = section.corpora[source]
             if self.journal and self.journal.blocks(corpus, index):
                 raw, failed = {}, [("", Lost("crash", "reading it ended the program twice"))]
             else:
                 raw, broken = corpus.read(index, endings)
                 failed = [(self._kind_of(ending, section.parts), error) for ending, error in broken]
-            key = mix(self.seed, self.numbers[section.name], self.numbers[corpus.name], epoch, index)
             opened.append(_Opened(corpus, index, raw, key, failed))
             held += sum(map(len, raw.values()))
             if held > HELD:
                 results += self._arrange(section, opened, step, lost)
                 opened, held = [], 0
         return results + self._arrange(section, opened, step, lost)
+
+    def _keys(self, section: Section, visits: list[tuple[int, int]], items: list[int]) -> list[int]:
+        """A number for each visit, a (source, epoch), of an item: of it comes all that is random about the visit."""
+        states = {
+            (source, epoch): mix(
+                self.seed, self.numbers[section.name], self.numbers[section.corpora[source].name], epoch
+            )
+            for source, epoch in set(visits)
+        }
+        return mix_on(np.array([states[visit] for visit in visits], np.uint64), items).tolist()
 
     def _arrange(self, section: Section, opened: list[_Opened], step: int, lost: list) -> list:
         for kind in section.parts:
@@ -227,10 +241,11 @@ class Steps(torch.utils.data.Dataset):
         module, settings, number_of = self.tokenizers[kind].module, self.tokenizers[kind].settings, self.numbers[kind]
         members = [{e: one.raw[e] for e in module.extensions if e in one.raw} for one in opened]
         generator = random.Random(0)
-        for one, own in zip(opened, members, strict=True):
+        seeds = mix_on(mix_on(0, [one.key for one in opened]), number_of).tolist()
+        for one, own, seed in zip(opened, members, seeds, strict=True):
             if self.journal and own:
                 self.journal.note(one.corpus, one.index)
-            generator.seed(mix(one.key, number_of))
+            generator.seed(seed)
             try:
                 yield module.read(settings, own, generator) if own else []
             except Lost as error:

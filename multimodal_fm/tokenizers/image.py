@@ -52,14 +52,25 @@ def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
     raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
     Raises Lost.
     """
-    raw = next((raw[e] for e in extensions if e in raw), None) if isinstance(raw, dict) else raw
-    if raw is None:
-        return []
-    pixels, side = view(config, raw, generator), config.patch
-    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
-    patches = pixels.reshape(rows, side, columns, side * 3).transpose(0, 2, 1, 3)  # row, column and colour in each
-    content = torch.from_numpy(np.ascontiguousarray(patches).reshape(rows * columns, -1))
+    if isinstance(raw, dict):
+        ending = next(filter(raw.__contains__, extensions), None)
+        if ending is None:
+            return []
+        raw = raw[ending]
+    content, rows, columns = _patches(config, view(config, raw, generator))
     return [sequence_of(content, _positions(rows, columns))]
+
+
+def _patches(config: Config, pixels: np.ndarray) -> tuple[Tensor, int, int]:
+    """(rows * patch, columns * patch, 3) uint8 as (N, patch * patch * 3), rows and columns.
+
+    A patch's row of pixels is moved as one thing, which takes half the time.
+    """
+    side = config.patch
+    strips = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(f"V{3 * side}")
+    rows, columns = len(strips) // side, strips.shape[1]
+    patches = np.ascontiguousarray(strips.reshape(rows, side, columns).transpose(0, 2, 1))
+    return torch.from_numpy(patches.view(np.uint8).reshape(rows * columns, -1)), rows, columns
 
 
 def view(config: Config, raw, generator: Random | None = None) -> np.ndarray:

@@ -282,7 +282,7 @@ def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
 
 def _utf8(data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise Lost("text-decode", f"not UTF-8 at byte {error.start}") from None
 
