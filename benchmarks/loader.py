@@ -139,6 +139,7 @@ class Player:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._signal(signal.SIGKILL)  # its workers, which would look for it for some seconds
 
 
 def shown(value) -> str:

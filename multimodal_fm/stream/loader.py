@@ -71,6 +71,7 @@ class Loader:
             try:
                 self._near = workers = iter(self._data_loader(shelves, step))
             except OSError as error:  # no room for a semaphore in /dev/shm, no more processes, no more open files
+                torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True  # else its end complains
                 why = error.strerror or error
                 raise BadInput(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
             _Deaths.hold_back()
