@@ -49,6 +49,7 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -602,12 +603,22 @@ def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):
     shards.write(tmp_path / "a.tar", items(10))
     steps = text_steps(tmp_path)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    real, started = os.fork, []
 
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
-    with pytest.raises(BadInput, match="readers=processes: .*: No space left on device; take readers=threads"):
-        next(iter(Loader(steps, 0, 5, 1, "processes")))
+    def fork():
+        if started:
+            raise OSError(11, "Resource temporarily unavailable")
+        started.append(real())
+        return started[0]
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(BadInput, match="readers=processes: .*: Resource temporarily unavailable; take readers=threads"):
+        next(iter(Loader(steps, 0, 5, 2, "processes")))
+    with pytest.raises(OSError):  # the first one, which ignores what an interrupt sends, was ended
+        for _ in range(100):
+            os.kill(started[0], 0)
+            time.sleep(0.02)
+            multiprocessing.active_children()  # buries the dead
 
 
 def test_bad_input_is_one_line_from_any_reader(tmp_path):

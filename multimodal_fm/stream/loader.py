@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 
 import torch
@@ -68,12 +69,7 @@ class Loader:
         step, deaths = self.start, 0
         while step < self.stop:
             shelves = Shelves(self.steps, self.workers)
-            try:
-                self._near = workers = iter(self._data_loader(shelves, step))
-            except OSError as error:  # no room for a semaphore in /dev/shm, no more processes, no more open files
-                torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True  # else its end complains
-                why = error.strerror or error
-                raise BadInput(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
+            self._near = workers = _started(self._data_loader(shelves, step))
             _Deaths.hold_back()
             try:
                 while step < self.stop:
@@ -112,6 +108,21 @@ class Loader:
             generator=torch.Generator(),  # a private one: the loader must not draw from the run's
             multiprocessing_context="fork",
         )
+
+
+def _started(loader: torch.utils.data.DataLoader):
+    """An iterator of the loader, whose workers run. Raises BadInput where the system refuses one of them."""
+    others = set(torch.multiprocessing.active_children())
+    try:
+        return iter(loader)
+    except OSError as error:  # no room for a semaphore in /dev/shm, no more processes, no more open files
+        for child in set(torch.multiprocessing.active_children()) - others:
+            child.kill()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if hasattr(half := frame.f_locals.get("self"), "_shutdown_workers"):
+                half._shutdown = True  # it would try to end what never began
+        why = error.strerror or error
+        raise BadInput(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
 
 
 class _Deaths:
