@@ -217,7 +217,7 @@ def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
         os.link(first, other)
         os.link(made.file, f"{other}.mmidx")
     text_config = text.fit(
-        text.Config(vocabulary=300, limit=16), ({"txt": b"caption number"} for _ in range(1)), folder
+        text.Config(vocabulary=300, limit=16), ({"txt": b"caption number"} for _ in range(1)), folder / "words"
     )
     tokenizers = {"text": Plugin("text", text, text_config)}
 

@@ -27,8 +27,16 @@ def folder_of(run: str | Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
-def save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: list[Path]) -> Path:
-    """Publish `folder`: each of `tensors` as NAME.safetensors, each of `data` as NAME.json, copies of `files`.
+def tokenizer_file(folder: str | Path, kind: str, file: str) -> Path:
+    """Where a run's folder, or a checkpoint's, keeps the file of the tokenizer of a kind."""
+    return Path(folder) / f"tokenizer-{kind}{Path(file).suffix}"
+
+
+def save(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: dict[str, str]
+) -> Path:
+    """Publish `folder`: each of `tensors` as NAME.safetensors, each of `data` as NAME.json, copies of the tokenizers'
+    `files` by kind.
 
     Raises BadInput where it cannot be written, as on a full disk; what was there before is left as it was.
     """
@@ -40,7 +48,9 @@ def save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[s
         raise BadInput(f"{folder}: the checkpoint cannot be written: {said}; {mend}") from None
 
 
-def _save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: list[Path]) -> Path:
+def _save(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: dict[str, str]
+) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     work.mkdir()
@@ -49,8 +59,8 @@ def _save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[
             save_file({k: v.detach().contiguous() for k, v in values.items()}, work / f"{name}.safetensors")
         for name, value in data.items():
             (work / f"{name}.json").write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-        for file in files:
-            shutil.copyfile(file, work / Path(file).name)
+        for kind, file in files.items():
+            shutil.copyfile(file, tokenizer_file(work, kind, file))
         listing = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps(listing, indent=1), encoding="utf-8")
         for path in (*work.iterdir(), work):

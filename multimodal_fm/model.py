@@ -164,9 +164,9 @@ def load(run: str | Path, ema: bool = True, device: str = "auto") -> Model:
 def read_config(folder: Path) -> Config:
     """A checkpoint's configuration, with its tokenizers' files where they now lie."""
     data = checkpoint.read_data(folder, "config")
-    for settings in data["tokenizers"].values():
+    for kind, settings in data["tokenizers"].items():
         if settings.get("file"):
-            settings["file"] = str(folder / Path(settings["file"]).name)
+            settings["file"] = str(checkpoint.tokenizer_file(folder, kind, settings["file"]))
     return build(data, str(folder / "config.json"))
 
 

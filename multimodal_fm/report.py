@@ -328,10 +328,10 @@ def _config(run: Path, folder: Path) -> str:
     """The checkpoint's configuration as YAML, its run and its tokenizers' files where they now lie."""
     data = checkpoint.read_data(folder, "config")
     data["run"] = str(run)
-    for settings in data["tokenizers"].values():
+    for kind, settings in data["tokenizers"].items():
         if settings.get("file"):
-            name = Path(settings["file"]).name
-            settings["file"] = str(run / name if (run / name).exists() else folder / name)
+            places = (checkpoint.tokenizer_file(where, kind, settings["file"]) for where in (run, folder))
+            settings["file"] = str(next((place for place in places if place.exists()), settings["file"]))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -72,8 +72,8 @@ def resumed(config: Config, folder: Path, corpora: dict[str, Corpus], allow: boo
     for kind, tokenizer in config.tokenizers.items():
         file = before["tokenizers"][kind].get("file")
         if file:
-            kept = Path(config.run) / Path(file).name
-            own = shutil.copyfile(folder / kept.name, f"{kept}.{os.getpid()}")
+            kept = checkpoint.tokenizer_file(config.run, kind, file)
+            own = shutil.copyfile(checkpoint.tokenizer_file(folder, kind, file), f"{kept}.{os.getpid()}")
             os.replace(own, kept)  # at once: another rank may be reading it
             tokenizer = dataclasses.replace(tokenizer, settings=dataclasses.replace(tokenizer.settings, file=str(kept)))
         tokenizers[kind] = tokenizer

@@ -105,7 +105,7 @@ def fit(config: Config, corpora: dict[str, Corpus], run: Path) -> dict[str, Plug
         if hasattr(tokenizer.module, "fit") and not tokenizer.settings.file and readers:
             names = dict.fromkeys(name for section in readers for name in section.sources)
             raws = _shuffled([corpora[name] for name in names], config.seed, tokenizer.module.extensions)
-            settings = tokenizer.module.fit(tokenizer.settings, raws, run)
+            settings = tokenizer.module.fit(tokenizer.settings, raws, run / f"tokenizer-{kind}")
             tokenizer = dataclasses.replace(tokenizer, settings=settings)
         fitted[kind] = tokenizer
     return fitted

@@ -195,7 +195,8 @@ class _Run:
         if self.ranks.first:
             drawn = self.steps.drawn_by_section(self.done)
             state = resuming.state_of(self.config, self.done, self.corpora, self.origin, drawn)
-            files = [Path(t.settings.file) for t in self.config.tokenizers.values() if getattr(t.settings, "file", "")]
+            held = {kind: getattr(t.settings, "file", "") for kind, t in self.config.tokenizers.items()}
+            files = {kind: file for kind, file in held.items() if file}
             checkpoint.save(self.saved, self.learner.tensors(), state, files)
             checkpoint.retain(self.folder, self.config.keep)
         self.ranks.wait()

@@ -7,15 +7,16 @@ import pytest
 import torch
 from conftest import tiny
 
-from multimodal_fm import checkpoint, train
+from multimodal_fm import checkpoint, shards, train
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build
 from multimodal_fm.errors import BadInput
+from multimodal_fm.tokenizers import text
 
 
 def publish(run, step, size=8):
     tensors = {"model": {"w": torch.full((size,), float(step))}}
-    return checkpoint.save(checkpoint.folder_of(run, step), tensors, {"state": {"step": step}}, [])
+    return checkpoint.save(checkpoint.folder_of(run, step), tensors, {"state": {"step": step}}, {})
 
 
 def test_a_checkpoint_comes_back(tmp_path):
@@ -114,3 +115,24 @@ def test_a_moved_run_loads_and_embeds(tmp_path, corpus):
     torch.testing.assert_close(model.embed(text=["a red square"])["text"], before, rtol=0, atol=0)
     last = load_model(tmp_path / "elsewhere", ema=False).embed(text=["a red square"])["text"]
     assert not torch.equal(last, before)
+
+
+def test_two_kinds_that_learn_one_tokenizer_each_keep_their_own(tmp_path, corpus):
+    """Through a run, a resume and a load from where the run was moved to."""
+    data = tiny(corpus, steps=2, save_every=2, run=str(tmp_path / "run"))
+    shards.write(tmp_path / "code.tar", [{"__key__": str(i), "txt": f"def f{i}(x): return x[{i}]"} for i in range(9)])
+    data["sources"]["code"] = {"shards": f"{tmp_path}/code.tar"}
+    data["tokenizers"] |= {"code": {"tokenizer": "text", "vocabulary": 280, "limit": 24, "fields": ["txt"]}}
+    section = {"objective": "causal", "take": 4}
+    data["sections"] = {
+        "words": {**section, "parts": ["text"], "sources": ["all"]},
+        "code": {**section, "parts": ["code"], "sources": ["code"]},
+    }
+    train.pretrain(build(data))
+    train.pretrain(build({**data, "steps": 4}), resume=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    model = load_model(tmp_path / "moved")
+    learned = {kind: model.tokenizers[kind].settings for kind in ("text", "code")}
+    assert text.bpe(learned["text"].file).n_vocab > text.bpe(learned["code"].file).n_vocab
+    assert len(text.encode(learned["code"], "return x[")) < len(text.encode(learned["text"], "return x["))
+    assert len(text.encode(learned["text"], "a red square")) < len(text.encode(learned["code"], "a red square"))

@@ -42,7 +42,7 @@ def ring(*_):
 def tokenizers(folder: Path) -> dict[str, Plugin]:
     """The default tokenizers, the merges learned from the sound items."""
     raws = [malformed.sound_item(key) for key in (*malformed.BEFORE, *malformed.AFTER)]
-    settings = text.fit(text.Config(), raws, folder)
+    settings = text.fit(text.Config(), raws, folder / "words")
     plugins = {"text": (text, settings), "image": (image, image.Config()), "audio": (audio, audio.Config())}
     return {kind: Plugin(kind, *both) for kind, both in plugins.items()}
 

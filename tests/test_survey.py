@@ -128,7 +128,7 @@ def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
 
 
 def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
-    settings = text.fit(text.Config(vocabulary=300), [{"txt": b"a red square number"}] * 9, tmp_path)
+    settings = text.fit(text.Config(vocabulary=300), [{"txt": b"a red square number"}] * 9, tmp_path / "words")
     data = tiny(corpus)
     data["tokenizers"]["text"] |= {"limit": 6, "file": settings.file}
     path = tmp_path / "own.yaml"

@@ -25,7 +25,7 @@ def generator(seed=0):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     raws = [{"txt": b"a red square and a blue circle"}, {"json": json.dumps({"caption": "ein rotes Quadrat"}).encode()}]
-    return text.fit(text.Config(vocabulary=400, limit=32), raws * 20, tmp_path_factory.mktemp("bpe"))
+    return text.fit(text.Config(vocabulary=400, limit=32), raws * 20, tmp_path_factory.mktemp("bpe") / "words")
 
 
 TEXTS = ["", "plain", "<|endoftext|> [MASK] <s>", "日本語 עברית 🙂‍↔️", "\x00\x7f\t\r\n", "a\u0301 \u202e ﷽", " " * 50]
@@ -46,7 +46,9 @@ def test_any_text_round_trips(words, given_text):
 
 def test_odd_captions_are_learned_from_and_drawn(tmp_path):
     odd = {"json": json.dumps({"captions": {"en": "x \ud800 y", "fr": None, "de": 3}}).encode()}
-    config = text.fit(text.Config(vocabulary=300, limit=32), [odd, {"json": b"[1]"}, {"json": b"3"}], tmp_path)
+    config = text.fit(
+        text.Config(vocabulary=300, limit=32), [odd, {"json": b"[1]"}, {"json": b"3"}], tmp_path / "words"
+    )
     assert len(text.things(config, odd)) == 1
     only = text.Config(vocabulary=300, limit=32, file=config.file, fields={"txt": 0, "captions": 1})
     assert text.read(only, {"txt": b"word"}, generator())[0].content.numel() > 2
@@ -101,7 +103,7 @@ def merges(tmp_path_factory):
     """Merges of letters that stand next to each other in every way, and the library that learned them."""
     draw, folder = random.Random(0), tmp_path_factory.mktemp("merges")
     words = ["".join(draw.choices("aabc'é1 ", k=draw.randint(1, 30))) for _ in range(2000)]
-    config = text.fit(text.Config(vocabulary=1000), [{"txt": word.encode()} for word in words], folder)
+    config = text.fit(text.Config(vocabulary=1000), [{"txt": word.encode()} for word in words], folder / "words")
     return config, Tokenizer.from_file(config.file)
 
 
@@ -456,9 +458,9 @@ def test_silence_and_a_click_are_finite():
 def test_the_trained_merges_replace_those_before_at_once(tmp_path, monkeypatch):
     """Another process reads either the old file or the new one, never a half."""
     raws = [{"txt": b"a red square and a blue circle"}]
-    path = text.fit(text.Config(vocabulary=300), raws, tmp_path).file
+    path = text.fit(text.Config(vocabulary=300), raws, tmp_path / "words").file
     before, seen = Path(path).read_bytes(), []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(b).read_bytes()), replace(a, b)))
-    text.fit(text.Config(vocabulary=300), [{"txt": b"something else altogether, altogether"}], tmp_path)
+    text.fit(text.Config(vocabulary=300), [{"txt": b"something else altogether, altogether"}], tmp_path / "words")
     assert seen == [before] != [Path(path).read_bytes()]

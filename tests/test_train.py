@@ -236,7 +236,7 @@ def test_a_source_of_nothing_but_bad_items_stops_with_a_line(tmp_path, corpus):
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path, corpus):
     config = build({**tiny(corpus, steps=2), "run": str(tmp_path / "run")})
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tokenizer.json").write_text("{")
+    (tmp_path / "run" / "tokenizer-text.json").write_text("{")
     with pytest.raises(BadInput, match="--resume"):
         train.pretrain(config)
     assert train.pretrain(config, resume=True).name == "step-00000002"

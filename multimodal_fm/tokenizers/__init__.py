@@ -6,7 +6,8 @@ training wants, without one the fixed sequences that cover all of it; `Embed(con
 (N, width); `Predict(config, width)`, a module that scores vectors (M, width) against raw content (M, ...) and gives one
 loss a token (M,).
 
-Optional: `fit(config, raws, folder) -> Config` learns what is to be learned before the first step; `check(config)`
+Optional: `fit(config, raws, stem) -> Config` learns what is to be learned before the first step, and keeps it in one
+file, `STEM` and an ending, which its `file` names; `check(config)`
 raises BadInput where what was learned is missing; `things(config, raw)` lists what evaluation takes one by one;
 `measure(data, length) -> (int, int)` says how large a member is without decoding it, for the index (`data` is its first
 megabytes); `count(config, length, a, b)`, given arrays (N,) of members' bytes and measures, says how many tokens a

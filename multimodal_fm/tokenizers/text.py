@@ -24,7 +24,6 @@ from ..tokens import Tokens, sequence_of
 extensions = ("txt", "json")
 USUAL_FIELDS = ("txt", "caption", "captions", "text")
 BEGIN, END = 0, 1  # ids that no text can spell: the merges start behind them
-FILE = "tokenizer.json"
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Config:
     fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
     """Where an item's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
     string, a list or a map of strings). A list: the first that the item has. A map: training draws by these weights."""
-    file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: `fit` writes one into the run folder
+    file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: a run learns one and keeps it in its folder
     fit_bytes: int = 20_000_000  # how much training text the merges are learned from
 
     def __post_init__(self):
@@ -45,8 +44,8 @@ class Config:
             raise ValueError("fields names at least one field, with weights from 0 up")
 
 
-def fit(config: Config, raws, folder: Path) -> Config:
-    """Learn the merges from at most `fit_bytes` of text and save them as `folder/tokenizer.json`."""
+def fit(config: Config, raws, stem: Path) -> Config:
+    """Learn the merges from at most `fit_bytes` of text and save them as `STEM.json`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -70,11 +69,11 @@ def fit(config: Config, raws, folder: Path) -> Config:
                 return
 
     tokenizer.train_from_iterator(texts(), trainer)
-    path = Path(folder) / FILE
+    path = f"{stem}.json"
     own = f"{path}.{os.getpid()}"
     tokenizer.save(own)
     os.replace(own, path)  # at once: another process may be reading it
-    return replace(config, file=str(path))
+    return replace(config, file=path)
 
 
 def _readable(config: Config, raw: dict) -> list[str]:
