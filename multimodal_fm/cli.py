@@ -90,7 +90,7 @@ def evaluate(
     from .evaluate import evaluate as measure
     from .evaluate import render, table
     from .model import load
-    from .monitor import summary
+    from .monitor import Skipped
 
     model = load(run, device=device)
     if on:
@@ -104,7 +104,7 @@ def evaluate(
         figures, encoded = measure(model, evaluation)
         everything |= {f"{name}/{key}" if name else key: value for key, value in figures.items()}
         if encoded.lost:
-            print("\n".join(summary(encoded.lost)), file=sys.stderr)
+            print("\n".join(Skipped(encoded.lost).lines()), file=sys.stderr)
         if not json:
             print(f"\n{name}" if name else "", render(table(figures)), sep="\n")
     if json:

@@ -7,24 +7,32 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def cut_back(path: Path, step: int) -> list[dict]:
-    """Keep the rows of a JSON-lines file up to `step` (rows without a step stay); a half-written last row goes."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+def rows_of(path: Path) -> Iterator[dict]:
+    """The rows of a JSON-lines file one at a time, none where there is no file; a half-written one is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and (row.get("step") or 0) <= step:
-                rows.append(row)
-        work = path.with_suffix(".tmp")
-        work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(work, path)
-    return rows
+            if isinstance(row, dict):
+                yield row
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the rows of a JSON-lines file up to `step` (rows without a step stay); a half-written last row goes."""
+    if not path.exists():
+        return
+    work = path.with_suffix(".tmp")
+    with open(work, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows_of(path) if (row.get("step") or 0) <= step)
+    os.replace(work, path)
 
 
 class Monitor:
@@ -33,14 +41,14 @@ class Monitor:
     def __init__(self, run: Path, start: int, steps: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.start, self.steps, self.began = start, steps, time.monotonic()
+        self.run, self.start, self.steps, self.began = run, start, steps, time.monotonic()
         cut_back(run / "metrics.jsonl", start)
-        self.lost = cut_back(run / "quarantine.jsonl", start)
+        cut_back(run / "quarantine.jsonl", start)
+        self.skipped = Skipped(self.before())
         self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")
         self.ledger = open(run / "quarantine.jsonl", "a", encoding="utf-8")
         cut_back(run / "items.jsonl", start)
         self.items = None
-        self.run = run
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.bar = _bar(start, steps) if sys.stderr.isatty() else None
         self.said = 0.0
@@ -58,7 +66,11 @@ class Monitor:
         for row in rows:
             self.ledger.write(json.dumps(row) + "\n")
         self.ledger.flush()
-        self.lost += rows
+        self.skipped.add(rows)
+
+    def before(self) -> Iterator[dict]:
+        """What was in quarantine when the run went on."""
+        return rows_of(self.run / "quarantine.jsonl")
 
     def trace(self, row: dict) -> None:
         """The items of one step."""
@@ -100,7 +112,10 @@ class Silent:
     """What the ranks that do not tell anything have for a monitor."""
 
     def __init__(self):
-        self.lost: list[dict] = []
+        self.skipped = Skipped()
+
+    def before(self) -> Iterator[dict]:
+        return iter(())
 
     def log(self, row: dict) -> None:
         pass
@@ -109,7 +124,7 @@ class Silent:
         pass
 
     def quarantine(self, rows: list[dict]) -> None:
-        self.lost += rows
+        pass
 
     def say(self, text: str) -> None:
         pass
@@ -135,20 +150,43 @@ def _bar(start: int, steps: int):
     return bar
 
 
-def summary(lost: list[dict], most: int = 20) -> list[str]:
-    """Lines for a person: how much was left out, by reason, and each thing by name."""
-    if not lost:
-        return ["nothing was skipped"]
-    events = collections.defaultdict(list)
-    for row in lost:
-        events[tuple(row[name] for name in ("source", "shard", "key", "part", "reason"))].append(row["detail"])
-    reasons = collections.Counter(reason for *_, reason in events)
-    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    lines = [f"skipped {len(events)} part{'s' * (len(events) > 1)}: {counted}"]
-    for (source, shard, key, part, reason), details in list(events.items())[:most]:
-        name = " ".join(filter(None, (shard, key, part)))
-        again = f"; {len(details)} times" if len(details) > 1 else ""
-        lines.append(f"  {source}: {name}: {reason} ({details[0]}{again})")
-    if len(events) > most:
-        lines.append(f"  and {len(events) - most} more, see quarantine.jsonl")
-    return lines
+class Skipped:
+    """What was left out, as lines for a person: how much, by reason, and the first things by name.
+
+    A part that is met again counts once. Of each only a number is kept, so that a run's memory does not grow with it.
+    """
+
+    NAMED = 20
+
+    def __init__(self, lost: Iterable[dict] = ()):
+        self.seen: set[int] = set()
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.first: dict[tuple, list] = {}  # detail and how often
+        self.add(lost)
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def add(self, lost: Iterable[dict]) -> None:
+        for row in lost:
+            which = tuple(row[name] for name in ("source", "shard", "key", "part", "reason"))
+            if which in self.first:
+                self.first[which][1] += 1
+            elif hash(which) not in self.seen:
+                self.reasons[row["reason"]] += 1
+                if len(self.seen) < self.NAMED:
+                    self.first[which] = [row["detail"], 1]
+                self.seen.add(hash(which))
+
+    def lines(self) -> list[str]:
+        if not self:
+            return ["nothing was skipped"]
+        counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        lines = [f"skipped {len(self)} part{'s' * (len(self) > 1)}: {counted}"]
+        for (source, shard, key, part, reason), (detail, times) in self.first.items():
+            name = " ".join(filter(None, (shard, key, part)))
+            again = f"; {times} times" if times > 1 else ""
+            lines.append(f"  {source}: {name}: {reason} ({detail}{again})")
+        if len(self) > len(self.first):
+            lines.append(f"  and {len(self) - len(self.first)} more, see quarantine.jsonl")
+        return lines

@@ -29,7 +29,7 @@ from .errors import BadInput, Lost
 from .evals import retrieval
 from .evaluate import evaluate, render, table
 from .model import Model, load
-from .monitor import summary
+from .monitor import Skipped, rows_of
 from .page import DASHES, LINES, STYLE, Media, inline
 from .rows import lookup
 from .tokenizers.text import USUAL_FIELDS
@@ -57,7 +57,7 @@ def write(run: str | Path, device: str = "auto") -> Path:
     for name, evaluation in model.evaluations.items():
         figures, encoded = measured[name] = evaluate(model, evaluation)
         if encoded.lost:
-            print("\n".join(summary(encoded.lost)), file=sys.stderr)
+            print("\n".join(Skipped(encoded.lost).lines()), file=sys.stderr)
         print(f"\n{name}", render(table(figures)), sep="\n")
     data = {name: figures for name, (figures, _) in measured.items()}
     (run / "evaluation.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
@@ -75,7 +75,7 @@ def write(run: str | Path, device: str = "auto") -> Path:
 def _page(run: Path, folder: Path, model: Model, measured: dict, written: str, tries: list[str]) -> str:
     """The page; where it grows too large, with smaller pictures, shorter sounds and fewer queries."""
     state = checkpoint.read_data(folder, "state")
-    rows = [row for row in _rows(run / "metrics.jsonl") if row["step"] <= state["step"]]
+    rows = [row for row in rows_of(run / "metrics.jsonl") if row["step"] <= state["step"]]
     template = page.template("report.html")
     given = {
         "name": run.resolve().name,
@@ -95,17 +95,6 @@ def _page(run: Path, folder: Path, model: Model, measured: dict, written: str, t
         if len(text) <= MOST_BYTES:
             break
     return text
-
-
-def _rows(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file, none where there is no such file; a half-written one is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def _section(name: str, model: Model, figures: dict, encoded: Encoded, count: int, media: Media) -> dict:
@@ -320,8 +309,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def _skipped(run: Path, measured: dict) -> list[tuple[str, list[str]]]:
     """Lines for each: what training left out, and each evaluation."""
-    skipped = [("training", summary(_rows(run / "quarantine.jsonl")))]
-    return skipped + [(name, summary(encoded.lost)) for name, (_, encoded) in measured.items()]
+    skipped = [("training", Skipped(rows_of(run / "quarantine.jsonl")).lines())]
+    return skipped + [(name, Skipped(encoded.lost).lines()) for name, (_, encoded) in measured.items()]
 
 
 def _config(run: Path, folder: Path) -> str:

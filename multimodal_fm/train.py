@@ -18,7 +18,7 @@ from .distributed import Ranks
 from .errors import BadInput
 from .learner import Learner
 from .model import pick_device
-from .monitor import Monitor, Silent, summary
+from .monitor import Monitor, Silent
 from .sections import Origin, fit, steps_of
 from .shards import Corpus, find
 from .stream.journal import Journal
@@ -112,9 +112,9 @@ class _Run:
         self.steps = steps_of(config, corpora, ranks, origin, self.journal)
         self.loader = Loader(self.steps, self.start, config.steps, config.workers, config.readers)
         self.monitor = Monitor(self.folder, self.start, config.steps) if ranks.first else Silent()
-        if not folder and not self.monitor.lost:  # else a start that never reached a checkpoint has said it
+        if not folder and not self.monitor.skipped:  # else a start that never reached a checkpoint has said it
             self.monitor.quarantine([refused_row(c.name, r) for c in corpora.values() for r in c.refused])
-        self.bad = Bad(config.max_bad, corpora, self.monitor.lost)
+        self.bad = Bad(config.max_bad, corpora, self.monitor.before())
         for line in (*_headline(config, learner, corpora, self.start), *self.journal.told):
             self.monitor.say(line)
 
@@ -133,7 +133,7 @@ class _Run:
             self.journal.close()
             self.monitor.close()
             self.leaving.restore()
-        for line in (*summary(self.monitor.lost), f"checkpoint: {self.saved}"):
+        for line in (*self.monitor.skipped.lines(), f"checkpoint: {self.saved}"):
             self.monitor.say(line)
         if self.leaving.signal:
             self.monitor.say("interrupted: the same command with --resume goes on from there")

@@ -18,6 +18,7 @@ from conftest import items, tiny
 from multimodal_fm import shards, train
 from multimodal_fm.config import build
 from multimodal_fm.errors import BadInput
+from multimodal_fm.monitor import Skipped
 from multimodal_fm.sections import fit, sections_of, steps_of
 from multimodal_fm.stream import shelves as mod
 from multimodal_fm.stream.journal import Journal
@@ -402,3 +403,16 @@ def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "_read", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(iter(Loader(steps, 0, 10, 2, "threads")))
+
+
+def test_what_was_skipped_is_told_once_and_the_first_by_name():
+    row = {"source": "all", "shard": "a.tar", "part": "text", "reason": "json", "detail": "cut"}
+    skipped = Skipped({**row, "key": f"item{number:02d}"} for number in (*range(25), 3, 24, 24))
+    skipped.add([{**row, "key": "item03"}, {**row, "key": "item03", "part": "image", "reason": "decode"}])
+    lines = skipped.lines()
+    assert lines[0] == "skipped 26 parts: 25 json, 1 decode"
+    assert (
+        lines[1] == "  all: a.tar item00 text: json (cut)"
+        and lines[4] == "  all: a.tar item03 text: json (cut; 3 times)"
+    )
+    assert len(lines) == 22 and lines[-1] == "  and 6 more, see quarantine.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from ..errors import Lost
 from ..index import Refused
@@ -41,14 +42,14 @@ class Bad:
 
     LEAST = 5
 
-    def __init__(self, limit: float, corpora: dict[str, Corpus], lost: list[dict]):
+    def __init__(self, limit: float, corpora: dict[str, Corpus], lost: Iterable[dict]):
         self.limit, self.corpora = limit, corpora
-        self.items: dict[str, set] = {name: set() for name in corpora}
-        self.add([row for row in lost if row["step"]])
+        self.items: dict[str, set[int]] = {name: set() for name in corpora}  # a number each, which take little room
+        self.add(row for row in lost if row["step"])
 
-    def add(self, lost: list[dict]) -> None:
+    def add(self, lost: Iterable[dict]) -> None:
         for row in lost:
-            self.items[row["source"]].add((row["shard"], row["key"]))
+            self.items[row["source"]].add(hash((row["shard"], row["key"])))
 
     def line(self, drawn: dict[str, int]) -> str:
         """What a run that must end says; empty where it may go on. drawn: items read so far, by source."""
