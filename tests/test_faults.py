@@ -69,7 +69,7 @@ from conftest import items, tiny
 from test_config import mmfm
 from test_stream import fitted, rows
 
-from multimodal_fm import index, shards, storage, tar, train
+from multimodal_fm import index, scan, shards, storage, tar, train
 from multimodal_fm.batch import Arranged, with_counts
 from multimodal_fm.config import build
 from multimodal_fm.distributed import Ranks
@@ -239,7 +239,7 @@ def test_a_member_over_the_limit_of_bytes_is_not_read(tmp_path, monkeypatch):
     members, failed = corpus.read(0)
     assert [(ending, error.reason) for ending, error in failed] == [("flac", "byte-limit")] and "jpg" in members
     assert max(asked) <= 2000
-    monkeypatch.setattr(index, "LARGEST", 2000)  # what an index can say
+    monkeypatch.setattr(scan, "LARGEST", 2000)  # what an index can say
     made = index.build(str(tmp_path / "a.tar"))
     assert [(r.part, r.reason) for r in made.refused] == [("flac", "byte-limit")] * 3
 
@@ -404,7 +404,7 @@ def test_a_size_in_base_256_is_a_small_positive_number(first):
 
 def test_a_line_of_any_length_is_read_by_stretches(tmp_path, monkeypatch):
     """21. Lines that end anywhere in a stretch, and one over many of them."""
-    monkeypatch.setattr(index, "CHUNK", 64)
+    monkeypatch.setattr(scan, "CHUNK", 64)
     lines = [b'{"text": "%s"}' % (b"x" * n) for n in (0, 5, 40, 51, 52, 53, 700, 3)] + [b"", b" " * 200, b"[]"]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines))
@@ -413,14 +413,14 @@ def test_a_line_of_any_length_is_read_by_stretches(tmp_path, monkeypatch):
     longest = []
     real = storage.read
     monkeypatch.setattr(storage, "read", lambda path, at, length: longest.append(length) or real(path, at, length))
-    monkeypatch.setattr(index, "LARGEST", 600)
+    monkeypatch.setattr(scan, "LARGEST", 600)
     made = index.build(str(tmp_path / "a.jsonl"))
     assert max(longest) <= 64 and [(r.key, r.reason) for r in made.refused] == [("6", "byte-limit")] and len(made) == 8
 
 
 def test_more_endings_than_an_index_counts_are_refused_by_name(tmp_path, monkeypatch):
     """16. `x.000001.jpg`: every member has an ending of its own."""
-    monkeypatch.setattr(index, "KINDS", 3)
+    monkeypatch.setattr(scan, "KINDS", 3)
     made = [{"__key__": f"a{i}", f"{i:06d}.jpg": b"1", "txt": b"text"} for i in range(6)]
     shards.write(tmp_path / "a.tar", made)
     corpus = source(tmp_path / "a.tar")

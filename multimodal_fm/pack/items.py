@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from .. import index
+from .. import scan
 from ..errors import Lost
 from ..rows import parse_map
 from .settings import Settings
@@ -63,7 +63,7 @@ def cut(text: bytes, most: int) -> list[bytes]:
     """Pieces of at most `most` bytes that join to the text, cut as a shard of plain text is."""
     pieces, start = [], 0
     while len(text) - start > most:
-        end = start + index.cut(text[start : start + most + 1], most)
+        end = start + scan.cut(text[start : start + most + 1], most)
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
