@@ -47,7 +47,9 @@ class Corpus:
 
     def __init__(self, config: Config, name: str = "source"):
         self.name, self.config = name, config
-        self.indexes = index.open_all(find(config.shards, f"source {name}"), config.piece, _Told(name))
+        self.indexes = index.open_all(
+            find(config.shards, f"source {name}"), config.piece, Told(f"source {name}: indexing {{}}, once")
+        )
         self.refused: list[Refused] = [refused for one in self.indexes for refused in one.refused]
         self.bounds = list(itertools.accumulate(map(len, self.indexes), initial=0))
         self._kept: np.ndarray | None = None  # the items that `where` keeps; None: all
@@ -111,15 +113,15 @@ class Corpus:
         return digest.hexdigest()
 
 
-class _Told:
-    """Says, from two seconds on, which shard is being indexed."""
+class Told:
+    """Says, from two seconds on, which shard is being read: a line with {} for its name."""
 
-    def __init__(self, name: str):
-        self.name, self.began = name, time.monotonic()
+    def __init__(self, line: str):
+        self.line, self.began = line, time.monotonic()
 
     def __call__(self, shard: str) -> None:
         if time.monotonic() - self.began > 2:
-            print(f"source {self.name}: indexing {shard}, once", file=sys.stderr)
+            print(self.line.replace("{}", shard), file=sys.stderr)
 
 
 def _told(refused: Refused) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy as np
 from .. import index, storage
 from ..errors import BadInput, Lost
 from ..index import Index, Refused
+from ..shards import Told
 
 NAMED = 10_000  # damaged parts that are named; all are counted
 
@@ -36,7 +35,7 @@ def open_all(files: list[str], piece: int, rebuild: bool = False, damage: Damage
     A shard whose index cannot be believed is then left out. Raises BadInput where a shard is another one than its index
     says, or an index is damaged, and there is no `damage` to take it.
     """
-    told = _Told()
+    told = Told("reading {}")
     if damage is not None:
         return [one for file in files if (one := verify(file, piece, damage, told)) is not None]
     if rebuild:
@@ -96,17 +95,6 @@ def _compare(one: Index, damage: Damage) -> None:
         damage.add(one.shard, "", "", "shard", f"{size} bytes, it was indexed with {one.head['size']}")
     elif damage.count == before:
         damage.add(one.shard, "", "", "crc", "not what was indexed, in which item cannot be told")
-
-
-class _Told:
-    """Says, from two seconds on, which shard is being read."""
-
-    def __init__(self):
-        self.began = time.monotonic()
-
-    def __call__(self, shard: str) -> None:
-        if time.monotonic() - self.began > 2:
-            print(f"reading {shard}", file=sys.stderr)
 
 
 def whose(one: Index, refused: Refused) -> str:
