@@ -6,6 +6,7 @@ N tokens, M asked tokens, S sequences.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,8 +163,8 @@ def gather(
 
 
 def _joined(contents: list[Tensor], empty) -> Tensor:
-    first = contents[0]
-    return torch.cat(contents, out=empty(sum(map(len, contents)), *first.shape[1:], dtype=first.dtype))
+    dtype = functools.reduce(torch.promote_types, {content.dtype for content in contents})
+    return torch.cat(contents, out=empty(sum(map(len, contents)), *contents[0].shape[1:], dtype=dtype))
 
 
 def _of_each(fields: list[Tensor], begin: np.ndarray, size: np.ndarray) -> np.ndarray:

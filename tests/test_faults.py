@@ -49,7 +49,7 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
 
 import dataclasses
 import json
-import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import random
@@ -596,6 +596,21 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
     monkeypatch.setattr(loader._Deaths, "told", told)
     assert [keys(step) for step in Loader(steps, 0, 5, 1, "processes")] == wanted
     assert calls[2] is not calls[3]
+
+
+def test_readers_without_threads_for_their_queues_are_said(tmp_path, monkeypatch):
+    """Where a limit lets processes begin and nothing more."""
+    shards.write(tmp_path / "a.tar", items(10))
+    steps = text_steps(tmp_path)
+
+    def refused(_):
+        raise RuntimeError("can't start new thread")
+
+    others = set(multiprocessing.active_children())
+    monkeypatch.setattr(multiprocessing.queues.Queue, "_start_thread", refused)
+    with pytest.raises(BadInput, match="readers=processes: .*: can't start new thread; take readers=threads"):
+        next(iter(Loader(steps, 0, 5, 2, "processes")))
+    assert set(multiprocessing.active_children()) == others
 
 
 def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):

@@ -377,7 +377,27 @@ def test_a_shelf_is_free_once_nothing_on_it_is_held(shelves):
     assert contents(second) == contents(shelves.steps[1]) and contents(third) == contents(shelves.steps[2])
 
 
-@pytest.mark.parametrize("room", ["as ever", "little", "none", "refused"])
+def test_a_process_forked_while_a_step_is_held_frees_nothing(shelves):
+    shelves = shelves()
+    held = [shelves.taken(shelves[0])]
+    child = os.fork()
+    if not child:
+        held.clear()
+        os._exit(shelves.used[0])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 and shelves.used[0] == 1
+    held.clear()
+    assert shelves.used[0] == 0
+
+
+def test_a_step_that_cannot_be_read_leaves_its_shelf(shelves, monkeypatch):
+    shelves = shelves()
+    monkeypatch.setattr(shelves.steps, "_read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shelves[0]
+    assert not any(shelves.used[:])
+
+
+@pytest.mark.parametrize("room", ["as ever", "little", "none", "refused", "limited"])
 def test_steps_arrive_whatever_memory_there_is(shelves, monkeypatch, room):
     """On shelves; on shelves that are too small, all or in part; by the pipe, since there are none or all are held."""
 
@@ -389,12 +409,61 @@ def test_steps_arrive_whatever_memory_there_is(shelves, monkeypatch, room):
     mmap = mod.mmap.mmap
     if room == "refused":
         monkeypatch.setattr(mod.mmap, "mmap", refused)
+    if room == "limited":
+        monkeypatch.setattr(mod.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
     monkeypatch.setattr(mod, "ROOM", {"little": 2048, "none": 1}.get(room, mod.ROOM))
     shelves = shelves()
     found = [shelves.taken(shelves[step]) for step in range(8)]
-    assert sum(shelves.used[:]) == (0 if room in ("none", "refused") else mod.EACH)
+    assert sum(shelves.used[:]) == (0 if room in ("none", "refused", "limited") else mod.EACH)
     for number, step in enumerate(found):
         assert step.keys == shelves.steps[number].keys and contents(step) == contents(shelves.steps[number])
+
+
+LEFT = """
+import os, sys, time
+from multimodal_fm.stream import loader
+def get(self, step):
+    if step and sys.argv[1] == "stuck":
+        time.sleep(3600)
+    return bytes(1 << 20)  # more than a pipe holds
+loader.Shelves.__getitem__, loader.Shelves.taken = get, lambda self, parcel: parcel
+reading = loader.Loader(None, 0, 100, 2)
+steps = iter(reading)
+next(steps)
+print(*(worker.pid for worker in reading._near._workers), flush=True)
+if sys.argv[1] == "gone":
+    time.sleep(0.5)
+    os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("how", ["gone", "idle", pytest.param("stuck", marks=pytest.mark.slow)])
+def test_worker_processes_end_with_the_program(how):
+    """Which ends without a word while they have much to send, forgets them, or forgets them in the middle of a read."""
+    script = [sys.executable, "-W", "ignore", "-c", LEFT, how]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (how == "gone") and not done.stderr
+
+    def alive(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    until = time.monotonic() + 20
+    while any(map(alive, done.stdout.split())):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert len(done.stdout.split()) == 2
+
+
+def test_a_worker_that_ends_in_peace_is_a_death_too(tmp_path, monkeypatch):
+    config, corpora = fitted(build(two_sources(tmp_path)))
+    steps = steps_of(config, corpora)
+    monkeypatch.setattr(steps, "_read", lambda *_: os._exit(0))
+    monkeypatch.setattr("multimodal_fm.stream.loader.RESTARTS", 0)
+    with pytest.raises(BadInput, match=r"ended 1 times \(exit 0\)"):
+        next(iter(Loader(steps, 0, 10, 1, "processes")))
 
 
 def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):

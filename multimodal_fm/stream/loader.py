@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -44,11 +45,18 @@ class Loader:
             yield from self._by_processes()
 
     def close(self) -> None:
-        if isinstance(self._near, concurrent.futures.Executor):
-            self._near.shutdown(wait=True, cancel_futures=True)
-        elif self._near is not None:
-            self._near._shutdown_workers()  # they ignore signals, so that nobody else can end them
-        self._near = None
+        near, self._near = self._near, None
+        if near is None:
+            return
+        atexit.unregister(self.close)
+        if isinstance(near, concurrent.futures.Executor):
+            near.shutdown(wait=True, cancel_futures=True)
+            return
+        near._shutdown_workers()
+        for worker in near._workers:  # what still reads after some seconds; it ignores all other signals
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
 
     def _by_threads(self):
         self._near = pool = concurrent.futures.ThreadPoolExecutor(self.workers, "mmfm-read", _modest_thread)
@@ -70,12 +78,14 @@ class Loader:
         while step < self.stop:
             shelves = Shelves(self.steps, self.workers)
             self._near = workers = _started(self._data_loader(shelves, step))
+            atexit.register(self.close)  # before the interpreter waits for them, for ever
             _Deaths.hold_back()
             try:
                 while step < self.stop:
                     ready = shelves.taken(_Deaths.told(workers))
                     step, deaths = step + 1, 0
                     yield ready
+                    ready = None  # the shelf is not held here while the next step is waited for
             except (RuntimeError, OSError, EOFError) as error:
                 dead = _Deaths.among(workers)
                 if not dead:
@@ -84,6 +94,7 @@ class Loader:
                 self._blame(workers, dead, deaths, step, error)
             finally:
                 self.close()
+                workers = shelves = ready = None  # else the next workers inherit the memory of these
 
     def _blame(self, workers, dead: list[int], deaths: int, step: int, error: Exception) -> None:
         codes = [workers._workers[i].exitcode for i in dead]
@@ -115,13 +126,17 @@ def _started(loader: torch.utils.data.DataLoader):
     others = set(torch.multiprocessing.active_children())
     try:
         return iter(loader)
-    except OSError as error:  # no room for a semaphore in /dev/shm, no more processes, no more open files
-        for child in set(torch.multiprocessing.active_children()) - others:
-            child.kill()
+    except (OSError, RuntimeError) as error:  # no room in /dev/shm, no more processes, threads or open files
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if hasattr(half := frame.f_locals.get("self"), "_shutdown_workers"):
                 half._shutdown = True  # it would try to end what never began
-        why = error.strerror or error
+                if getattr(half, "_worker_pids_set", False):  # it would raise when these are ended below
+                    torch.utils.data._utils.signal_handling._remove_worker_pids(id(half))
+                    half._worker_pids_set = False
+        for child in set(torch.multiprocessing.active_children()) - others:
+            child.kill()
+            child.join()
+        why = getattr(error, "strerror", None) or error
         raise BadInput(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
 
 
@@ -150,7 +165,7 @@ class _Deaths:
     def among(workers, patience: float = 0.5) -> list[int]:
         """Which of the workers have died, by number; the system may need a moment to say so."""
         until = time.monotonic() + patience
-        while not (dead := [i for i, worker in enumerate(workers._workers) if worker.exitcode]):
+        while not (dead := [i for i, worker in enumerate(workers._workers) if worker.exitcode is not None]):
             if time.monotonic() >= until:
                 break
             time.sleep(0.01)
@@ -176,7 +191,17 @@ def _modest_thread() -> None:
 
 
 def _modest_process(_: int) -> None:
-    """Workers leave interrupts to the main process, which saves first, and the processor too, where it is short."""
+    """Workers leave interrupts to the main process, which saves first, and the processor too, where it is short.
+
+    They end with it, however it ends: steps that it did not fetch would keep them, and their memory, for ever.
+    """
     os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(RuntimeError):  # no threads left
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    torch.multiprocessing.parent_process().join()
+    os._exit(1)

@@ -10,8 +10,11 @@ import contextlib
 import io
 import math
 import mmap
+import os
 import pickle
+import resource
 import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,17 +32,16 @@ class Shelves(torch.utils.data.Dataset):
     """Steps by number, for a worker to put on a shelf (`[step]`) and for the main process to take (`taken`).
 
     A shelf is free again when the last tensor on it is gone. What finds no shelf, or no room on it, goes through the
-    workers' pipe: slower, but nothing breaks where the system gives less memory, or where somebody keeps every step.
+    workers' pipe: slower, but nothing breaks where memory may not be reserved, or where somebody keeps every step.
     """
 
     def __init__(self, steps: Steps, workers: int):
         self.steps = steps
-        self.shelves = [[] for _ in range(workers)]
-        with contextlib.suppress(OSError):  # the system refuses: those there are do
-            for _ in range(EACH):
-                for own in self.shelves:
-                    own.append(mmap.mmap(-1, ROOM))
         self.used = mmap.mmap(-1, workers * EACH)  # 1: a worker has put something there and it is not gone yet
+        self.shelves = [[]] * workers
+        if _may_reserve():
+            with contextlib.suppress(OSError):
+                self.shelves = [[mmap.mmap(-1, ROOM) for _ in range(EACH)] for _ in range(workers)]
 
     def __getitem__(self, step: int) -> bytes:
         try:
@@ -54,8 +56,12 @@ class Shelves(torch.utils.data.Dataset):
         if number is None:
             return _packed(self.steps[step], None, None)
         self.used[worker * EACH + number] = 1
-        shelf = _Shelf(self.shelves[worker][number])
-        return _packed(self.steps.read(step, shelf.empty), shelf, (worker, number))
+        try:
+            shelf = _Shelf(self.shelves[worker][number])
+            return _packed(self.steps.read(step, shelf.empty), shelf, (worker, number))
+        except BaseException:
+            self.used[worker * EACH + number] = 0
+            raise
 
     def taken(self, parcel: bytes) -> Step:
         """The step. Raises what the worker raised for bad input."""
@@ -66,9 +72,22 @@ class Shelves(torch.utils.data.Dataset):
         if where is not None:
             worker, number = where
             array = np.frombuffer(self.shelves[worker][number], np.uint8, end)
-            weakref.finalize(array, self.used.__setitem__, worker * EACH + number, 0).atexit = False
+            weakref.finalize(array, _free, self.used, worker * EACH + number, os.getpid()).atexit = False
             data = torch.from_numpy(array)  # every tensor on the shelf keeps the array
         return _Unpickler(io.BytesIO(step), [_tensor(data, *place) for place in places]).load()
+
+
+def _free(used: mmap.mmap, which: int, process: int) -> None:
+    if os.getpid() == process:  # another one, forked while the step was held, has only lost its copy
+        used[which] = 0
+
+
+def _may_reserve() -> bool:
+    """Whether memory that is mapped and not used costs nobody anything: no `ulimit -v`, no strict accounting."""
+    with contextlib.suppress(OSError):
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 class _Shelf:
@@ -82,7 +101,7 @@ class _Shelf:
         begin = self.end
         end = begin + -(-math.prod(size) * dtype.itemsize // ALIGNED) * ALIGNED
         if end > len(self.data):
-            return torch.empty(*size, dtype=dtype)
+            return torch.empty(size, dtype=dtype)
         self.end = end
         return _tensor(self.data, begin, dtype, size)
 
@@ -110,7 +129,7 @@ def _packed(step: Step, shelf: _Shelf | None, where: tuple[int, int] | None) -> 
 def _tensor(data: Tensor | None, found: int | bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor that begins at a byte of the data, or whose own bytes are given."""
     if isinstance(found, bytes):
-        data, found = torch.frombuffer(bytearray(found), dtype=torch.uint8) if found else torch.empty(0), 0
+        data, found = torch.from_numpy(np.array(bytearray(found), np.uint8)), 0
     count = math.prod(shape)
     return data[found : found + count * dtype.itemsize].view(dtype).view(shape)
 
