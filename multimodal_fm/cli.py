@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import Annotated
@@ -303,8 +302,10 @@ def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
     # Waiting threads sleep rather than spin: on a busy machine a step takes two thirds of the time (benchmarks/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a corpus may hold what a terminal cannot show
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever began us
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a corpus may hold what a terminal cannot show
     try:
         app(exit_on_error=False, print_error=False)
     except (BadInput, CycloptsError) as error:
@@ -315,9 +316,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
-        if not error.filename and error.errno != errno.ENOSPC:
+        if error.errno is None:
             raise
-        print(f"mmfm: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        print(f"mmfm: {error.filename or 'reading or writing'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -222,7 +222,7 @@ def open_all(
 def _files(shard: str, piece: int) -> list[Path]:
     """Where the shard's index may be, the better place first."""
     suffix = f".{piece}.mmidx" if shard.endswith(".txt") else ".mmidx"
-    name = hashlib.sha256((shard if storage.is_remote(shard) else os.path.abspath(shard)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(shard if storage.is_remote(shard) else os.path.abspath(shard))).hexdigest()[:32]
     cached = storage.cache_folder() / "indexes" / f"{name}{suffix}"
     if storage.is_remote(shard):
         return [cached]
@@ -249,13 +249,17 @@ def build(shard: str, piece: int = PIECE) -> Index:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as temporary:
-                temporary.write(_start(text) + text)
-                for table in tables:
-                    temporary.write(table.tobytes())
-                temporary.flush()
-                os.fsync(temporary.fileno())
-            os.chmod(temporary.name, 0o644)
-            os.replace(temporary.name, file)
+                try:
+                    temporary.write(_start(text) + text)
+                    for table in tables:
+                        temporary.write(table.tobytes())
+                    temporary.flush()
+                    os.fsync(temporary.fileno())
+                    os.chmod(temporary.name, 0o644)
+                    os.replace(temporary.name, file)
+                except BaseException:
+                    os.unlink(temporary.name)
+                    raise
             return Index(shard, file)
         except OSError as error:
             failed = error

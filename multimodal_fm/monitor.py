@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import sys
@@ -90,13 +91,13 @@ class Monitor:
             pace = (now - self.began) / (row["step"] - self.start)
             left = round(pace * (self.steps - row["step"]))
             clock = f"{left // 60}:{left % 60:02d} left"
-            print(f"step {row['step']:>5}/{self.steps}  loss {row['loss']:.3f}  {text}  {clock}", file=sys.stderr)
+            _tell(f"step {row['step']:>5}/{self.steps}  loss {row['loss']:.3f}  {text}  {clock}")
 
     def say(self, text: str) -> None:
         if self.bar:
             self.bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr)
+            _tell(text)
 
     def close(self) -> None:
         if self.bar:
@@ -106,6 +107,11 @@ class Monitor:
         if self.items:
             self.items.close()
         self.board.close()
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more: no reason to end
+        print(text, file=sys.stderr)
 
 
 class Silent:

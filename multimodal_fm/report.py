@@ -32,6 +32,7 @@ from .model import Model, load
 from .monitor import Skipped, rows_of
 from .page import DASHES, LINES, STYLE, Media, inline
 from .rows import lookup
+from .storage import put
 from .tokenizers.text import USUAL_FIELDS
 
 SEED = 0  # of the draw of the gallery's queries
@@ -60,12 +61,12 @@ def write(run: str | Path, device: str = "auto") -> Path:
             print("\n".join(Skipped(encoded.lost).lines()), file=sys.stderr)
         print(f"\n{name}", render(table(figures)), sep="\n")
     data = {name: figures for name, (figures, _) in measured.items()}
-    (run / "evaluation.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+    put(run / "evaluation.json", json.dumps(data, indent=1).encode())
     written = _config(run, folder)
-    (run / "config.yaml").write_text(written, encoding="utf-8")
+    put(run / "config.yaml", written.encode())
     tries = commands(run, folder, model, measured)
     path = run / "report.html"
-    path.write_bytes(_page(run, folder, model, measured, written, tries).encode("utf-8", "replace"))
+    put(path, _page(run, folder, model, measured, written, tries).encode("utf-8", "replace"))
     print(f"\n{path}\n\nTry next:")
     for line in tries:
         print(f"  {line}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ from .errors import BadInput
 from .sections import Origin
 from .shards import Corpus
 
+LOCK = ".lock"  # in a run's folder
 MAY_CHANGE = (  # between a run and its resume
     *("run", "steps", "workers", "readers", "keep", "save_every", "evaluate", "device", "trace", "strict", "max_bad"),
 )
@@ -30,11 +33,26 @@ def start(run: Path, resume: bool) -> Path | None:
                 if folder > whole:  # damaged, and made again by the run that goes on
                     shutil.rmtree(folder)
             return whole
-        if not resume and run.exists() and any(run.iterdir()):
+        if not resume and run.exists() and any(path.name != LOCK for path in run.iterdir()):
             raise BadInput(f"{run} already holds a run: go on with --resume, or name another folder with run=FOLDER")
         return None  # a run that was stopped before its first checkpoint begins again
     except OSError as error:
         raise BadInput(f"run={str(run)[:80]}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def alone(run: Path):
+    """While it lasts, no other process trains in the run's folder. Raises BadInput where one does."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
+        except (BlockingIOError, PermissionError):
+            mend = "wait for it, or name another folder with run=FOLDER"
+            raise BadInput(f"{run}: another process is training there; {mend}") from None
+        except OSError:
+            pass  # a filesystem without locks
+        yield
 
 
 def resumed(config: Config, folder: Path, corpora: dict[str, Corpus], allow: bool) -> tuple[Config, Origin]:

@@ -7,6 +7,7 @@ import functools
 import glob
 import hashlib
 import os
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -30,8 +31,27 @@ def is_remote(path: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where indexes and fetched pieces are kept: $MMFM_CACHE, else ~/.cache/multimodal_fm."""
-    return Path(os.environ.get("MMFM_CACHE") or Path.home() / ".cache" / "multimodal_fm")
+    """Where indexes and fetched pieces are kept: $MMFM_CACHE, else ~/.cache/multimodal_fm; who has no home has a folder
+    among the temporary ones."""
+    if given := os.environ.get("MMFM_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "multimodal_fm"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"multimodal_fm-{os.getuid()}"
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError, with the file's name."""
+    work = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        work.write_bytes(data)
+        os.replace(work, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def find(pattern: str) -> list[str]:

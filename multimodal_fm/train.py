@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -33,9 +35,9 @@ PATIENCE = 10  # steps in a row without a finite gradient, after which a run giv
 def pretrain(config: Config, resume: bool = False, allow_data_change: bool = False) -> Path:
     """Train as `config` says and return the last checkpoint's folder.
 
-    Same config, data, machine and number of threads: the same losses, bit for bit, interrupted or not. The first SIGINT
-    or SIGTERM saves and raises SystemExit(130 or 143), a second leaves at once. Under `torchrun` each process takes
-    some of every step's microbatches; the items and their order stay the same. Raises BadInput.
+    Same config, data, machine and number of threads: the same losses, bit for bit, interrupted or not. The first
+    SIGINT, SIGTERM or SIGHUP saves and raises SystemExit(130, 143 or 129), a second leaves at once. Under `torchrun`
+    each process takes some of every step's microbatches; the items and their order stay the same. Raises BadInput.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -45,9 +47,11 @@ def pretrain(config: Config, resume: bool = False, allow_data_change: bool = Fal
         folder = ranks.share(lambda: resuming.start(Path(config.run), resume))
         corpora = ranks.in_turn(lambda: _corpora(config))
         steps_of(config, corpora, tokenizers=False)  # before anything is written: a source may offer a section nothing
-        config, origin = _settled(config, corpora, ranks, folder, allow_data_change)
-        learner = Learner(config, device, ranks, folder)
-        return _Run(config, corpora, origin, learner, ranks, folder).to_its_end()
+        with contextlib.ExitStack() as stack:
+            ranks.share(lambda: stack.enter_context(resuming.alone(Path(config.run))))
+            config, origin = _settled(config, corpora, ranks, folder, allow_data_change)
+            learner = Learner(config, device, ranks, folder)
+            return _Run(config, corpora, origin, learner, ranks, folder).to_its_end()
     finally:
         distributed.leave()
 
@@ -176,19 +180,23 @@ class _Run:
         lost, keys, tokens = ([row for own in column for row in own] for column in (lost, keys, tokens))
         self.monitor.quarantine(lost)
         if lost and self.config.strict:
-            raise BadInput(strict_line(lost[0]))
+            self._end(f"{strict_line(lost[0])}.")
         if not keys:
-            at = f"{self.folder}: not one item of step {self.done + 1} could be read"
-            raise BadInput(f"{at}; see {self.folder}/quarantine.jsonl")
+            self._end(f"{self.folder}: not one item of step {self.done + 1} could be read.")
         batches = [with_counts(batch, _sum_counts(counts)) for batch in data.batches]
         return _Read(batches, lost, keys, sum(n for n, _ in tokens), sum(filler for _, filler in tokens))
 
     def _stop_if_bad(self) -> None:
         line = self.ranks.share(lambda: self.bad.line(self.steps.drawn(self.done)))  # the first alone read the ledger
         if line:
-            if self.done != self.start:
-                self._save()
-            raise BadInput(f"{line} See {self.folder}/quarantine.jsonl; checkpoint: {self.saved}")
+            self._end(line)
+
+    def _end(self, line: str) -> NoReturn:
+        """Saves what was done, and raises BadInput."""
+        if self.done != self.start and self.saved != checkpoint.folder_of(self.folder, self.done):
+            self._save()
+        saved = f"; checkpoint: {self.saved}" if self.saved else ""
+        raise BadInput(f"{line} See {self.folder}/quarantine.jsonl{saved}")
 
     def _save(self) -> None:
         self.saved = checkpoint.folder_of(self.folder, self.done)
@@ -203,12 +211,15 @@ class _Run:
 
 
 class _Leaving:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Remembers the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
 
     def __init__(self):
         self.signal = 0
+        known = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup: a terminal that closes is no matter
+            known.append(signal.SIGHUP)
         try:
-            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {s: signal.signal(s, self._note) for s in known}
         except ValueError:  # not in the main thread: nobody sends it signals
             self.before = {}
 

@@ -1,5 +1,6 @@
 """The whole line: a run learns, resumes exactly, survives bad data, and is the same for any number of workers."""
 
+import dataclasses
 import io
 import json
 import signal
@@ -410,3 +411,37 @@ def test_the_package_imports_one_way():
                 line.startswith("from . import") or (line.startswith("from .") and not line.startswith("from .."))
                 for line in lines
             ), file
+
+
+def test_a_run_folder_is_trained_in_by_one_process(tmp_path, corpus):
+    """A resume beside a run that is still alive would cut its records back."""
+    run = tmp_path / "run"
+    train.pretrain(build({**tiny(corpus, steps=2, save_every=2), "run": str(run)}))
+    before = (run / "metrics.jsonl").read_bytes()
+    hold = "import sys, time; from pathlib import Path; from multimodal_fm import resuming\n"
+    hold += "with resuming.alone(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(BadInput, match="another process is training there"):
+            train.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True)
+    finally:
+        other.kill()
+        other.wait()
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert train.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True).name == "step-00000004"
+
+
+def test_what_cannot_be_read_on_the_way_ends_with_a_checkpoint(tmp_path, corpus, monkeypatch):
+    config = build({**tiny(corpus, steps=9, save_every=100), "run": str(tmp_path / "run")})
+    real = Steps.read
+
+    def read(self, step, *more):
+        found = real(self, step, *more)
+        return dataclasses.replace(found, keys=[] if step == 3 else found.keys)
+
+    monkeypatch.setattr(Steps, "read", read)
+    with pytest.raises(BadInput, match=r"not one item of step 4 .*checkpoint: .*step-00000003"):
+        train.pretrain(config)
+    monkeypatch.undo()
+    assert train.pretrain(config, resume=True).name == "step-00000009"

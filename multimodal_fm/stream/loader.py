@@ -198,6 +198,7 @@ def _modest_process(_: int) -> None:
     os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with contextlib.suppress(RuntimeError):  # no threads left
         threading.Thread(target=_end_with_parent, daemon=True).start()
 

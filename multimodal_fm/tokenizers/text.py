@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import storage
 from ..errors import BadInput, Lost
 from ..rows import lookup, parse
 from ..tokens import Tokens, sequence_of
@@ -70,9 +70,7 @@ def fit(config: Config, raws, stem: Path) -> Config:
 
     tokenizer.train_from_iterator(texts(), trainer)
     path = f"{stem}.json"
-    own = f"{path}.{os.getpid()}"
-    tokenizer.save(own)
-    os.replace(own, path)  # at once: another process may be reading it
+    storage.put(Path(path), tokenizer.to_str(pretty=True).encode())  # at once: another process may be reading it
     return replace(config, file=path)
 
 
