@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 
 def put(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises OSError, with the file's name."""
-    work = path.with_name(f"{path.name}.{os.getpid()}")
+    work = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         work.write_bytes(data)
         os.replace(work, path)
@@ -193,15 +193,10 @@ def _gone(error: FileNotFoundError) -> bool:
 
 def _keep(file: Path, data: bytes) -> None:
     """Put a piece into the cache; where that fails (a full disk), do without."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data + zlib.crc32(data).to_bytes(4))
-        temporary.replace(file)
+        put(file, data + zlib.crc32(data).to_bytes(4))
         _tidy(file.parents[1])
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 _written = 0

@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from conftest import tiny
 
+from multimodal_fm import storage
 from multimodal_fm.config import build, load, to_data
 from multimodal_fm.errors import BadInput
 
@@ -25,6 +27,29 @@ def test_every_config_is_read_and_opens_with_its_command(path):
     head = path.read_text().split("\n\n")[0]
     assert f"mmfm pretrain configs/{path.name}" in head and "minute" in head
     assert to_data(build(yaml.safe_load(yaml.safe_dump(to_data(config))))) == to_data(config)
+
+
+def test_odd_surroundings_are_a_line_or_no_matter(corpus, tmp_path):
+    """stdout closed, no home to keep a cache in, a limit on how long a file may grow."""
+    closed = mmfm("inspect", f"{corpus}/train-0.tar", preexec_fn=lambda: os.close(1))
+    assert closed.returncode == 0 and not closed.stderr
+    limited = mmfm(
+        *("pack", corpus, "--to", tmp_path / "packed", "--workers", 0),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert limited.returncode == 2 and limited.stderr.splitlines()[-1].endswith("File too large")
+    assert "Traceback" not in limited.stderr
+
+
+def test_who_has_no_home_keeps_the_cache_among_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.delenv("MMFM_CACHE", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert storage.cache_folder() == tmp_path / f"multimodal_fm-{os.getuid()}"
 
 
 def test_a_config_survives_the_round_trip(corpus):

@@ -124,7 +124,9 @@ def wait_for_step(run: Path, step: int, process) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, write_config, number, code):
     changes = {"steps": 40, "save_every": 5, "workers": 1}
     whole_path = write_config("whole.yaml", **changes)

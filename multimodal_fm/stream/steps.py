@@ -61,7 +61,7 @@ class Step:
     keys: list[tuple[str, int, str]]  # (section, place, source/key) of every item
 
 
-class Steps(torch.utils.data.Dataset):
+class Steps:
     """`steps[s]` is step s: the same for any number of workers, and dealt alike for any number of ranks."""
 
     def __init__(
