@@ -39,7 +39,7 @@ install() {
 about() {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no GPU"
     "$PYTHON" -c 'import platform, torch; print("python", platform.python_version(), "torch", torch.__version__)'
-    "$PYTHON" -c 'import multimodal_fm.cli, multimodal_fm.train, soundfile, torchaudio, torchvision, webdataset'
+    "$PYTHON" -c 'import multimodal_fm.cli, multimodal_fm.train.loop, soundfile, torchaudio, torchvision, webdataset'
 }
 
 export -f install about

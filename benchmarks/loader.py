@@ -185,7 +185,7 @@ def texts(work: Path, name: str, python: str) -> tuple[str, dict]:
 
 def made(folder: Path, items) -> None:
     """Four shards of the items in a folder, unless they are there."""
-    from multimodal_fm import shards
+    from multimodal_fm.corpus import shards
 
     if folder.exists():
         return
@@ -287,15 +287,15 @@ def play(who: str, folder: str, workers: int) -> None:
 
 def ours(folder: str, parts: list[str], workers: int, how: str):
     """Steps of the training stream."""
-    from multimodal_fm.stream.loader import Loader
+    from multimodal_fm.stream.workers import Loader
 
     return iter(Loader(steps(folder, parts), 0, 10**9, workers, how))
 
 
 def steps(folder: str, parts: list[str]):
     from multimodal_fm.config import build
-    from multimodal_fm.sections import fit, steps_of
-    from multimodal_fm.shards import Corpus
+    from multimodal_fm.corpus.shards import Corpus
+    from multimodal_fm.stream.tasks import fit, steps_of
 
     take = 8 if parts == ["audio"] else BATCH
     section = {"objective": "contrastive", "parts": parts, "take": take, "sources": {"all": 1}}
@@ -320,7 +320,7 @@ def words(step) -> int:
 
 
 def everything(folder: str) -> list[dict]:
-    from multimodal_fm import shards
+    from multimodal_fm.corpus import shards
 
     corpus = shards.Corpus(shards.Config(f"{folder}/*.tar"))
     return [corpus.raw(i) for i in range(len(corpus))]

@@ -18,8 +18,8 @@ import yaml
 from common import save
 
 from multimodal_fm.config import load, to_data
-from multimodal_fm.shards import Config as Source
-from multimodal_fm.shards import Corpus
+from multimodal_fm.corpus.shards import Config as Source
+from multimodal_fm.corpus.shards import Corpus
 
 ROOT = Path(__file__).parents[1]
 TRIAL = 30  # steps of the run that measures how many steps fit

@@ -15,15 +15,15 @@ import torch
 from common import alternate, device, first_line, save
 from torch import nn
 
-from multimodal_fm import optim
 from multimodal_fm.backbone import Backbone
 from multimodal_fm.batch import Batch, Item, count_asked, gather
 from multimodal_fm.config import Config, build, load, to_data
-from multimodal_fm.gradients import forward_backward
 from multimodal_fm.model import Model
-from multimodal_fm.sections import weights_of
+from multimodal_fm.stream.tasks import weights_of
 from multimodal_fm.tokenizers.image import grid
 from multimodal_fm.tokens import RISING, Tokens, patterns, sequence_of
+from multimodal_fm.train import optim
+from multimodal_fm.train.grad_cache import forward_backward
 
 PEAK = 989e12  # FLOP/s: bfloat16, dense, of an H100 or H200 (SXM)
 CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"

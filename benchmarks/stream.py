@@ -30,10 +30,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import torch
 
-from multimodal_fm import index, shards, train
 from multimodal_fm.config import Plugin, build
-from multimodal_fm.stream.steps import Section, Steps
+from multimodal_fm.corpus import index, shards
+from multimodal_fm.stream.dataset import Section, Steps
 from multimodal_fm.tokenizers import text
+from multimodal_fm.train import loop
 
 STEPS, EVERY, TAKE = 240, 10, 8
 
@@ -95,7 +96,7 @@ def child(data: dict, resume: bool) -> int:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        train.pretrain(build(data), resume=resume)
+        loop.pretrain(build(data), resume=resume)
         os._exit(0)
     except BaseException as error:
         Path(data["run"] + ".error").write_text(repr(error))

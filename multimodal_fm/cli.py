@@ -37,14 +37,14 @@ def pretrain(
     allow_data_change
         With --resume: go on although the sources' shards are others than before.
     """
-    from . import train
     from .config import load
-    from .smoke import toy
+    from .train import loop
+    from .train.smoke import toy
 
     loaded = load(config, list(settings))
     if smoke and resume:
         raise BadInput("--smoke always starts afresh: leave out --resume")
-    train.pretrain(toy(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
+    loop.pretrain(toy(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
 
 
 @app.command
@@ -86,10 +86,10 @@ def evaluate(
     import json as json_
 
     from .config import Evaluation
-    from .evaluate import evaluate as measure
-    from .evaluate import render, table
+    from .evals.run import evaluate as measure
+    from .evals.run import render, table
     from .model import load
-    from .monitor import Skipped
+    from .train.monitor import Skipped
 
     model = load(run, device=device)
     if on:
@@ -121,7 +121,7 @@ def report(run: str, *, device: str = "auto") -> None:
     device
         cpu, cuda, or auto.
     """
-    from .report import write
+    from .reports.run import write
 
     write(run, device)
 
@@ -160,7 +160,7 @@ def inspect(
     piece
         .txt files are cut to pieces of at most so many bytes, as `piece` of a source says.
     """
-    from .survey.run import inspect as look
+    from .inspect.run import inspect as look
 
     return look(list(shards), config, html, verify, rebuild, json, samples, piece)
 
@@ -198,9 +198,9 @@ def search(
     device
         cpu, cuda, or auto.
     """
+    from .corpus.shards import SHARDS
     from .model import load
-    from .search import search as find
-    from .shards import SHARDS
+    from .search.query import search as find
 
     words = [one for one in in_ if not one.endswith(SHARDS)]  # the query, where it stands behind the shards
     if words and not query and not image and not audio:
@@ -288,7 +288,7 @@ def pack(
         Processes; without it, one a core. 0: none but this one.
     """
     from .pack import settings, summary
-    from .pack.write import pack as write
+    from .pack.run import pack as write
 
     chosen = settings.Settings(
         list(sources), image_column, text_column, audio_column, label_column, key_column, longest_side, rate,

@@ -20,8 +20,10 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
-from . import backbone, optim, shards
+from . import backbone
+from .corpus import shards
 from .errors import BadInput
+from .train import optim
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
 from .backbone import Backbone
 from .batch import Arranged, Batch, gather
 from .config import Config, Plugin, build
 from .errors import BadInput, Lost
 from .heads.retrieval import Head
+from .run_dir import checkpoint
 from .tokens import FILLER, Tokens
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from multimodal_fm import shards
+from multimodal_fm.corpus import shards
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import tiny
 
-from multimodal_fm import checkpoint, shards, train
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build
+from multimodal_fm.corpus import shards
 from multimodal_fm.errors import BadInput
+from multimodal_fm.run_dir import checkpoint
 from multimodal_fm.tokenizers import text
+from multimodal_fm.train import loop
 
 
 def publish(run, step, size=8):
@@ -108,7 +110,7 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path):
 
 
 def test_a_moved_run_loads_and_embeds(tmp_path, corpus):
-    train.pretrain(build({**tiny(corpus), "run": str(tmp_path / "run")}))
+    loop.pretrain(build({**tiny(corpus), "run": str(tmp_path / "run")}))
     before = load_model(tmp_path / "run").embed(text=["a red square"])["text"]
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     model = load_model(tmp_path / "elsewhere")
@@ -128,8 +130,8 @@ def test_two_kinds_that_learn_one_tokenizer_each_keep_their_own(tmp_path, corpus
         "words": {**section, "parts": ["text"], "sources": ["all"]},
         "code": {**section, "parts": ["code"], "sources": ["code"]},
     }
-    train.pretrain(build(data))
-    train.pretrain(build({**data, "steps": 4}), resume=True)
+    loop.pretrain(build(data))
+    loop.pretrain(build({**data, "steps": 4}), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
     model = load_model(tmp_path / "moved")
     learned = {kind: model.tokenizers[kind].settings for kind in ("text", "code")}

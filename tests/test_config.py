@@ -8,8 +8,8 @@ import pytest
 import yaml
 from conftest import tiny
 
-from multimodal_fm import storage
 from multimodal_fm.config import build, load, to_data
+from multimodal_fm.corpus import storage
 from multimodal_fm.errors import BadInput
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))

@@ -10,19 +10,20 @@ from PIL import Image
 from test_config import mmfm
 
 from multimodal_fm import load as load_model
-from multimodal_fm import shards, train
 from multimodal_fm.config import Evaluation, build
-from multimodal_fm.encoded import Encoded, Things, encode, figure
+from multimodal_fm.corpus import shards
+from multimodal_fm.corpus.shards import Config, Corpus
 from multimodal_fm.errors import BadInput
 from multimodal_fm.evals import retrieval
-from multimodal_fm.evaluate import evaluate, table
-from multimodal_fm.shards import Config, Corpus
+from multimodal_fm.evals.embed_corpus import Encoded, Things, encode, figure
+from multimodal_fm.evals.run import evaluate, table
+from multimodal_fm.train import loop
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("run") / "run"
-    train.pretrain(build({**tiny(corpus, steps=60, save_every=60), "run": str(folder)}))
+    loop.pretrain(build({**tiny(corpus, steps=60, save_every=60), "run": str(folder)}))
     return folder
 
 

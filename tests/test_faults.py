@@ -69,20 +69,21 @@ from conftest import items, tiny
 from test_config import mmfm
 from test_stream import fitted, rows
 
-from multimodal_fm import index, scan, shards, storage, tar, train
 from multimodal_fm.batch import Arranged, with_counts
 from multimodal_fm.config import build
-from multimodal_fm.distributed import Ranks
+from multimodal_fm.corpus import index, scan, shards, storage, tar
 from multimodal_fm.errors import REASONS, BadInput
-from multimodal_fm.gradients import forward_backward
-from multimodal_fm.mixture import BLOCK, Mixture, Source, quotas
 from multimodal_fm.model import Model
-from multimodal_fm.sections import sections_of, steps_of, weights_of
-from multimodal_fm.stream import loader
-from multimodal_fm.stream.journal import Journal
-from multimodal_fm.stream.ledger import refused_row
-from multimodal_fm.stream.loader import Loader
-from multimodal_fm.stream.steps import Section, Steps
+from multimodal_fm.stream import workers
+from multimodal_fm.stream.crash_log import Journal
+from multimodal_fm.stream.dataset import Section, Steps
+from multimodal_fm.stream.mixture import BLOCK, Mixture, Source, quotas
+from multimodal_fm.stream.quarantine import refused_row
+from multimodal_fm.stream.tasks import sections_of, steps_of, weights_of
+from multimodal_fm.stream.workers import Loader
+from multimodal_fm.train import loop
+from multimodal_fm.train.grad_cache import forward_backward
+from multimodal_fm.train.parallel import Ranks
 
 ROW = {"source", "shard", "key", "part", "reason", "detail", "step"}
 
@@ -306,7 +307,7 @@ def test_renamed_shards_are_other_data(tmp_path, how):
     for i in range(2):
         shards.write(tmp_path / f"a-{i}.tar", items(8, 8 * i))
     data = text_config(tmp_path, steps=2, save_every=2)
-    train.pretrain(build(data))
+    loop.pretrain(build(data))
 
     def rename(old, new):
         for ending in ("", ".mmidx"):
@@ -320,8 +321,8 @@ def test_renamed_shards_are_other_data(tmp_path, how):
         rename("a-0", "a-2"), rename("a-1", "a-0"), rename("a-2", "a-1")
     config = build({**data, "steps": 4})
     with pytest.raises(BadInput, match="the shards of all have changed since.*--allow-data-change"):
-        train.pretrain(config, resume=True)
-    assert train.pretrain(config, resume=True, allow_data_change=True).name == "step-00000004"
+        loop.pretrain(config, resume=True)
+    assert loop.pretrain(config, resume=True, allow_data_change=True).name == "step-00000004"
 
 
 def test_no_cut_mixes_items(tmp_path):
@@ -584,16 +585,16 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
     shards.write(tmp_path / "a.tar", items(10))
     steps = text_steps(tmp_path)
     wanted = [keys(steps[step]) for step in range(5)]
-    real, calls = loader._Deaths.told, []
+    real, calls = workers._Deaths.told, []
 
-    def told(workers):
-        calls.append(workers)
+    def told(iterator):
+        calls.append(iterator)
         if len(calls) == 3:
-            os.kill(workers._workers[0].pid, signal.SIGKILL)
+            os.kill(iterator._workers[0].pid, signal.SIGKILL)
             raise ConnectionResetError
-        return real(workers)
+        return real(iterator)
 
-    monkeypatch.setattr(loader._Deaths, "told", told)
+    monkeypatch.setattr(workers._Deaths, "told", told)
     assert [keys(step) for step in Loader(steps, 0, 5, 1, "processes")] == wanted
     assert calls[2] is not calls[3]
 
@@ -680,9 +681,9 @@ def test_resumes_around_the_edge_of_an_epoch(tmp_path):
     shards.write(tmp_path / "a.tar", items(12))
     optim = {"lr": 3e-3, "warmup": 2, "decay": 0.0}  # a rate that does not hang on the number of steps
     data = text_config(tmp_path, save_every=100, optim=optim)
-    train.pretrain(build({**data, "steps": 8, "run": str(tmp_path / "whole")}))
+    loop.pretrain(build({**data, "steps": 8, "run": str(tmp_path / "whole")}))
     for number, stop in enumerate((2, 3, 4, 8)):
-        train.pretrain(build({**data, "steps": stop}), resume=bool(number))
+        loop.pretrain(build({**data, "steps": stop}), resume=bool(number))
     assert rows(tmp_path / "run", "items.jsonl") == rows(tmp_path / "whole", "items.jsonl")
     own = ("seconds", "tokens_per_second")
     for one, other in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
@@ -712,7 +713,7 @@ def test_opening_far_on_reads_no_more(tmp_path, monkeypatch):
     counting(index.Index, "spans", lambda *_: 1)
     counting(index.Index, "key", lambda *_: 1)
     counting(Mixture, "_lay_out", lambda *_: 1)
-    monkeypatch.setattr("multimodal_fm.mixture.permute", _counted_permute(counts))
+    monkeypatch.setattr("multimodal_fm.stream.mixture.permute", _counted_permute(counts))
     found = []
     for start in (0, 10_000_000 // 4):
         steps = text_steps(tmp_path)
@@ -727,7 +728,7 @@ def test_opening_far_on_reads_no_more(tmp_path, monkeypatch):
 
 
 def _counted_permute(counts):
-    from multimodal_fm.mixture import permute
+    from multimodal_fm.stream.mixture import permute
 
     def counted(places, size, key):
         counts["permute"] += len(places)
@@ -891,7 +892,7 @@ def trained(name: str, cases: list, folder: Path) -> list[str]:
     data = tiny(folder, run=str(run), steps=3, save_every=3, max_bad=1.0, microbatches=2, trace=True)
     data["sources"] = {"all": {"shards": [case.path for case in cases]}}
     data["sections"] = {n: data["sections"][n] | {"take": 40} for n in ("looks", "pairs")}
-    train.pretrain(build(data))
+    loop.pretrain(build(data))
     wrong = []
     for row in (found := rows(run, "quarantine.jsonl")):
         if row.keys() != ROW or row["reason"] not in REASONS or row["source"] != "all":

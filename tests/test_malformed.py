@@ -21,8 +21,8 @@ import malformed
 import pytest
 import torch
 
-from multimodal_fm import index, shards
 from multimodal_fm.config import Plugin
+from multimodal_fm.corpus import index, shards
 from multimodal_fm.errors import BadInput, Lost
 from multimodal_fm.tokenizers import audio, image, text
 

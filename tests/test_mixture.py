@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from multimodal_fm.mixture import BLOCK, WINDOW, Mixture, Source, mix, permute, place_of, quotas, shuffle
+from multimodal_fm.stream.mixture import BLOCK, WINDOW, Mixture, Source, mix, permute, place_of, quotas, shuffle
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])

@@ -24,10 +24,10 @@ import webdataset
 from conftest import items, jpeg, tone
 from PIL import Image
 
-from multimodal_fm import shards
+from multimodal_fm.corpus import shards
 from multimodal_fm.errors import BadInput, Lost
-from multimodal_fm.pack import check, copies, sources, state, tables, write
-from multimodal_fm.pack import items as item
+from multimodal_fm.pack import dedup, run, sources, state, tables, validate
+from multimodal_fm.pack import samples as item
 from multimodal_fm.pack.settings import Settings, parse_size, parse_split
 
 BAD = b"<html><body>404 Not Found</body></html>"
@@ -43,7 +43,7 @@ def picture(seed: int, size=(96, 80), kind="JPEG") -> bytes:
 
 def pack(given, to, workers=0, **settings):
     given = given if isinstance(given, list) else [given]
-    return write.pack(Settings([str(s) for s in given], **settings), to, workers)
+    return run.pack(Settings([str(s) for s in given], **settings), to, workers)
 
 
 def packed(folder, pattern="*.tar") -> dict[str, dict]:
@@ -361,7 +361,7 @@ def test_resampling_in_blocks_is_resampling_at_once(rate):
 
     wave = np.random.default_rng(0).normal(size=(50_011, 1)).astype(np.float32)
     blocks = [wave[i : i + 7001] for i in range(0, len(wave), 7001)]
-    made = np.concatenate(list(check._resampled(iter(blocks), rate, 16_000)))[:, 0]
+    made = np.concatenate(list(validate._resampled(iter(blocks), rate, 16_000)))[:, 0]
     whole = torchaudio.transforms.Resample(rate, 16_000)(torch.from_numpy(wave[:, 0])).numpy()
     assert made.shape == whole.shape and np.abs(made - whole).max() < 1e-5
 
@@ -397,17 +397,17 @@ def huge_png() -> bytes:
     ],
 )
 def test_parts_that_are_left_out(ending, data, reason):
-    kept, _, failed = check.check(Settings(["x"]), {ending: data, "cls": b"1"})
+    kept, _, failed = validate.check(Settings(["x"]), {ending: data, "cls": b"1"})
     assert kept == {"cls": b"1"} and [error.reason for _, error in failed] == [reason]
 
 
 def test_sounds_beyond_the_limits(monkeypatch):
-    monkeypatch.setattr(check.AUDIO, "seconds", 1)
+    monkeypatch.setattr(validate.AUDIO, "seconds", 1)
     with pytest.raises(Lost, match="duration-limit"):
-        check.sound(Settings(["x"]), "wav", wav([0.1] * 16_001), {})
-    monkeypatch.setattr(check.AUDIO, "bytes", 100)
+        validate.sound(Settings(["x"]), "wav", wav([0.1] * 16_001), {})
+    monkeypatch.setattr(validate.AUDIO, "bytes", 100)
     with pytest.raises(Lost, match="byte-limit"):
-        check.sound(Settings(["x"]), "wav", wav([0.1] * 1000), {})
+        validate.sound(Settings(["x"]), "wav", wav([0.1] * 1000), {})
 
 
 URLS = ["pipe:touch sentinel", "ftp://example.org/a", "simplecache::file:///etc/passwd", "zip://a::b.zip"]
@@ -600,15 +600,15 @@ def test_nothing_that_is_shared_straddles_the_split(tmp_path):
     assert len(counts) == 3 and min(counts.values()) > 20
     for i in range(count):
         assert len({side[f"{name}{i}"] for name in "abcde"}) == 1
-    hashes = {k: copies.picture_hash(Image.open(io.BytesIO(m["jpg"]))) for k, m in found.items() if "jpg" in m}
-    texts = {k: set(copies.shingles(m["txt"].decode()).tolist()) for k, m in found.items() if "txt" in m}
+    hashes = {k: dedup.picture_hash(Image.open(io.BytesIO(m["jpg"]))) for k, m in found.items() if "jpg" in m}
+    texts = {k: set(dedup.shingles(m["txt"].decode()).tolist()) for k, m in found.items() if "txt" in m}
     for a in side:
         for b in side:
             if side[a] < side[b]:
                 if a in hashes and b in hashes:
-                    assert (int(hashes[a], 16) ^ int(hashes[b], 16)).bit_count() > copies.BITS
+                    assert (int(hashes[a], 16) ^ int(hashes[b], 16)).bit_count() > dedup.BITS
                 if a in texts and b in texts:
-                    assert len(texts[a] & texts[b]) < copies.JACCARD * len(texts[a] | texts[b])
+                    assert len(texts[a] & texts[b]) < dedup.JACCARD * len(texts[a] | texts[b])
 
 
 def test_translations_and_equal_media_stay_together_without_near(tmp_path):
@@ -647,14 +647,14 @@ def test_bands_find_every_near_pair():
         hashes[i + 1] = hashes[i] ^ np.uint64(sum(1 << int(b) for b in flips))
 
     def near(a, b):
-        return copies.distance(hashes[a], hashes[b]) <= copies.BITS
+        return dedup.distance(hashes[a], hashes[b]) <= dedup.BITS
 
-    found = {tuple(sorted(map(int, pair))) for pair in copies.pairs(copies.picture_bands(hashes), near)}
+    found = {tuple(sorted(map(int, pair))) for pair in dedup.pairs(dedup.picture_bands(hashes), near)}
     assert found == {(a, b) for a in range(300) for b in range(a + 1, 300) if near(a, b)} and len(found) > 100
 
 
 def test_a_crowded_band_goes_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(copies, "WINDOW", 1)
+    monkeypatch.setattr(dedup, "WINDOW", 1)
     rng = np.random.default_rng(0)
     made = [{"__key__": f"{i}", "txt": STORY + "".join(rng.choice(list("abcdefgh"), 20))} for i in range(40)]
     shards.write(tmp_path / "a.tar", made)
@@ -663,10 +663,10 @@ def test_a_crowded_band_goes_together(tmp_path, monkeypatch):
 
 
 def test_the_signature_estimates_the_similarity():
-    a, b = copies.shingles(STORY), copies.shingles(STORY + " and his cat, the grey one")
+    a, b = dedup.shingles(STORY), dedup.shingles(STORY + " and his cat, the grey one")
     true = len(np.intersect1d(a, b)) / len(np.union1d(a, b))
-    assert abs((copies.signature(a) == copies.signature(b)).mean() - true) < 0.12
-    assert np.array_equal(copies.shingles("ＡＢＣ  déf ghi"), copies.shingles("abc déf GHI"))
+    assert abs((dedup.signature(a) == dedup.signature(b)).mean() - true) < 0.12
+    assert np.array_equal(dedup.shingles("ＡＢＣ  déf ghi"), dedup.shingles("abc déf GHI"))
 
 
 def test_keys_are_unique(tmp_path):
@@ -702,7 +702,7 @@ def test_killed_at_any_file_and_resumed_gives_the_same_bytes(several, tmp_path, 
         count[0] += 1
         rename(temporary, path)
 
-    for module in (state, write):
+    for module in (state, run):
         monkeypatch.setattr(module, "rename", counted)
     pack(several, tmp_path / "0" / "out", **SETTINGS)
     want, files = bytes_of(tmp_path / "0" / "out"), count[0]
@@ -718,7 +718,7 @@ def test_killed_at_any_file_and_resumed_gives_the_same_bytes(several, tmp_path, 
                 if count[0] == fatal:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            count[0], state.rename, write.rename = 0, dies, dies
+            count[0], state.rename, run.rename = 0, dies, dies
             try:
                 pack(several, tmp_path / f"{fatal}" / "out", **SETTINGS)
             finally:
@@ -771,12 +771,12 @@ def test_as_many_workers_as_you_like(several, tmp_path, monkeypatch):
 
 def deadly(task):
     """`_survey` in a process whose picture decoder aborts over one picture."""
-    real, bad = check.image._jpeg, picture(7)
-    check.image._jpeg = lambda config, raw: os.abort() if raw == bad else real(config, raw)
+    real, bad = validate.image._jpeg, picture(7)
+    validate.image._jpeg = lambda config, raw: os.abort() if raw == bad else real(config, raw)
     SURVEY(task)
 
 
-SURVEY = write._survey
+SURVEY = run._survey
 
 
 def test_a_decoder_that_ends_its_process(tmp_path, monkeypatch):
@@ -785,7 +785,7 @@ def test_a_decoder_that_ends_its_process(tmp_path, monkeypatch):
     for i in range(6):
         (folder / f"{i}.jpg").write_bytes(picture(i))
     (folder / "deadly.jpg").write_bytes(picture(7))
-    monkeypatch.setattr(write, "_survey", deadly)
+    monkeypatch.setattr(run, "_survey", deadly)
     pack(folder, tmp_path / "out", 2)
     assert len(packed(tmp_path / "out")) == 6
     assert [row[2] for row in quarantined(tmp_path / "out")] == ["crash"]
@@ -811,7 +811,7 @@ def test_a_finished_folder_and_others(media, tmp_path, capsys):
 
 def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
     shards.write(tmp_path / "a.tar", items(4))
-    monkeypatch.setattr(write, "_read", lambda *_: sys.exit())
+    monkeypatch.setattr(run, "_read", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
         pack(tmp_path / "a.tar", tmp_path / "out")
     monkeypatch.undo()
@@ -880,4 +880,4 @@ def test_half_a_picture_of_either_kind():
     for kind in ("JPEG", "PNG", "WEBP"):
         data = picture(3, kind=kind)
         with pytest.raises(Lost, match="decode"):
-            check.picture(Settings(["x"]), "jpg", data[: len(data) // 2], {})
+            validate.picture(Settings(["x"]), "jpg", data[: len(data) // 2], {})

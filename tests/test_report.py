@@ -15,10 +15,13 @@ import yaml
 from conftest import items, jpeg, tiny
 from PIL import Image
 
-from multimodal_fm import config, report, shards, train
+from multimodal_fm import config
 from multimodal_fm.cli import app
+from multimodal_fm.corpus import shards
 from multimodal_fm.errors import BadInput
-from multimodal_fm.evaluate import table
+from multimodal_fm.evals.run import table
+from multimodal_fm.reports import run
+from multimodal_fm.train import loop
 
 HOSTILE = '<script>alert("1")</script> & </textarea> \u05e9\u05dc\u05d5\u05dd'
 
@@ -38,8 +41,8 @@ def page(tmp_path_factory, corpus):
     data = tiny(corpus, evaluate=evaluations, run=str(folder / "run"), steps=4)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
-    train.pretrain(config.load(path))
-    return report.write(folder / "run", "cpu")
+    loop.pretrain(config.load(path))
+    return run.write(folder / "run", "cpu")
 
 
 class Reader(HTMLParser):
@@ -72,7 +75,7 @@ def test_needs_nothing_but_itself(page):
     ]
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert not {"link", "script", "iframe", "object", "base"} & {tag for tag, _ in read.tags}
-    assert "@import" not in text and "url(http" not in text and len(text) < report.MOST_BYTES
+    assert "@import" not in text and "url(http" not in text and len(text) < run.MOST_BYTES
     ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(|href=")#([^")]+)', text)
@@ -135,7 +138,7 @@ def test_marks_what_the_eval_calls_right(page):
 
 def test_large_media_are_made_small():
     noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
-    media, out = report.Media(30_000, 300_000), io.BytesIO()
+    media, out = run.Media(30_000, 300_000), io.BytesIO()
     Image.fromarray(noise).save(out, "PNG")
     mime, data = media._image(out.getvalue())
     assert mime == "image/jpeg" and max(Image.open(io.BytesIO(data)).size) == 256 and len(data) < 60_000
@@ -148,7 +151,7 @@ def test_large_media_are_made_small():
 
 def test_smooth_is_a_mean_of_what_is_finite():
     values = np.array([1.0, np.nan, 3.0] * 20)
-    line = report.smooth(values)
+    line = run.smooth(values)
     assert len(line) == 60 and np.allclose(line[1:-1], 2.0)
 
 
@@ -170,8 +173,8 @@ def test_command_line(page, capsys):
 
 
 def test_without_evaluate(write_config):
-    train.pretrain(config.load(write_config(steps=1)))
-    run = write_config().parent / "run"
+    loop.pretrain(config.load(write_config(steps=1)))
+    folder = write_config().parent / "run"
     with pytest.raises(BadInput, match="evaluate"):
-        report.write(run, "cpu")
-    assert not (run / "report.html").exists()
+        run.write(folder, "cpu")
+    assert not (folder / "report.html").exists()

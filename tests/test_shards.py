@@ -9,9 +9,9 @@ import pytest
 import webdataset
 from conftest import items
 
-from multimodal_fm import index, storage
+from multimodal_fm.corpus import index, storage
+from multimodal_fm.corpus.shards import Config, Corpus, find, write
 from multimodal_fm.errors import REASONS, BadInput
-from multimodal_fm.shards import Config, Corpus, find, write
 
 
 def whole(path):

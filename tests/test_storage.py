@@ -18,11 +18,11 @@ import torch
 from conftest import items, tiny
 from test_stream import fitted
 
-from multimodal_fm import index, shards, storage
 from multimodal_fm.config import build
+from multimodal_fm.corpus import index, shards, storage
 from multimodal_fm.errors import BadInput, Lost
-from multimodal_fm.sections import steps_of
-from multimodal_fm.stream.loader import Loader
+from multimodal_fm.stream.tasks import steps_of
+from multimodal_fm.stream.workers import Loader
 
 pytest.importorskip("aiohttp")
 

@@ -15,18 +15,19 @@ import pytest
 import torch
 from conftest import items, tiny
 
-from multimodal_fm import shards, train
 from multimodal_fm.config import build
+from multimodal_fm.corpus import shards
 from multimodal_fm.errors import BadInput
-from multimodal_fm.monitor import Skipped
-from multimodal_fm.sections import fit, sections_of, steps_of
-from multimodal_fm.stream import shelves as mod
-from multimodal_fm.stream.journal import Journal
-from multimodal_fm.stream.ledger import Bad
-from multimodal_fm.stream.loader import Loader
-from multimodal_fm.stream.ruler import Ruler
-from multimodal_fm.stream.shelves import Shelves
-from multimodal_fm.stream.steps import Steps
+from multimodal_fm.stream import shared_memory as mod
+from multimodal_fm.stream.crash_log import Journal
+from multimodal_fm.stream.dataset import Steps
+from multimodal_fm.stream.quarantine import Bad
+from multimodal_fm.stream.shared_memory import Shelves
+from multimodal_fm.stream.tasks import fit, sections_of, steps_of
+from multimodal_fm.stream.token_counts import Ruler
+from multimodal_fm.stream.workers import Loader
+from multimodal_fm.train import loop
+from multimodal_fm.train.monitor import Skipped
 
 
 def rows(run, name="metrics.jsonl"):
@@ -72,7 +73,7 @@ def torchrun(ranks, *arguments, timeout=240):
     """`mmfm` by so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "multimodal_fm", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loop.__file__).parents[2])}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -81,14 +82,14 @@ def test_ranks_may_change_between_resumes(tmp_path, corpus):
     optim = {"lr": 3e-3, "warmup": 3, "decay": 0.0}  # a rate that does not hang on the number of steps
     data = tiny(corpus, steps=9, save_every=3, microbatches=4, trace=True, optim=optim)
     plain = build({**data, "run": str(tmp_path / "plain")})
-    train.pretrain(plain)
+    loop.pretrain(plain)
     path = tmp_path / "changing.yaml"
     changing = {**data, "run": str(tmp_path / "changing")}
-    train.pretrain(build({**changing, "steps": 3}))
+    loop.pretrain(build({**changing, "steps": 3}))
     path.write_text(json.dumps({**changing, "steps": 6}))
     done = torchrun(2, "pretrain", path, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
-    train.pretrain(build(changing), resume=True)
+    loop.pretrain(build(changing), resume=True)
     assert rows(tmp_path / "plain", "items.jsonl") == rows(tmp_path / "changing", "items.jsonl")
     for one, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "changing"), strict=True):
         assert one["tokens"] == other["tokens"]
@@ -115,7 +116,7 @@ def test_every_rank_has_its_share_and_no_item_is_read_twice(tmp_path, corpus):
             assert sum(len(one.batches) for one in dealt) == 4
             for one, other in zip((b for d in dealt for b in d.batches), whole[step].batches, strict=True):
                 assert torch.equal(one.tokens.position, other.tokens.position)
-            assert train._sum_counts([one.counts for one in dealt]) == whole[step].counts
+            assert loop._sum_counts([one.counts for one in dealt]) == whole[step].counts
 
 
 def test_microbatches_have_about_equal_tokens(tmp_path):
@@ -168,7 +169,7 @@ def test_a_temperature_makes_weights_from_sizes(tmp_path):
 def test_weights_change_at_the_step_that_the_schedule_names(tmp_path):
     data = two_sources(tmp_path)
     data["sections"]["words"]["sources"] = {"large": 1.0, "small": {"5": 3}}
-    train.pretrain(build(data))
+    loop.pretrain(build(data))
     small = [sum(name.startswith("small/") for name in row["items"]) for row in rows(tmp_path / "run", "items.jsonl")]
     assert not any(small[:5]) and sum(small[5:]) > 20
 
@@ -176,19 +177,19 @@ def test_weights_change_at_the_step_that_the_schedule_names(tmp_path):
 def test_a_mixture_changed_on_resume_begins_a_new_phase(tmp_path):
     """The steps before stay; afterwards each source goes on where it was, a new one among them."""
     data = two_sources(tmp_path, steps=6, save_every=3)
-    train.pretrain(build(data))
+    loop.pretrain(build(data))
     shards.write(tmp_path / "third-0.tar", items(10, 200))
     data["sources"]["third"] = {"shards": f"{tmp_path}/third-*.tar", "group": "colour"}
     data["sections"]["words"]["sources"] = {"large": 0.5, "third": 0.5}
     data["steps"] = 12
-    train.pretrain(build(data), resume=True)
+    loop.pretrain(build(data), resume=True)
     words = [row["items"][:8] for row in rows(tmp_path / "run", "items.jsonl")]
     assert len(words) == 12 and not any(name.startswith("third/") for step in words[:6] for name in step)
     later = Counter(name.partition("/")[0] for step in words[6:] for name in step)
     assert set(later) == {"large", "third"} and abs(later["third"] - 24) <= 8
     large = [name for step in words for name in step if name.startswith("large/")]
     assert max(Counter(large[:40]).values()) == 1  # one epoch, across the phases
-    train.pretrain(build({**data, "steps": 14}), resume=True)  # the phase is kept
+    loop.pretrain(build({**data, "steps": 14}), resume=True)  # the phase is kept
     assert len(rows(tmp_path / "run", "items.jsonl")) == 14
 
 
@@ -206,12 +207,12 @@ def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
     spoil(tmp_path, bad)
     if ends:
         with pytest.raises(BadInput, match=r"source large: \d+ of 100 items bad, more than max_bad=0.05") as error:
-            train.pretrain(build(data))
+            loop.pretrain(build(data))
         assert Path(str(error.value).split("checkpoint: ")[1]).is_dir()
         data["max_bad"] = 0.1
-        assert train.pretrain(build(data), resume=True).name == "step-00000030"
+        assert loop.pretrain(build(data), resume=True).name == "step-00000030"
     else:
-        train.pretrain(build(data))
+        loop.pretrain(build(data))
     found = rows(tmp_path / "run", "quarantine.jsonl")
     assert len({row["key"] for row in found}) == bad and {row["reason"] for row in found} == {"text-decode"}
 
@@ -221,7 +222,7 @@ def test_ranks_end_together_where_a_source_turns_out_too_bad_after_a_resume(tmp_
     data = two_sources(tmp_path, save_every=100, microbatches=2)
     data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
     spoil(tmp_path, 8)
-    train.pretrain(build({**data, "steps": 6}))
+    loop.pretrain(build({**data, "steps": 6}))
     assert 3 <= len({row["key"] for row in rows(tmp_path / "run", "quarantine.jsonl")}) <= 5
     path = tmp_path / "on.yaml"
     path.write_text(json.dumps({**data, "steps": 60}))
@@ -249,7 +250,7 @@ def test_strict_names_the_first_bad_one(tmp_path):
     data = two_sources(tmp_path, strict=True)
     spoil(tmp_path, 4, 40)
     with pytest.raises(BadInput, match=r"strict: large: .*large-0.tar item00\d\d text: text-decode"):
-        train.pretrain(build(data))
+        loop.pretrain(build(data))
 
 
 def test_strict_refuses_a_damaged_shard(tmp_path):
@@ -257,7 +258,7 @@ def test_strict_refuses_a_damaged_shard(tmp_path):
     path = tmp_path / "large-0.tar"
     path.write_bytes(path.read_bytes()[:-20_000])
     with pytest.raises(BadInput, match="strict: large: .*large-0.tar.*shard"):
-        train.pretrain(build(data))
+        loop.pretrain(build(data))
 
 
 DYING = """
@@ -286,7 +287,7 @@ def dying(tmp_path, monkeypatch, **changes):
     data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
     path = tmp_path / "dying.yaml"
     path.write_text(json.dumps(data))
-    env = {**os.environ, "PYTHONPATH": f"{Path(train.__file__).parents[1]}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{Path(loop.__file__).parents[2]}:{tmp_path}", "OMP_NUM_THREADS": "1"}
 
     def mmfm(*more):
         command = [sys.executable, "-m", "multimodal_fm", "pretrain", str(path), *more]
@@ -421,13 +422,13 @@ def test_steps_arrive_whatever_memory_there_is(shelves, monkeypatch, room):
 
 LEFT = """
 import os, sys, time
-from multimodal_fm.stream import loader
+from multimodal_fm.stream import workers
 def get(self, step):
     if step and sys.argv[1] == "stuck":
         time.sleep(3600)
     return bytes(1 << 20)  # more than a pipe holds
-loader.Shelves.__getitem__, loader.Shelves.taken = get, lambda self, parcel: parcel
-reading = loader.Loader(None, 0, 100, 2)
+workers.Shelves.__getitem__, workers.Shelves.taken = get, lambda self, parcel: parcel
+reading = workers.Loader(None, 0, 100, 2)
 steps = iter(reading)
 next(steps)
 print(*(worker.pid for worker in reading._near._workers), flush=True)
@@ -461,7 +462,7 @@ def test_a_worker_that_ends_in_peace_is_a_death_too(tmp_path, monkeypatch):
     config, corpora = fitted(build(two_sources(tmp_path)))
     steps = steps_of(config, corpora)
     monkeypatch.setattr(steps, "_read", lambda *_: os._exit(0))
-    monkeypatch.setattr("multimodal_fm.stream.loader.RESTARTS", 0)
+    monkeypatch.setattr("multimodal_fm.stream.workers.RESTARTS", 0)
     with pytest.raises(BadInput, match=r"ended 1 times \(exit 0\)"):
         next(iter(Loader(steps, 0, 10, 1, "processes")))
 

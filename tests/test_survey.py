@@ -20,15 +20,15 @@ from PIL import Image
 from test_malformed import MORE_MEMORY, used
 from test_report import Reader, _bytes
 
-from multimodal_fm import index, shards
 from multimodal_fm.cli import app
+from multimodal_fm.corpus import index, shards
 from multimodal_fm.errors import BadInput
-from multimodal_fm.survey.counts import survey
-from multimodal_fm.survey.lines import lines
-from multimodal_fm.survey.page import SHOW, gallery
-from multimodal_fm.survey.run import plugins
-from multimodal_fm.survey.samples import SHOWN, every_sample
-from multimodal_fm.survey.verify import Damage, open_all, verify
+from multimodal_fm.inspect.lines import lines
+from multimodal_fm.inspect.page import SHOW, gallery
+from multimodal_fm.inspect.run import plugins
+from multimodal_fm.inspect.samples import SHOWN, every_sample
+from multimodal_fm.inspect.stats import survey
+from multimodal_fm.inspect.verify import Damage, open_all, verify
 from multimodal_fm.tokenizers import text
 
 HOSTILE = '<script>alert("1")</script></p>{{ 7 * 7 }} & \u202e\u05e9\u05dc\u05d5\u05dd'
@@ -116,7 +116,7 @@ def test_counts_are_those_of_the_items(mixed):
 
 
 def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("multimodal_fm.survey.counts.SAMPLE", 100)
+    monkeypatch.setattr("multimodal_fm.inspect.stats.SAMPLE", 100)
     rows = [json.dumps({"text": "x" * 40} if i % 2 else {"label": i}) for i in range(1001)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     found = survey(open_all([str(tmp_path / "a.jsonl")], 2000), plugins()).data
@@ -329,7 +329,7 @@ def test_a_replaced_shard(shard, capsys):
 
 
 def test_a_shard_that_cannot_be_read_to_its_end(shard, monkeypatch):
-    from multimodal_fm import storage
+    from multimodal_fm.corpus import storage
 
     whole = storage.read
     monkeypatch.setattr(storage, "read", lambda *a: (_ for _ in ()).throw(OSError(5, "Input/output error")))

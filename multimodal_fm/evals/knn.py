@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..encoded import Encoded, figure, labelled
+from .embed_corpus import Encoded, figure, labelled
 
 
 @dataclass

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from ..encoded import Encoded, figure
+from .embed_corpus import Encoded, figure
 
 AT = (1, 5, 10)
 

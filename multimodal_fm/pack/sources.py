@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .. import index, shards
+from ..corpus import index, shards
 from ..errors import BadInput, Lost
 from . import tables
-from .items import AUDIO_FILES, IMAGE_FILES, SIDE_CARS, Raw, dumped
+from .samples import AUDIO_FILES, IMAGE_FILES, SIDE_CARS, Raw, dumped
 from .settings import Settings
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import copies
+from . import dedup
 
 SHARED = 20  # where so many items of a source share a text on average, its texts are labels, and tie nothing
 
@@ -27,5 +27,5 @@ def choose(cluster: np.ndarray, group: np.ndarray, shares: list[float]) -> np.nd
     """The split (N,) of each item: a cluster (N,) goes where the smallest of its members' group hashes (N,) says."""
     least = np.full(len(cluster), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(least, cluster, group)
-    where = (copies.mixed(least[cluster] + np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) / 2.0**53
+    where = (dedup.mixed(least[cluster] + np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) / 2.0**53
     return np.searchsorted(np.cumsum(shares)[:-1], where, side="right")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import BadInput, Lost
-from .items import AUDIO_FILES, IMAGE_FILES, LARGEST, TABLE_TEXT, Raw, dumped
+from .samples import AUDIO_FILES, IMAGE_FILES, LARGEST, TABLE_TEXT, Raw, dumped
 from .settings import Settings
 
 SCHEMES = ("http", "https", "s3", "gs", "file")

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import storage
+from ..corpus import storage
+from ..corpus.fields import lookup, parse
 from ..errors import BadInput, Lost
-from ..rows import lookup, parse
 from ..tokens import Tokens, sequence_of
 
 extensions = ("txt", "json")

@@ -1,0 +1,35 @@
+"""An item's JSON row."""
+
+from __future__ import annotations
+
+import json
+
+from ..errors import Lost
+
+
+def parse(data: bytes):
+    """The JSON in `data`. Raises Lost."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Lost("json", str(error)[:100]) from None
+
+
+def parse_map(data: bytes | None) -> dict:
+    """The row in `data`; empty where there is none, or it is broken, or no map."""
+    try:
+        row = parse(data) if data is not None else {}
+    except Lost:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def lookup(row, name: str):
+    """`row["a"]["b"]` for the name `a.b`; None where there is no such field."""
+    for part in name.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def matches(row: dict, wanted: dict[str, str]) -> bool:
+    return all(str(lookup(row, name)) == str(value) for name, value in wanted.items())

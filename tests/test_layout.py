@@ -1,0 +1,30 @@
+"""The rooms of the package: which may import which."""
+
+import ast
+from pathlib import Path
+
+import multimodal_fm
+
+ROOT = Path(multimodal_fm.__file__).parent
+PLUGINS = ("tokenizers", "objectives", "heads", "evals")
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file, as `room.module` from the root."""
+    here = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) + 1 - node.level], *(node.module or "").split(".")]
+            found |= {".".join(filter(None, [*base, name.name])) for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("multimodal_fm"):
+            found |= {f"{node.module}.{name.name}".removeprefix("multimodal_fm.") for name in node.names}
+    return found
+
+
+def test_the_root_is_small():
+    assert len(list(ROOT.glob("*.py"))) <= 10
+
+
+def test_tokens_imports_nothing_of_ours():
+    assert not imports(ROOT / "tokens.py")
