@@ -164,13 +164,21 @@ def pictures(work: Path, name: str, python: str) -> tuple[str, dict]:
 
 
 def sounds(work: Path, name: str, python: str) -> tuple[str, dict]:
-    both = [(kind, clip) for clip in clips() for kind in ("ogg", "flac")]
-    for folder, kinds in (("sounds", ("ogg", "flac")), ("ogg", ("ogg",)), ("flac", ("flac",))):
-        made(work / folder, lambda kinds=kinds: ({kind: encoded(kind, c)} for kind, c in both if kind in kinds))
+    both = [(modality, clip) for clip in clips() for modality in ("ogg", "flac")]
+    for folder, modalities in (("sounds", ("ogg", "flac")), ("ogg", ("ogg",)), ("flac", ("flac",))):
+        made(
+            work / folder,
+            lambda modalities=modalities: (
+                {modality: encoded(modality, c)} for modality, c in both if modality in modalities
+            ),
+        )
     commands = {"ours": own("audio", work / "sounds", 1), "loop": own("loop", work / "sounds", 1)}
     commands["loop that crops before it resamples"] = own("loop-crop", work / "sounds", 1)
-    for kind in ("ogg", "flac"):
-        commands |= {f"ours, {kind}": own("audio", work / kind, 1), f"loop, {kind}": own("loop", work / kind, 1)}
+    for modality in ("ogg", "flac"):
+        commands |= {
+            f"ours, {modality}": own("audio", work / modality, 1),
+            f"loop, {modality}": own("loop", work / modality, 1),
+        }
     return "loop", commands
 
 
@@ -183,14 +191,14 @@ def texts(work: Path, name: str, python: str) -> tuple[str, dict]:
 # The corpora, made on the spot.
 
 
-def made(folder: Path, items) -> None:
-    """Four shards of the items in a folder, unless they are there."""
+def made(folder: Path, samples) -> None:
+    """Four shards of the samples in a folder, unless they are there."""
     from multimodal_fm.corpus import shards
 
     if folder.exists():
         return
     folder.mkdir()
-    everything = [{"__key__": f"{i:06d}", **item} for i, item in enumerate(items())]
+    everything = [{"__key__": f"{i:06d}", **sample} for i, sample in enumerate(samples())]
     for part in range(4):
         shards.write(folder / f"{part}.tar", everything[part::4])
 
@@ -217,8 +225,8 @@ def photos(side: int, count: int):
         draw = ImageDraw.Draw(scene)
         for _ in range(30):
             (x, y), (w, h) = random.integers(2 * side, size=2), random.integers(side // 20, side // 4, size=2)
-            colour = tuple(random.integers(256, size=3).tolist())
-            (draw.ellipse if random.random() < 0.5 else draw.rectangle)([x, y, x + w, y + h], fill=colour)
+            color = tuple(random.integers(256, size=3).tolist())
+            (draw.ellipse if random.random() < 0.5 else draw.rectangle)([x, y, x + w, y + h], fill=color)
         scenes.append(np.asarray(scene))
     for i in range(count):
         y, x = random.integers(side, size=2)
@@ -230,7 +238,7 @@ def photos(side: int, count: int):
 
 
 def clips():
-    """Sounds (T,) of `SECONDS`: tones that swell over coloured noise."""
+    """Sounds (T,) of `SECONDS`: tones that swell over colored noise."""
     random = np.random.default_rng(0)
     time = np.arange(SECONDS * RATE) / RATE
     for _ in range(CLIPS // 2):
@@ -245,11 +253,11 @@ def clips():
         yield 0.1 * (wave / wave.std() + 0.5 * noise / noise.std())
 
 
-def encoded(kind: str, wave: np.ndarray) -> bytes:
+def encoded(modality: str, wave: np.ndarray) -> bytes:
     import soundfile
 
     data = io.BytesIO()
-    soundfile.write(data, wave, RATE, format=kind.upper())
+    soundfile.write(data, wave, RATE, format=modality.upper())
     return data.getvalue()
 
 
@@ -298,11 +306,11 @@ def steps(folder: str, parts: list[str]):
     from multimodal_fm.stream.tasks import fit, steps_of
 
     take = 8 if parts == ["audio"] else BATCH
-    section = {"objective": "contrastive", "parts": parts, "take": take, "sources": {"all": 1}}
+    task = {"objective": "contrastive", "modalities": parts, "batch_size": take, "sources": {"all": 1}}
     config = build(
         {
             "sources": {"all": {"shards": f"{folder}/*.tar"}},
-            "sections": {"pairs": section},
+            "tasks": {"pairs": task},
             "tokenizers": TOKENIZERS,
             "model": {"width": 64, "depth": 1, "heads": 2},
             "run": folder,
@@ -391,7 +399,7 @@ def tokenizer_alone(folder: str, who: str, workers: int):
 
     from multimodal_fm.tokenizers import text
 
-    settings = steps(folder, ["text"]).tokenizers["text"].settings
+    settings = steps(folder, ["text"]).tokenizers["text"].config
     merges, given = Tokenizer.from_file(settings.file), [raw["txt"].decode() for raw in everything(folder)]
     counts = [len(found.ids) for found in merges.encode_batch_fast(given, add_special_tokens=False)]
     assert max(counts) < settings.limit - 2, "ours would crop"

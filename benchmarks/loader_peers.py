@@ -15,8 +15,8 @@ SIDE = 224
 SHUFFLE = 1000  # samples, as OpenCLIP's buffer has at its start
 
 
-def turns(batches, ahead: int, items=lambda batch: BATCH) -> None:
-    """Draw batches for each number of seconds that stdin names; print how many items came and how long that took.
+def turns(batches, ahead: int, samples=lambda batch: BATCH) -> None:
+    """Draw batches for each number of seconds that stdin names; print how many samples came and how long that took.
 
     ahead: how many batches may lie ready from before the turn: so many are drawn first and not counted.
     """
@@ -28,7 +28,7 @@ def turns(batches, ahead: int, items=lambda batch: BATCH) -> None:
             next(batches)
         count, drawn, start, least = 0, 0, time.perf_counter(), float(line)
         while drawn < 4 or time.perf_counter() - start < least:
-            count, drawn = count + items(next(batches)), drawn + 1
+            count, drawn = count + samples(next(batches)), drawn + 1
         print(count, time.perf_counter() - start, flush=True)
 
 
@@ -37,7 +37,7 @@ def shards(folder: str) -> list[str]:
 
 
 def transform():
-    """OpenCLIP's own transform of training: a random crop of at least 0.9, bicubic, floats, normalised."""
+    """OpenCLIP's own transform of training: a random crop of at least 0.9, bicubic, floats, normalized."""
     import open_clip
 
     return open_clip.image_transform(SIDE, is_train=True)

@@ -82,12 +82,12 @@ def split(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def recipe(sources: dict, small: bool) -> dict:
-    """The plain data of a mid-size run: the demo's sections over all sources, a larger model and batch, bfloat16."""
+    """The plain data of a mid-size run: the demo's tasks over all sources, a larger model and batch, bfloat16."""
     data, cuda = to_data(load(ROOT / "configs" / "demo.yaml")), torch.cuda.is_available()
     data["sources"] = {n: {"shards": parts["train"], "group": group(parts["train"])} for n, parts in sources.items()}
-    for section in data["sections"].values():
-        section["take"] = 8 if small else 4 * section["take"]
-        section["sources"] = dict.fromkeys(sources, 1)
+    for task in data["tasks"].values():
+        task["batch_size"] = 8 if small else 4 * task["batch_size"]
+        task["sources"] = dict.fromkeys(sources, 1)
     data["tokenizers"]["image"]["limit"] = 36 if small else 144
     data["optim"]["warmup"] = 2 if small else 100
     data |= {
@@ -103,12 +103,12 @@ def recipe(sources: dict, small: bool) -> dict:
 
 
 def group(shards: list[str]) -> str:
-    """The field that says which items mean the same, where the shards have it."""
+    """The field that says which samples mean the same, where the shards have it."""
     return "caption" if "caption" in (Corpus(Source(shards), "look").json(0) or {}) else ""
 
 
 def measured(sources: dict) -> dict[str, list[str]]:
-    """Arguments of `mmfm evaluate` for each source and, where the items have roles, each role."""
+    """Arguments of `mmfm evaluate` for each source and, where the samples have roles, each role."""
     found = {}
     for name, parts in sources.items():
         if not parts["validation"]:

@@ -16,7 +16,7 @@ from common import alternate, device, first_line, save
 from torch import nn
 
 from multimodal_fm.backbone import Backbone
-from multimodal_fm.batch import Batch, Item, count_asked, gather
+from multimodal_fm.batch import Batch, Sample, collate, count_targets
 from multimodal_fm.config import Config, build, load, to_data
 from multimodal_fm.model import Model
 from multimodal_fm.stream.tasks import weights_of
@@ -36,14 +36,14 @@ def run(out: Path, small: bool) -> bool:
     data = to_data(load(CONFIG))
     if small:
         data |= {"model": TOY, "microbatches": 2, "precision": "float32"}
-        data["sections"] = {n: {**s, "take": 8} for n, s in data["sections"].items()}
-        data["sections"]["looks"]["decoder"] = TOY
+        data["tasks"] = {n: {**s, "batch_size": 8} for n, s in data["tasks"].items()}
+        data["tasks"]["looks"]["decoder"] = TOY
     config = build(data, str(CONFIG))
     repeats = 3 if small else 10
     steps, results = ours(config, repeats, out)
     peers = {"masked text": text_peer(data, small, repeats), "pictures": picture_peer(data, small, repeats)}
     size = f"{steps['tokens']:,.0f} tokens, {steps['flops'] / 1e12:.2f} TFLOP of the model"
-    columns = ["seconds", "tokens/s", "model FLOP utilisation", "GiB of a step", "GiB of weights and optimiser"]
+    columns = ["seconds", "tokens/s", "model FLOP utilisation", "GiB of a step", "GiB of weights and optimizer"]
     tables = {
         f"A training step of configs/base.yaml: {size}": [
             ["", *columns],
@@ -87,49 +87,51 @@ def ours(config: Config, repeats: int, out: Path) -> tuple[dict, dict]:
 
 
 class Trainer:
-    """The step of `mmfm pretrain` without its files: gradients, clipping, optimisers, averaged weights."""
+    """The step of `mmfm pretrain` without its files: gradients, clipping, optimizers, averaged weights."""
 
     def __init__(self, config: Config):
         self.config, self.weights = config, weights_of(config)
         self.model, self.ema = Model(config).to(device()), Model(config).to(device()).requires_grad_(False)
-        self.optimisers = optim.build(config.optim, self.model)
+        self.optimizers = optim.build(config.optim, self.model)
 
     def step(self, batches: list[Batch]) -> None:
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=False)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
         forward_backward(self.model, self.weights, batches, self.config.precision)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1e-3)
 
 
 def synthetic(config: Config, seed: int) -> list[Batch]:
-    """One step's microbatches of random items that have all parts of their section."""
+    """One step's microbatches of random samples that have all parts of their task."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = list(config.tokenizers)
+    modalities = list(config.tokenizers)
     dealt, counts = [{} for _ in range(config.microbatches)], {}
-    for name, section in config.sections.items():
+    for name, task in config.tasks.items():
         taken = []
-        for number in range(section.take):
-            parts = {kind: part(config, kind, kinds.index(kind), generator) for kind in section.parts}
-            objective = section.objective
-            taken.append((number, objective.module.arrange(objective.settings, Item(parts, number), generator)))
-        counts[name] = count_asked([one for _, one in taken], kinds)
+        for number in range(task.batch_size):
+            parts = {
+                modality: part(config, modality, modalities.index(modality), generator) for modality in task.modalities
+            }
+            objective = task.objective
+            taken.append((number, objective.module.arrange(objective.settings, Sample(parts, number), generator)))
+        counts[name] = count_targets([one for _, one in taken], modalities)
         for turn, batch in enumerate(dealt):
             batch[name] = taken[turn :: config.microbatches]
-    return [gather(batch, kinds, counts, config.round_to) for batch in dealt]
+    return [collate(batch, modalities, counts, config.round_to) for batch in dealt]
 
 
-def part(config: Config, kind: str, place: int, generator: torch.Generator) -> Tokens:
+def part(config: Config, modality: str, place: int, generator: torch.Generator) -> Tokens:
     """Captions of about 14 tokens, pictures of all aspect ratios, sounds of 2 to 10 seconds."""
-    settings = config.tokenizers[kind].settings
-    if kind == "text":
+    settings = config.tokenizers[modality].config
+    if modality == "text":
         length = min(max(4, round(14 + 4 * float(torch.randn((), generator=generator)))), settings.limit)
         position = torch.zeros(length, 3)
         position[:, 0] = torch.arange(length)
         return sequence_of(torch.randint(2, settings.vocabulary, (length,), generator=generator), position, place)
-    if kind == "image":
+    if modality == "image":
         rows, columns = grid(settings, 300, int(torch.randint(200, 450, (), generator=generator)))
         position = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         content = torch.randint(0, 256, (len(position), 3 * settings.patch**2), generator=generator, dtype=torch.uint8)
@@ -184,8 +186,8 @@ def text_peer(data: dict, small: bool, repeats: int) -> dict:
     except ImportError as error:
         return {"skipped": first_line(error)}
     count = 16 if small else 1024
-    section = {"objective": "masked", "share": 0.15, "parts": ["text"], "take": count}
-    trainer, batches = one_section(data, "words", section)
+    task = {"objective": "masked", "share": 0.15, "modalities": ["text"], "batch_size": count}
+    trainer, batches = one_task(data, "words", task)
     sequence = batches[0].tokens.sequence
     lengths = torch.bincount(sequence[sequence >= 0])
     toy = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
@@ -207,8 +209,8 @@ def picture_peer(data: dict, small: bool, repeats: int) -> dict:
     except ImportError as error:
         return {"skipped": first_line(error)}
     count = 4 if small else 256
-    section = {"objective": "masked", "share": 0.4, "parts": ["image"], "take": count}
-    trainer, batches = one_section(data, "looks", section)
+    task = {"objective": "masked", "share": 0.4, "modalities": ["image"], "batch_size": count}
+    trainer, batches = one_task(data, "looks", task)
     vit = timm.create_model("vit_tiny_patch16_224" if small else "vit_base_patch16_224").to(device()).train()
     pictures = torch.randn(count, 3, 224, 224, device=device())
     labels = torch.randint(0, 1000, (count,), device=device())
@@ -216,27 +218,27 @@ def picture_peer(data: dict, small: bool, repeats: int) -> dict:
     return versus("timm ViT-B/16", theirs, trainer, batches, repeats) | {"count": count, "what": "pictures"}
 
 
-def one_section(data: dict, name: str, section: dict) -> tuple[Trainer, list[Batch]]:
-    """Our trainer and step for a single section, with BERT's vocabulary and plain AdamW as the peers have them."""
+def one_task(data: dict, name: str, task: dict) -> tuple[Trainer, list[Batch]]:
+    """Our trainer and step for a single task, with BERT's vocabulary and plain AdamW as the peers have them."""
     source = {"any": {"shards": []}}
     tokenizers = {**data["tokenizers"], "text": {**data["tokenizers"]["text"], "vocabulary": BERT_VOCABULARY}}
-    changed = {**data, "sources": source, "sections": {name: {**section, "sources": {"any": 1}}}, "microbatches": 1}
+    changed = {**data, "sources": source, "tasks": {name: {**task, "sources": {"any": 1}}}, "microbatches": 1}
     config = build({**changed, "tokenizers": tokenizers, "optim": {"name": "adamw"}})
     return Trainer(config), [batch.to(device()) for batch in synthetic(config, 0)]
 
 
 def peer_step(model: nn.Module, loss: Callable) -> Callable:
     """A step of the peer under the same conditions: autocast, clipping, fused AdamW."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     cuda = device().type == "cuda"
 
     def step():
-        optimiser.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)
         with torch.autocast(device().type, torch.bfloat16, enabled=cuda):
             value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/stream.py [--kills 100] [--world 1,2,1] [--json]
 
 kills: `kill -9` at random instants of a run over a three-source mixture with two readers, each followed by `--resume`;
-the items of every step, the losses and the last weights must be those of the run that was left alone, bit for bit.
-world: the same run by other numbers of processes between its resumes; the items of every step must be the same.
-seek: opening a stream over 1,000 shards of 10,000 items at item 0 and at item 10,000,000.
+the samples of every step, the losses and the last weights must be those of the run that was left alone, bit for bit.
+world: the same run by other numbers of processes between its resumes; the samples of every step must be the same.
+seek: opening a stream over 1,000 shards of 10,000 samples at sample 0 and at sample 10,000,000.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import torch
 
-from multimodal_fm.config import Plugin, build
+from multimodal_fm.config import build
 from multimodal_fm.corpus import index, shards
-from multimodal_fm.stream.dataset import Section, Steps
+from multimodal_fm.stream.dataset import Steps, Task
 from multimodal_fm.tokenizers import text
 from multimodal_fm.train import loop
 
-STEPS, EVERY, TAKE = 240, 10, 8
+STEPS, EVERY, BATCH_SIZE = 240, 10, 8
 
 
 def corpora(folder: Path) -> dict:
-    """Three sources of captions and small pictures, one of them tiny, one with broken items."""
+    """Three sources of captions and small pictures, one of them tiny, one with broken samples."""
     import io
 
     from PIL import Image
@@ -48,26 +48,36 @@ def corpora(folder: Path) -> dict:
     sources = {}
     generator = np.random.default_rng(0)
     for name, count in (("large", 600), ("small", 7), ("broken", 150)):
-        items = []
+        samples = []
         for number in range(count):
             picture = io.BytesIO()
             Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(picture, "JPEG")
             caption = " ".join(generator.choice(["red", "green", "square", "circle", "above", "a", "two"], 6))
             broken = name == "broken" and number % 50 == 3
             text_bytes = b"\xff\xfe\xfa" if broken else f"{caption} {number}".encode()
-            items.append({"__key__": f"{name}{number}", "jpg": picture.getvalue(), "txt": text_bytes})
+            samples.append({"__key__": f"{name}{number}", "jpg": picture.getvalue(), "txt": text_bytes})
         for part in range(2):
-            shards.write(folder / f"{name}-{part}.tar", items[part::2])
+            shards.write(folder / f"{name}-{part}.tar", samples[part::2])
         sources[name] = {"shards": f"{folder}/{name}-*.tar"}
     return sources
 
 
 def settings(folder: Path, run: str, **changes) -> dict:
-    words = {"objective": "masked", "parts": ["text"], "take": TAKE, "sources": {"large": 5, "small": 1, "broken": 2}}
-    pairs = {"objective": "contrastive", "parts": ["text", "image"], "take": TAKE, "sources": {"large": 3, "small": 1}}
+    words = {
+        "objective": "masked",
+        "modalities": ["text"],
+        "batch_size": BATCH_SIZE,
+        "sources": {"large": 5, "small": 1, "broken": 2},
+    }
+    pairs = {
+        "objective": "contrastive",
+        "modalities": ["text", "image"],
+        "batch_size": BATCH_SIZE,
+        "sources": {"large": 3, "small": 1},
+    }
     return {
         "sources": corpora_of(folder),
-        "sections": {"words": words, "pairs": pairs},
+        "tasks": {"words": words, "pairs": pairs},
         "tokenizers": {"text": {"vocabulary": 300, "limit": 16}, "image": {"patch": 8, "limit": 6, "area": 0.5}},
         "model": {"width": 32, "depth": 1, "heads": 2},
         "embedding": 16,
@@ -104,20 +114,20 @@ def child(data: dict, resume: bool) -> int:
 
 
 def records(run: Path) -> tuple[list, list, bytes]:
-    """Items and losses of every step, and the last weights."""
-    items = [json.loads(line) for line in (run / "items.jsonl").read_text().splitlines()]
+    """Samples and losses of every step, and the last weights."""
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     losses = [
         {k: v for k, v in json.loads(line).items() if k.startswith("loss") or k in ("step", "norm")}
         for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     weights = (run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
-    return items, losses, weights
+    return samples, losses, weights
 
 
 def differences(wanted: list, found: list) -> tuple[int, int]:
-    """Steps' items that are missing from `found`, and those that are there more than once or should not be."""
+    """Steps' samples that are missing from `found`, and those that are there more than once or should not be."""
     one, other = (collections.Counter(f"{row['step']} {name} {place}" for row in rows for place, name in
-                                      enumerate(row["items"])) for rows in (wanted, found))  # fmt: skip
+                                      enumerate(row["samples"])) for rows in (wanted, found))  # fmt: skip
     return sum((one - other).values()), sum((other - one).values())
 
 
@@ -126,7 +136,7 @@ def kills(folder: Path, count: int, seed: int) -> dict:
     began = time.monotonic()
     os.waitpid(child(settings(folder, "alone"), False), 0)
     length = time.monotonic() - began
-    items, losses, weights = records(folder / "alone")
+    samples, losses, weights = records(folder / "alone")
     done = finished = lost = repeated = other_losses = other_weights = failed = 0
     at_step: list[int] = []
     while done < count:
@@ -155,9 +165,9 @@ def kills(folder: Path, count: int, seed: int) -> dict:
             print("\n" + Path(data["run"] + ".error").read_text(), file=sys.stderr)
             break
         theirs = records(run)
-        missing, extra = differences(items, theirs[0])
+        missing, extra = differences(samples, theirs[0])
         lost, repeated = lost + missing, repeated + extra
-        other_losses += losses != theirs[1] or items != theirs[0]
+        other_losses += losses != theirs[1] or samples != theirs[0]
         other_weights += weights != theirs[2]
         finished += 1
         shutil.rmtree(run)
@@ -167,7 +177,7 @@ def kills(folder: Path, count: int, seed: int) -> dict:
         "kills": done,
         "runs": finished,
         "steps_when_killed": f"{min(at_step, default=0)} to {max(at_step, default=0)}, {len(set(at_step))} different",
-        "items_a_run": sum(len(row["items"]) for row in items),
+        "samples_a_run": sum(len(row["samples"]) for row in samples),
         "lost": lost,
         "repeated": repeated,
         "runs_with_other_losses": other_losses,
@@ -189,22 +199,22 @@ def world(folder: Path, ranks: list[int]) -> dict:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         command += ["-m", "multimodal_fm", "pretrain", str(path), *(["--resume"] if turn else [])]
         subprocess.run(command, check=True, capture_output=True)
-    items, theirs = ([json.loads(line) for line in (folder / name / "items.jsonl").read_text().splitlines()]
+    samples, theirs = ([json.loads(line) for line in (folder / name / "samples.jsonl").read_text().splitlines()]
                      for name in ("plain", "changing"))  # fmt: skip
     losses = [
         [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("plain", "changing")
     ]
-    missing, extra = differences(items, theirs)
+    missing, extra = differences(samples, theirs)
     return {
         "name": "world",
         "ranks": ranks,
         "steps": steps,
         "lost": missing,
         "repeated": extra,
-        "same_order": items == theirs,
+        "same_order": samples == theirs,
         "largest_difference_of_a_loss": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        "ok": items == theirs,
+        "ok": samples == theirs,
     }
 
 
@@ -217,37 +227,37 @@ def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
         other = folder / f"seek-{number:05d}.tar"
         os.link(first, other)
         os.link(made.file, f"{other}.mmidx")
-    text_config = text.fit(
-        text.Config(vocabulary=300, limit=16), ({"txt": b"caption number"} for _ in range(1)), folder / "words"
+    words = text.Tokenizer(text.Config(vocabulary=300, limit=16)).fit(
+        ({"txt": b"caption number"} for _ in range(1)), folder / "words"
     )
-    tokenizers = {"text": Plugin("text", text, text_config)}
+    tokenizers = {"text": words}
 
-    def open_at(item: int) -> float:
+    def open_at(sample: int) -> float:
         began = time.perf_counter()
         corpus = shards.Corpus(shards.Config(f"{folder}/seek-*.tar"), "many")
-        section = Section("words", TAKE, ["text"], [corpus], [(0, [1.0])], _nothing, grouped=False)
-        Steps([section], tokenizers, 0)[item // TAKE]
+        task = Task("words", BATCH_SIZE, ["text"], [corpus], [(0, [1.0])], _nothing, grouped=False)
+        Steps([task], tokenizers, 0)[sample // BATCH_SIZE]
         return time.perf_counter() - began
 
     open_at(0)
-    taken = {item: [] for item in (0, 10_000_000)}
+    taken = {sample: [] for sample in (0, 10_000_000)}
     for _ in range(5):
-        for item, times in taken.items():
-            times.append(open_at(item))
+        for sample, times in taken.items():
+            times.append(open_at(sample))
     near, far = (statistics.median(times) for times in taken.values())
     return {
         "name": "seek",
-        "items": count * size,
+        "samples": count * size,
         "seconds_at_0": round(near, 3),
         "seconds_at_10_000_000": round(far, 3),
         "ok": far < 1 and far < 1.5 * near,
     }
 
 
-def _nothing(item, generator):
-    from multimodal_fm.batch import Arranged
+def _nothing(sample, generator):
+    from multimodal_fm.batch import Example
 
-    return Arranged(list(item.parts.values()), [None] * len(item.parts))
+    return Example(list(sample.parts.values()), [None] * len(sample.parts))
 
 
 def main() -> None:

@@ -79,9 +79,9 @@ def plan(asking: Tokens, read: Tokens | None = None) -> Plan:
         pattern = torch.where(pattern == NOTHING, NOTHING, MIXED)
     groups, first_asks, first_reads = [], 0, 0
     alike = itertools.groupby(zip(pattern.tolist(), asks.tolist(), reads.tolist(), strict=True))
-    for (kind, a, n), members in alike:
+    for (modality, a, n), members in alike:
         count = sum(1 for _ in members)
-        groups.append(Group(kind, count, a, n, first_asks, first_reads))
+        groups.append(Group(modality, count, a, n, first_asks, first_reads))
         first_asks, first_reads = first_asks + count * a, first_reads + count * n
     return Plan((asking.sequence, asking.order), (read.sequence, read.order), tuple(groups))
 

@@ -21,7 +21,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     expand: float = 8 / 3  # the hidden width of the feed-forward layers, in widths
-    experts: bool = False  # a feed-forward layer a kind (multiway: BEiT-3, ONE-PEACE) in place of a shared one
+    experts: bool = False  # a feed-forward layer a modality (multiway: BEiT-3, ONE-PEACE) in place of a shared one
 
     def __post_init__(self):
         if min(self.width, self.heads, self.depth) < 1 or not 0 < self.expand < 1000:
@@ -115,10 +115,10 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """A feed-forward layer a kind; each token goes through its own kind's."""
+    """A feed-forward layer a modality; each token goes through its own modality's."""
 
-    def __init__(self, width: int, expand: float, kinds: int):
-        super().__init__(FeedForward(width, expand) for _ in range(kinds))
+    def __init__(self, width: int, expand: float, modalities: int):
+        super().__init__(FeedForward(width, expand) for _ in range(modalities))
 
     def forward(self, x: Tensor, rows: list[Tensor], back: Tensor) -> Tensor:
         parts = [expert(x.index_select(0, own)) for expert, own in zip(self, rows, strict=True)]
@@ -126,35 +126,37 @@ class Experts(nn.ModuleList):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, kinds: int):
+    def __init__(self, config: Config, modalities: int):
         super().__init__()
         self.norm_1 = RMSNorm(config.width)
         self.attention = Attention(config.width, config.heads)
         self.norm_2 = RMSNorm(config.width)
         self.feed_forward = (
-            Experts(config.width, config.expand, kinds) if config.experts else FeedForward(config.width, config.expand)
+            Experts(config.width, config.expand, modalities)
+            if config.experts
+            else FeedForward(config.width, config.expand)
         )
 
-    def forward(self, x: Tensor, rotation, plan: Plan, by_kind: tuple) -> Tensor:
+    def forward(self, x: Tensor, rotation, plan: Plan, by_modality: tuple) -> Tensor:
         q, k, v = self.before(x, rotation)
-        return self.after(x, attend(q, k, v, plan), by_kind)
+        return self.after(x, attend(q, k, v, plan), by_modality)
 
     def before(self, x: Tensor, rotation) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention(self.norm_1(x), rotation)
 
-    def after(self, x: Tensor, read: Tensor, by_kind: tuple) -> Tensor:
+    def after(self, x: Tensor, read: Tensor, by_modality: tuple) -> Tensor:
         x = x + self.attention.project_out(read.flatten(1))
-        return x + self.feed_forward(self.norm_2(x), *by_kind)
+        return x + self.feed_forward(self.norm_2(x), *by_modality)
 
 
 class Backbone(nn.Module):
     """tokens of vectors -> tokens of vectors; `content` (N, D) is all that changes."""
 
-    def __init__(self, config: Config, kinds: int = 1):
+    def __init__(self, config: Config, modalities: int = 1):
         super().__init__()
-        self.config, self.kinds = config, kinds
+        self.config, self.modalities = config, modalities
         self.norm_in = RMSNorm(config.width)
-        self.blocks = nn.ModuleList(Block(config, kinds) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, modalities) for _ in range(config.depth))
         self.norm_out = RMSNorm(config.width)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # unit variance in, unit variance out, whatever the width
@@ -170,11 +172,11 @@ class Backbone(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:
         plan_ = plan(tokens)
         turn = rotation(tokens.position, self.config.width // self.config.heads)
-        by_kind = ()
+        by_modality = ()
         if self.config.experts:
-            rows = [(tokens.kind == kind).nonzero()[:, 0] for kind in range(self.kinds)]
-            by_kind = (rows, torch.argsort(torch.cat(rows)))
+            rows = [(tokens.modality == modality).nonzero()[:, 0] for modality in range(self.modalities)]
+            by_modality = (rows, torch.argsort(torch.cat(rows)))
         x = self.norm_in(tokens.content)
         for block in self.blocks:
-            x = block(x, turn, plan_, by_kind)
+            x = block(x, turn, plan_, by_modality)
         return tokens.replace(content=self.norm_out(x))

@@ -1,6 +1,6 @@
-"""What an objective makes of one item (`Arranged`), and what a microbatch of them looks like (`Batch`).
+"""What an objective makes of one sample (`Example`), and what a microbatch of them looks like (`Batch`).
 
-N tokens, M asked tokens, S sequences.
+N tokens, M targets tokens, S sequences.
 """
 
 from __future__ import annotations
@@ -17,139 +17,139 @@ from .tokens import WHOLE, Tokens, patterns_of
 
 
 @dataclass(frozen=True)
-class Item:
-    """What a shard holds under one key: one sequence a part, and which items mean the same."""
+class Sample:
+    """What a shard holds under one key: one sequence a part, and which samples mean the same."""
 
-    parts: dict[str, Tokens]  # by kind, in the section's order
-    group: int = 0  # items of an equal group are not each other's negatives
+    parts: dict[str, Tokens]  # by modality, in the task's order
+    group: int = 0  # samples of an equal group are not each other's negatives
 
 
 @dataclass(frozen=True)
-class Arranged:
-    """seen: what the backbone reads; asked: the raw tokens to be guessed, with their own position, sequence and kind.
+class Example:
+    """seen: what the backbone reads; targets: the raw tokens to be guessed, with their own position, sequence and modality.
 
-    Both are lists of pieces of one kind; the sequence numbers are the item's own, and one in all of a seen piece.
-    hidden: for each seen piece, the tokens (N,) whose content the model must not see. at: for each asked piece the row,
+    Both are lists of pieces of one modality; the sequence numbers are the sample's own, and one in all of a seen piece.
+    hidden: for each seen piece, the tokens (N,) whose content the model must not see. at: for each targets piece the row,
     among all seen pieces laid end to end, whose output answers the token; -1 where the objective's own decoder answers.
     """
 
     seen: list[Tokens]
     hidden: list[Tensor | None]
-    asked: list[Tokens] = field(default_factory=list)
+    targets: list[Tokens] = field(default_factory=list)
     at: list[Tensor] = field(default_factory=list)
     group: int = 0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One section's share of a microbatch: its asked tokens by kind and a table with a row a sequence."""
+class Targets:
+    """One task's share of a microbatch: its targets tokens by modality and a table with a row a sequence."""
 
     tokens: dict[str, Tokens]  # raw tokens to be guessed
     at: dict[str, Tensor]  # rows (M,) of the batch's tokens; -1 where the objective's decoder answers
-    counts: dict[str, int]  # asked tokens by kind in the whole step, over all its microbatches
-    sequence: Tensor  # (S,) the numbers of the section's sequences
-    kind: Tensor  # (S,) of their first token
-    item: Tensor  # (S,) numbered over the whole step
+    counts: dict[str, int]  # targets tokens by modality in the whole step, over all its microbatches
+    sequence: Tensor  # (S,) the numbers of the task's sequences
+    modality: Tensor  # (S,) of their first token
+    sample: Tensor  # (S,) numbered over the whole step
     group: Tensor  # (S,)
 
-    def to(self, device) -> Asked:
+    def to(self, device) -> Targets:
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("sequence", "kind", "item", "group"):
+        for name in ("sequence", "modality", "sample", "group"):
             moved[name] = moved[name].to(device)
         for name in ("tokens", "at"):
-            moved[name] = {kind: value.to(device) for kind, value in moved[name].items()}
-        return Asked(**moved)
+            moved[name] = {modality: value.to(device) for modality, value in moved[name].items()}
+        return Targets(**moved)
 
     def table(self) -> list[list[int]]:
-        """Sequence, kind, item and group of its sequences, as plain numbers."""
-        return [getattr(self, name).tolist() for name in ("sequence", "kind", "item", "group")]
+        """Sequence, modality, sample and group of its sequences, as plain numbers."""
+        return [getattr(self, name).tolist() for name in ("sequence", "modality", "sample", "group")]
 
 
-def table_of(tables: list[list], device) -> Asked:
-    """The tables of several microbatches (see `Asked.table`) as one, without their asked tokens."""
+def table_of(tables: list[list], device) -> Targets:
+    """The tables of several microbatches (see `Targets.table`) as one, without their targets tokens."""
     columns = (torch.tensor([row for table in tables for row in table[c]], device=device) for c in range(4))
-    return Asked({}, {}, {}, *columns)
+    return Targets({}, {}, {}, *columns)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch: raw content by kind, where each token goes, and the sections' questions."""
+    """A microbatch: raw content by modality, where each token goes, and the tasks' questions."""
 
-    content: dict[str, Tensor]  # by kind, all raw tokens that are seen
-    hidden: dict[str, Tensor]  # by kind (N,): 1.0 where the content must not be seen
-    tokens: Tokens  # in layout; its content (N,) is the row among all kinds' vectors laid end to end
+    content: dict[str, Tensor]  # by modality, all raw tokens that are seen
+    hidden: dict[str, Tensor]  # by modality (N,): 1.0 where the content must not be seen
+    tokens: Tokens  # in layout; its content (N,) is the row among all modalities' vectors laid end to end
     sequences: int
-    sections: dict[str, Asked]
+    tasks: dict[str, Targets]
 
     def to(self, device) -> Batch:
         return Batch(
-            {kind: value.to(device, non_blocking=True) for kind, value in self.content.items()},
-            {kind: value.to(device, non_blocking=True) for kind, value in self.hidden.items()},
+            {modality: value.to(device, non_blocking=True) for modality, value in self.content.items()},
+            {modality: value.to(device, non_blocking=True) for modality, value in self.hidden.items()},
             self.tokens.to(device),
             self.sequences,
-            {name: asked.to(device) for name, asked in self.sections.items()},
+            {name: targets.to(device) for name, targets in self.tasks.items()},
         )
 
 
 def with_counts(batch: Batch, counts: dict[str, dict[str, int]]) -> Batch:
-    """The batch with the step's counts of asked tokens, by section and kind, over all ranks."""
-    sections = {name: dataclasses.replace(asked, counts=counts[name]) for name, asked in batch.sections.items()}
-    return dataclasses.replace(batch, sections=sections)
+    """The batch with the step's counts of targets tokens, by task and modality, over all ranks."""
+    tasks = {name: dataclasses.replace(targets, counts=counts[name]) for name, targets in batch.tasks.items()}
+    return dataclasses.replace(batch, tasks=tasks)
 
 
-def count_asked(arranged: list[Arranged], kinds: list[str]) -> dict[str, int]:
-    """How many tokens of each kind are asked."""
+def count_targets(arranged: list[Example], modalities: list[str]) -> dict[str, int]:
+    """How many tokens of each modality are targets."""
     counts: dict[str, int] = {}
     for one in arranged:
-        for piece in one.asked:
+        for piece in one.targets:
             if len(piece):
-                kind = kinds[int(piece.kind[0])]
-                counts[kind] = counts.get(kind, 0) + len(piece)
+                modality = modalities[int(piece.modality[0])]
+                counts[modality] = counts.get(modality, 0) + len(piece)
     return counts
 
 
-def gather(
-    sections: dict[str, list[tuple[int, Arranged]]],
-    kinds: list[str],
+def collate(
+    tasks: dict[str, list[tuple[int, Example]]],
+    modalities: list[str],
     counts: dict[str, dict[str, int]],
     round_to: int = 1,
     empty=torch.empty,
 ) -> Batch:
-    """Lay a microbatch's arranged items end to end. sections: by name, pairs of an item's number and what it became.
+    """Lay a microbatch's arranged samples end to end. tasks: by name, pairs of a sample's number and what it became.
 
-    `round_to`: the number of tokens is rounded up to a multiple of it with filler (of the first kind, and never read),
+    `round_to`: the number of tokens is rounded up to a multiple of it with filler (of the first modality, and never read),
     where a GPU wants round sizes. `empty`, called like `torch.empty`, makes the tensors of the raw content.
     """
-    items = [(name, number, one) for name, own in sections.items() for number, one in own]
-    pieces = [(i, *both) for i, (_, _, one) in enumerate(items) for both in zip(one.seen, one.hidden, strict=True)]
+    samples = [(name, number, one) for name, own in tasks.items() for number, one in own]
+    pieces = [(i, *both) for i, (_, _, one) in enumerate(samples) for both in zip(one.seen, one.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
-    begin = np.cumsum(size) - size  # each piece's first row, item by item
-    kind, own = (_of_each([getattr(piece, name) for _, piece, _ in pieces], begin, size) for name in _OF_A_PIECE)
-    length, count = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
+    begin = np.cumsum(size) - size  # each piece's first row, sample by sample
+    modality, own = (_of_each([getattr(piece, name) for _, piece, _ in pieces], begin, size) for name in _OF_A_PIECE)
+    length, count = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
     np.add.at(length, owner, size)
     np.maximum.at(count, owner, own + 1)
-    start, first = np.cumsum(length) - length, np.cumsum(count) - count  # each item's first row and sequence
+    start, first = np.cumsum(length) - length, np.cumsum(count) - count  # each sample's first row and sequence
     sequence = own + first[owner]
 
-    tokens, place = _laid_out([piece for _, piece, _ in pieces], size, kind, sequence)
-    final = _rows(size, place - begin)  # row item by item -> row in the layout
+    tokens, place = _laid_out([piece for _, piece, _ in pieces], size, modality, sequence)
+    final = _rows(size, place - begin)  # row sample by sample -> row in the layout
 
     numbers, which = np.unique(sequence, return_index=True)  # and each sequence's first piece
     holder = owner[which]
-    item, group = np.array([number for _, number, _ in items]), np.array([one.group for _, _, one in items])
-    columns = numbers, kind[which], item[holder], group[holder]
-    names = np.array([name for name, _, _ in items])[holder]
-    by_kind = {kinds[k]: [pieces[p] for p in np.flatnonzero(kind == k)] for k in np.unique(kind)}
+    sample, group = np.array([number for _, number, _ in samples]), np.array([one.group for _, _, one in samples])
+    columns = numbers, modality[which], sample[holder], group[holder]
+    names = np.array([name for name, _, _ in samples])[holder]
+    by_modality = {modalities[k]: [pieces[p] for p in np.flatnonzero(modality == k)] for k in np.unique(modality)}
     return Batch(
-        {name: _joined([piece.content for _, piece, _ in own], empty) for name, own in by_kind.items()},
-        {name: _hidden([(len(piece), hide) for _, piece, hide in own]) for name, own in by_kind.items()},
+        {name: _joined([piece.content for _, piece, _ in own], empty) for name, own in by_modality.items()},
+        {name: _hidden([(len(piece), hide) for _, piece, hide in own]) for name, own in by_modality.items()},
         _fill(tokens, round_to),
         int(count.sum()),
         {
-            name: Asked(
-                *_asked(
-                    [(i, one) for i, (section, _, one) in enumerate(items) if section == name],
-                    kinds,
+            name: Targets(
+                *_targets(
+                    [(i, one) for i, (task, _, one) in enumerate(samples) if task == name],
+                    modalities,
                     start,
                     first,
                     final,
@@ -157,7 +157,7 @@ def gather(
                 counts[name],
                 *(torch.from_numpy(column[names == name]) for column in columns),
             )
-            for name in sections
+            for name in tasks
         },
     )
 
@@ -172,25 +172,25 @@ def _of_each(fields: list[Tensor], begin: np.ndarray, size: np.ndarray) -> np.nd
     rows = torch.cat(fields).numpy()
     found = rows[begin]
     if not np.array_equal(rows, np.repeat(found, size)):
-        raise ValueError("a piece that is seen is of one kind and one sequence: split it")
+        raise ValueError("a piece that is seen is of one modality and one sequence: split it")
     return found
 
 
 def _laid_out(
-    pieces: list[Tokens], size: np.ndarray, kind: np.ndarray, sequence: np.ndarray
+    pieces: list[Tokens], size: np.ndarray, modality: np.ndarray, sequence: np.ndarray
 ) -> tuple[Tokens, np.ndarray]:
-    """The tokens of all pieces in layout (content: a row among the contents kind by kind), and each piece's first row.
+    """The tokens of all pieces in layout (content: a row among the contents modality by modality), and each piece's first row.
 
-    size, kind, sequence: each piece's (P,).
+    size, modality, sequence: each piece's (P,).
     """
     turn = _turns(sequence, size, [piece.order for piece in pieces])
-    place, content = _laid(size, turn), _laid(size, np.argsort(kind, kind="stable"))
+    place, content = _laid(size, turn), _laid(size, np.argsort(modality, kind="stable"))
     tokens = Tokens(
         _rows(size[turn], (content - place)[turn]),
         torch.cat([pieces[p].position for p in turn]),
         torch.from_numpy(np.repeat(sequence[turn], size[turn])),
         torch.cat([pieces[p].order for p in turn]),
-        torch.from_numpy(np.repeat(kind[turn], size[turn])),
+        torch.from_numpy(np.repeat(modality[turn], size[turn])),
     )
     return tokens, place
 
@@ -232,28 +232,30 @@ def _hidden(pieces: list[tuple[int, Tensor | None]]) -> Tensor:
     return hidden
 
 
-def _asked(items: list[tuple[int, Arranged]], kinds: list[str], start, first, final: Tensor) -> tuple[dict, dict]:
-    """The asked tokens of a section's items by kind, and the rows that answer them.
+def _targets(
+    samples: list[tuple[int, Example]], modalities: list[str], start, first, final: Tensor
+) -> tuple[dict, dict]:
+    """The targets tokens of a task's samples by modality, and the rows that answer them.
 
-    start, first: each item's first row, item by item, and its first sequence; final: where those rows went.
+    start, first: each sample's first row, sample by sample, and its first sequence; final: where those rows went.
     """
     found: dict[str, list] = {}
-    for i, one in items:
-        for piece, at in zip(one.asked, one.at, strict=True):
+    for i, one in samples:
+        for piece, at in zip(one.targets, one.at, strict=True):
             if len(piece):
-                found.setdefault(kinds[int(piece.kind[0])], []).append((i, piece, at))
+                found.setdefault(modalities[int(piece.modality[0])], []).append((i, piece, at))
     tokens, rows = {}, {}
-    for kind in sorted(found, key=kinds.index):
-        owners = np.repeat([i for i, _, _ in found[kind]], [len(piece) for _, piece, _ in found[kind]])
-        asked = _cat([piece for _, piece, _ in found[kind]])
-        tokens[kind] = asked.replace(sequence=asked.sequence + torch.from_numpy(first[owners]))
-        at = torch.cat([at for _, _, at in found[kind]])
+    for modality in sorted(found, key=modalities.index):
+        owners = np.repeat([i for i, _, _ in found[modality]], [len(piece) for _, piece, _ in found[modality]])
+        targets = _cat([piece for _, piece, _ in found[modality]])
+        tokens[modality] = targets.replace(sequence=targets.sequence + torch.from_numpy(first[owners]))
+        at = torch.cat([at for _, _, at in found[modality]])
         row = final.index_select(0, at.clamp(min=0) + torch.from_numpy(start[owners]))
-        rows[kind] = torch.where(at >= 0, row, -1)
+        rows[modality] = torch.where(at >= 0, row, -1)
     return tokens, rows
 
 
-_OF_A_PIECE = ("kind", "sequence")  # what all tokens of a piece share
+_OF_A_PIECE = ("modality", "sequence")  # what all tokens of a piece share
 
 
 def _cat(pieces: list[Tokens]) -> Tokens:

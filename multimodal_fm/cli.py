@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from . import __version__
-from .errors import BadInput
+from .errors import UserError
 
 app = App(
     name="mmfm",
@@ -43,7 +43,7 @@ def pretrain(
 
     loaded = load(config, list(settings))
     if smoke and resume:
-        raise BadInput("--smoke always starts afresh: leave out --resume")
+        raise UserError("--smoke always starts afresh: leave out --resume")
     loop.pretrain(toy(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
 
 
@@ -56,7 +56,7 @@ def evaluate(
     within: str = "",
     where: Annotated[list[str] | None, Parameter(negative=())] = None,
     labels: str = "",
-    parts: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    modalities: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     device: str = "auto",
 ) -> None:
@@ -69,15 +69,15 @@ def evaluate(
     on
         Shards: .tar, .jsonl or .txt files or patterns. Without it, what the run's config says under `evaluate`.
     group
-        The field that says which items are right answers for each other; without it, those of an equal text.
+        The field that says which samples are right answers for each other; without it, those of an equal text.
     within
-        Keep each query's gallery to the items with the same value of this field.
+        Keep each query's gallery to the samples with the same value of this field.
     where
-        FIELD=VALUE: keep the items whose JSON has this value. May be given again.
+        FIELD=VALUE: keep the samples whose JSON has this value. May be given again.
     labels
         The field with the labels for kNN and the probe; without it, the `.cls` member.
-    parts
-        The kinds to read; without it, all that the data has.
+    modalities
+        The modalities to read; without it, all that the data has.
     json
         One JSON object on standard output, everything else on standard error.
     device
@@ -89,15 +89,15 @@ def evaluate(
     from .evals.run import evaluate as measure
     from .evals.run import render, table
     from .model import load
-    from .train.monitor import Skipped
+    from .run_dir.records import Skipped
 
     model = load(run, device=device)
     if on:
-        named = {"": Evaluation(on, _pairs(where), group, within, labels, parts or [])}
+        named = {"": Evaluation(on, _pairs(where), group, within, labels, modalities or [])}
     else:
         named = model.evaluations
         if not named:
-            raise BadInput("--on SHARDS is missing, and the run's config has no `evaluate`")
+            raise UserError("--on SHARDS is missing, and the run's config has no `evaluate`")
     everything = {}
     for name, evaluation in named.items():
         figures, encoded = measure(model, evaluation)
@@ -177,7 +177,7 @@ def search(
     top: int = 5,
     device: str = "auto",
 ) -> None:
-    """Find the items nearest to a text, a picture or a sound: `mmfm search runs/demo --in SHARDS "a red bus"`.
+    """Find the samples nearest to a text, a picture or a sound: `mmfm search runs/demo --in SHARDS "a red bus"`.
 
     Parameters
     ----------
@@ -192,9 +192,9 @@ def search(
     audio
         A sound to search for.
     where
-        FIELD=VALUE: keep the items whose JSON has this value. May be given again.
+        FIELD=VALUE: keep the samples whose JSON has this value. May be given again.
     top
-        How many of each kind.
+        How many of each modality.
     device
         cpu, cuda, or auto.
     """
@@ -205,13 +205,13 @@ def search(
     words = [one for one in in_ if not one.endswith(SHARDS)]  # the query, where it stands behind the shards
     if words and not query and not image and not audio:
         query, in_ = " ".join(words), [one for one in in_ if one.endswith(SHARDS)]
-    given = {kind: value for kind, value in (("text", query), ("image", image), ("audio", audio)) if value}
+    given = {modality: value for modality, value in (("text", query), ("image", image), ("audio", audio)) if value}
     if len(given) != 1:
-        raise BadInput("search for one thing: a text, --image FILE or --audio FILE")
+        raise UserError("search for one thing: a text, --image FILE or --audio FILE")
     if top < 1:
-        raise BadInput("--top is at least 1")
+        raise UserError("--top is at least 1")
     if not in_:
-        raise BadInput("--in names no shards: give .tar, .jsonl or .txt files")
+        raise UserError("--in names no shards: give .tar, .jsonl or .txt files")
     find(load(run, device=device), given, in_, _pairs(where), top)
 
 
@@ -221,7 +221,7 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
     for one in given or []:
         field, equals, value = one.partition("=")
         if not equals or not field:
-            raise BadInput(f"--where {one!r} is not FIELD=VALUE")
+            raise UserError(f"--where {one!r} is not FIELD=VALUE")
         pairs[field] = value
     return pairs
 
@@ -246,7 +246,7 @@ def pack(
 ) -> None:
     """Make checked webdataset shards and a data card of what you have: `mmfm pack photos --to shards/photos`.
 
-    A SOURCE is a folder of media (files of one stem are an item: photo.jpg, photo.txt, photo.json; or a folder a
+    A SOURCE is a folder of media (files of one stem are a sample: photo.jpg, photo.txt, photo.json; or a folder a
     label), a table (.csv, .tsv, .parquet, or .jsonl with a column named below), text (.jsonl, .txt), webdataset shards
     (.tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst), or a Hugging Face data set (a folder of save_to_disk, or a name).
     Stopped at any time, the same command goes on; what it makes does not depend on --workers.
@@ -266,7 +266,7 @@ def pack(
     label_column
         The column with classes: whole numbers, or words that are numbered in their order.
     key_column
-        The column with names for the items.
+        The column with names for the samples.
     longest_side
         Make larger pictures smaller, to so many pixels (JPEG, quality 95); others keep their bytes.
     rate
@@ -274,14 +274,14 @@ def pack(
     shard_size
         The most bytes a shard has, as in 256MB or 1GiB.
     split
-        Shares of train, validation and test, as in 0.9,0.05,0.05. Items that share a picture, a sound, a text or a
+        Shares of train, validation and test, as in 0.9,0.05,0.05. Samples that share a picture, a sound, a text or a
         translation are never on two sides; with --dedup near neither are near copies.
     group
-        Items with an equal value in this field (dots go deeper) are never on two sides of the split either.
+        Samples with an equal value in this field (dots go deeper) are never on two sides of the split either.
     dedup
-        none, exact (equal content: the first is kept), or near: also of items whose parts are all nearly equal the
+        none, exact (equal content: the first is kept), or near: also of samples whose parts are all nearly equal the
         first is kept. Pictures of 64 pixels and more: perceptual hashes (64 bits) that differ in at most 4, and alike
-        colours; text: a similarity (Jaccard, runs of 5 characters, by MinHash) of at least 0.8.
+        colors; text: a similarity (Jaccard, runs of 5 characters, by MinHash) of at least 0.8.
     piece_bytes
         Longer text that belongs to no picture or sound is cut into pieces of at most so many bytes.
     workers
@@ -308,9 +308,9 @@ def main() -> None:
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a corpus may hold what a terminal cannot show
     try:
         app(exit_on_error=False, print_error=False)
-    except (BadInput, CycloptsError) as error:
+    except (UserError, CycloptsError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        hint = "" if isinstance(error, BadInput) else " (see mmfm --help)"
+        hint = "" if isinstance(error, UserError) else " (see mmfm --help)"
         print(f"mmfm: {lines[-1] if lines else type(error).__name__}{hint}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:

@@ -22,7 +22,8 @@ from torch import nn
 
 from . import backbone
 from .corpus import shards
-from .errors import BadInput
+from .errors import UserError
+from .tokenizers.base import Tokenizer
 from .train import optim
 
 
@@ -36,18 +37,18 @@ class Plugin:
 
 
 @dataclass
-class Section:
-    """A share of every step: `take` items from weighted sources, arranged and scored by an objective.
+class Task:
+    """A share of every step: `batch_size` samples from weighted sources, arranged and scored by an objective.
 
     The objective's own settings stand beside these keys. `also` names further objectives that score the same reading.
     """
 
     objective: Plugin
-    parts: list[str]
-    take: int
+    modalities: list[str]
+    batch_size: int
     sources: dict[str, float | dict[str, float]] | list[str]
     """The weight of each source, or weights by the step from which they hold, {0: 2, 10000: 1}; a list: all weigh 1."""
-    by: Literal["item", "token"] = "item"  # what the weights share out
+    by: Literal["sample", "token"] = "sample"  # what the weights share out
     temperature: float | None = None  # weights times the source's size, in what `by` names, to this power
     weight: float = 1.0
     also: dict[str, Also] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Evaluation:
     group: str = ""
     within: str = ""
     labels: str = ""
-    parts: list[str] = field(default_factory=list)  # empty: all that the data has
+    modalities: list[str] = field(default_factory=list)  # empty: all that the data has
 
 
 @dataclass
@@ -96,21 +97,21 @@ class Config:
     """One run. `mmfm pretrain CONFIG.yaml [key=value ...]` reads it."""
 
     sources: dict[str, shards.Config]
-    sections: dict[str, Section]
-    tokenizers: dict[str, Plugin] = field(default_factory=dict)  # empty: text, image and audio as they come
+    tasks: dict[str, Task]
+    tokenizers: dict[str, Tokenizer] = field(default_factory=dict)  # empty: text, image and audio as they come
     model: backbone.Config = field(default_factory=backbone.Config)
     embedding: int = 256  # the dimension of the vectors that search compares
     optim: optim.Config = field(default_factory=optim.Config)
     run: str = ""  # the run folder; empty: runs/NAME for NAME.yaml
     steps: int = 1000
-    microbatches: int = 1  # each step's items are dealt into so many; memory falls, results stay
+    microbatches: int = 1  # each step's samples are dealt into so many; memory falls, results stay
     seed: int = 0
     strict: bool = False  # the first thing that cannot be read ends the run, and is named
-    max_bad: float = 0.05  # the share of a source's items that may be bad before the run ends
+    max_bad: float = 0.05  # the share of a source's samples that may be bad before the run ends
     ema: float = 0.999  # the decay of the averaged weights, reached gradually
     workers: int = 1  # how many read ahead; results do not depend on it
     readers: Literal["processes", "threads"] = "processes"  # processes are faster and survive a crashing decoder
-    trace: bool = False  # write the items of every step to RUN/items.jsonl
+    trace: bool = False  # write the samples of every step to RUN/samples.jsonl
     threads: int = 0  # 0: as many as torch chooses
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -136,26 +137,26 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (dots go deeper, values are YAML). Raises BadInput."""
+    """Read a YAML file, apply `key=value` overrides (dots go deeper, values are YAML). Raises UserError."""
     path = Path(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise BadInput(f"{path}: not YAML{line}: {str(getattr(error, 'problem', error)).splitlines()[0]}") from None
+        raise UserError(f"{path}: not YAML{line}: {str(getattr(error, 'problem', error)).splitlines()[0]}") from None
     if not isinstance(data, dict):
-        raise BadInput(f"{path}: a configuration is a map of keys, not {type(data).__name__}")
+        raise UserError(f"{path}: a configuration is a map of keys, not {type(data).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise BadInput(f"{override!r} is not key=value")
+            raise UserError(f"{override!r} is not key=value")
         try:
             _set(data, key.split("."), override, yaml.load(value, _Loader))
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise BadInput(f"{override!r}: the value is not YAML") from None
+            raise UserError(f"{override!r}: the value is not YAML") from None
     data.setdefault("run", f"runs/{path.stem}")
     return build(data, str(path))
 
@@ -164,12 +165,12 @@ def _set(data: dict, keys: list[str], override: str, value) -> None:
     for key in keys[:-1]:
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
-            raise BadInput(f"{override!r}: {key} holds a value, not keys")
+            raise UserError(f"{override!r}: {key} holds a value, not keys")
     data[keys[-1]] = value
 
 
 def build(data: dict, where: str = "config") -> Config:
-    """Dataclasses from plain data. Raises BadInput with all that is wrong in one message."""
+    """Dataclasses from plain data. Raises UserError with all that is wrong in one message."""
     problems = Problems()
     data = dict(data)
     if isinstance(data.get("tokenizers", {}), dict) and not data.get("tokenizers"):
@@ -178,7 +179,7 @@ def build(data: dict, where: str = "config") -> Config:
     if not len(problems):
         _cross_check(config, problems)
     if len(problems):
-        raise BadInput(f"{where}: " + problems.message())
+        raise UserError(f"{where}: " + problems.message())
     return config
 
 
@@ -232,7 +233,7 @@ def _build(cls, data, path: str, problems: Problems):
 
 
 def _leaves(hint) -> list[str]:
-    if not dataclasses.is_dataclass(hint) or hint is Plugin:
+    if not dataclasses.is_dataclass(hint):
         return []
     return [f.name for f in dataclasses.fields(hint)]
 
@@ -245,10 +246,13 @@ def _names(data) -> list[str]:
 
 def _value(hint, data, path: str, problems: Problems):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Plugin:  # only in `tokenizers`: elsewhere its own builder is called
-        return _plugin("tokenizers", "tokenizer", data, path, problems, default=path.rpartition(".")[2])
-    if hint is Section:
-        return _section(data, path, problems)
+    if hint is Plugin:
+        return data
+    if hint is Tokenizer:
+        plugin = _plugin("tokenizers", "tokenizer", data, path, problems, default=path.rpartition(".")[2])
+        return plugin and plugin.module.Tokenizer(plugin.settings)
+    if hint is Task:
+        return _task(data, path, problems)
     if hint is Also:
         return _also(data, path, problems)
     if dataclasses.is_dataclass(hint):
@@ -288,10 +292,10 @@ def _call(hint) -> str:
     return names.get(hint) or {list: "a list", dict: "a map"}.get(typing.get_origin(hint), str(hint))
 
 
-def _section(data, path: str, problems: Problems):
+def _task(data, path: str, problems: Problems):
     if not isinstance(data, dict):
         return problems.add(path, f"holds keys, not {data!r}")
-    own = {f.name for f in dataclasses.fields(Section)} - {"objective"}
+    own = {f.name for f in dataclasses.fields(Task)} - {"objective"}
     settings = {k: v for k, v in data.items() if k not in own}
     if "objective" not in settings:
         return problems.add(f"{path}.objective", "is missing")
@@ -299,7 +303,7 @@ def _section(data, path: str, problems: Problems):
     objective = _plugin("objectives", "objective", settings, path, problems)
     if objective is None:
         return None
-    return _build(Section, {**{k: v for k, v in data.items() if k in own}, "objective": objective}, path, problems)
+    return _build(Task, {**{k: v for k, v in data.items() if k in own}, "objective": objective}, path, problems)
 
 
 def _also(data, path: str, problems: Problems):
@@ -325,7 +329,7 @@ def _plugin(folder: str, key: str, data, path: str, problems: Problems, default:
     problems.known.append(here)
     try:
         module = plugin_module(folder, str(name))
-    except BadInput as error:
+    except UserError as error:
         return problems.add(here, str(error))
     if not hasattr(module, "Config"):
         return problems.add(here, f"is no plug-in, it has no Config: {name!r}")
@@ -334,48 +338,48 @@ def _plugin(folder: str, key: str, data, path: str, problems: Problems, default:
 
 
 def plugin_module(folder: str, name: str):
-    """The module of a plug-in: a file of the folder, or whatever a dotted name imports. Raises BadInput."""
+    """The module of a plug-in: a file of the folder, or whatever a dotted name imports. Raises UserError."""
     package = importlib.import_module(f"{__package__}.{folder}")
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
     if "." not in name and name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.5)
-        raise BadInput(f"is none of {', '.join(names)}: {name!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+        raise UserError(f"is none of {', '.join(names)}: {name!r}" + (f" (did you mean {near[0]}?)" if near else ""))
     try:
         return importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
     except (ImportError, TypeError, ValueError) as error:
-        raise BadInput(f"cannot be imported: {error}") from None
+        raise UserError(f"cannot be imported: {error}") from None
 
 
 def _cross_check(config: Config, problems: Problems) -> None:
     """Names that one part of the configuration uses and another defines."""
-    for name, section in config.sections.items():
-        here = f"sections.{name}"
-        _known(section.parts, config.tokenizers, f"{here}.parts", "tokenizer", problems)
-        _known(section.sources, config.sources, f"{here}.sources", "source", problems)
-        if section.take < 1:
-            problems.add(f"{here}.take", "is at least 1")
-        if not section.parts or not section.sources:
+    for name, task in config.tasks.items():
+        here = f"tasks.{name}"
+        _known(task.modalities, config.tokenizers, f"{here}.modalities", "tokenizer", problems)
+        _known(task.sources, config.sources, f"{here}.sources", "source", problems)
+        if task.batch_size < 1:
+            problems.add(f"{here}.batch_size", "is at least 1")
+        if not task.modalities or not task.sources:
             problems.add(here, "needs at least one part and one source")
-        for step, weights in section.phases():
+        for step, weights in task.phases():
             if not all(0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) <= 0:
                 when = f" (at step {step})" if step else ""
                 problems.add(f"{here}.sources", f"are weights, none below 0 and not all 0{when}")
         for setting in ("share", "prefix"):
-            kinds = getattr(section.objective.settings, setting, ())
-            if isinstance(kinds, (dict, list)):
-                _known(kinds, config.tokenizers, f"{here}.{setting}", "tokenizer", problems)
-        for other, also in section.also.items():
+            modalities = getattr(task.objective.settings, setting, ())
+            if isinstance(modalities, (dict, list)):
+                _known(modalities, config.tokenizers, f"{here}.{setting}", "tokenizer", problems)
+        for other, also in task.also.items():
             if not getattr(also.objective.module.Objective, "whole_step", False):
                 problems.add(
                     f"{here}.also", f"names objectives that compare whole sequences, as contrastive does: {other!r}"
                 )
-            if getattr(section.objective.settings, "fuse", False):
+            if getattr(task.objective.settings, "fuse", False):
                 problems.add(f"{here}.also", "needs a sequence a part, and fuse makes one of them all")
-    for name in (*config.sections, *config.tokenizers):
+    for name in (*config.tasks, *config.tokenizers):
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
             problems.add(name or "''", "cannot be a name: letters, digits, - and _, and no word of Python's own")
-    if not config.sections:
-        problems.add("sections", "names at least one section")
+    if not config.tasks:
+        problems.add("tasks", "names at least one task")
     for name in ("steps", "microbatches", "round_to", "save_every", "keep", "embedding"):
         if getattr(config, name) < 1:
             problems.add(name, "is at least 1")
@@ -383,7 +387,7 @@ def _cross_check(config: Config, problems: Problems) -> None:
         if not 0 <= getattr(config, name) <= most:
             problems.add(name, f"is from 0 to {most}")
     for name, evaluation in config.evaluate.items():
-        _known(evaluation.parts, config.tokenizers, f"evaluate.{name}.parts", "tokenizer", problems)
+        _known(evaluation.modalities, config.tokenizers, f"evaluate.{name}.modalities", "tokenizer", problems)
 
 
 def _known(used, defined, path: str, what: str, problems: Problems) -> None:
@@ -396,11 +400,11 @@ def _known(used, defined, path: str, what: str, problems: Problems) -> None:
 
 def to_data(config) -> Any:
     """Plain data that `build` turns into the same configuration."""
-    if isinstance(config, (Section, Also)):
+    if isinstance(config, (Task, Also)):
         own = {f.name: to_data(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "objective"}
         return {"objective": config.objective.name, **to_data(config.objective.settings), **own}
-    if isinstance(config, Plugin):
-        return {"tokenizer": config.name, **to_data(config.settings)}
+    if isinstance(config, Tokenizer):
+        return {"tokenizer": config.name, **to_data(config.config)}
     if dataclasses.is_dataclass(config):
         return {f.name: to_data(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):

@@ -1,15 +1,15 @@
 """The two ways in which input can be bad."""
 
 
-class BadInput(Exception):
+class UserError(Exception):
     """What the caller gave cannot be used: one line that says what, where and how to mend it.
 
     The command line prints it and exits with 2.
     """
 
 
-class Lost(Exception):
-    """One part of one item cannot be read. The run goes on without it and the ledger names it.
+class SampleError(Exception):
+    """One part of one sample cannot be read. The run goes on without it and the ledger names it.
 
     `reason` is one word or two from a fixed list (`REASONS`), `detail` is free text.
     """

@@ -1,4 +1,4 @@
-"""`Tokens`, the one type that flows: sequences of any length and kind, end to end, never padded.
+"""`Tokens`, the one type that flows: sequences of any length and modality, end to end, never padded.
 
 N tokens, S sequences, D width.
 """
@@ -23,14 +23,14 @@ class Tokens:
     position  (N, 3)    time, row, column, counted in tokens or patches (rotary embedding reads it)
     sequence  (N,)      which sequence a token belongs to; -1 is filler
     order     (N,)      a token reads those of its own sequence whose order is not later than its own
-    kind      (N,)      which tokenizer made it
+    modality      (N,)      which tokenizer made it
     """
 
     content: Tensor
     position: Tensor
     sequence: Tensor
     order: Tensor
-    kind: Tensor
+    modality: Tensor
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
@@ -51,10 +51,10 @@ class Tokens:
         return Tokens(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
-def sequence_of(content: Tensor, position: Tensor, kind: int = 0) -> Tokens:
+def sequence_of(content: Tensor, position: Tensor, modality: int = 0) -> Tokens:
     """One sequence whose tokens all read each other (order 0): what a tokenizer's `read` returns."""
     zeros = constant(0, len(content))
-    return Tokens(content, position, zeros, zeros, constant(kind, len(content)))
+    return Tokens(content, position, zeros, zeros, constant(modality, len(content)))
 
 
 @functools.lru_cache(maxsize=16_384)

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny corpus of all three kinds, made on the spot, and a tiny configuration over it."""
+"""What the tests share: a tiny corpus of all three modalities, made on the spot, and a tiny configuration over it."""
 
 import io
 import os
@@ -14,12 +14,12 @@ from PIL import Image
 
 from multimodal_fm.corpus import shards
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 
 
-def jpeg(colour, size=(40, 30), kind="JPEG", mode="RGB") -> bytes:
+def jpeg(color, size=(40, 30), kind="JPEG", mode="RGB") -> bytes:
     data = io.BytesIO()
-    Image.new(mode, size, colour).save(data, kind)
+    Image.new(mode, size, color).save(data, kind)
     return data.getvalue()
 
 
@@ -30,18 +30,18 @@ def tone(frequency: float, seconds: float = 0.5, rate: int = 16_000, kind: str =
     return data.getvalue()
 
 
-def items(count: int = 24, start: int = 0) -> list[dict]:
-    """Colours as words, pictures and tones; every item has an own key and says its colour in two languages."""
+def samples(count: int = 24, start: int = 0) -> list[dict]:
+    """Colors as words, pictures and tones; every sample has an own key and says its color in two languages."""
     made = []
     for i in range(start, start + count):
-        name, colour = list(COLOURS.items())[i % 4]
+        name, color = list(COLORS.items())[i % 4]
         made.append(
             {
-                "__key__": f"item{i:04d}",
-                "jpg": jpeg(tuple(max(0, c - i % 7) for c in colour)),
+                "__key__": f"sample{i:04d}",
+                "jpg": jpeg(tuple(max(0, c - i % 7) for c in color)),
                 "txt": f"a {name} square number {i}",
                 "json": {
-                    "colour": name,
+                    "color": name,
                     "language": "en" if i % 2 else "fr",
                     "captions": {"en": f"{name}", "fr": f"le {name}"},
                 },
@@ -56,32 +56,32 @@ def items(count: int = 24, start: int = 0) -> list[dict]:
 def corpus(tmp_path_factory):
     """A folder with two training shards and one to measure on."""
     folder = tmp_path_factory.mktemp("corpus")
-    shards.write(folder / "train-0.tar", items(16))
-    shards.write(folder / "train-1.tar", items(16, 16))
-    shards.write(folder / "validation-0.tar", items(16, 100))
+    shards.write(folder / "train-0.tar", samples(16))
+    shards.write(folder / "train-1.tar", samples(16, 16))
+    shards.write(folder / "validation-0.tar", samples(16, 100))
     return folder
 
 
 def tiny(corpus, **changes) -> dict:
     """The plain data of a configuration that trains in a second or two."""
     data = {
-        "sources": {"all": {"shards": f"{corpus}/train-*.tar", "group": "colour"}},
-        "sections": {
-            "words": {"objective": "masked", "parts": ["text"], "take": 4, "sources": {"all": 1}},
-            "next": {"objective": "causal", "parts": ["text"], "take": 4, "sources": {"all": 1}},
+        "sources": {"all": {"shards": f"{corpus}/train-*.tar", "group": "color"}},
+        "tasks": {
+            "words": {"objective": "masked", "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}},
+            "next": {"objective": "causal", "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}},
             "looks": {
                 "objective": "masked",
                 "hide": "drop",
                 "share": {"image": 0.5, "audio": 0.5},
                 "decoder": {"width": 32, "depth": 1, "heads": 2},
-                "parts": ["image", "audio"],
-                "take": 6,
+                "modalities": ["image", "audio"],
+                "batch_size": 6,
                 "sources": {"all": 1},
             },
             "pairs": {
                 "objective": "contrastive",
-                "parts": ["text", "image", "audio"],
-                "take": 8,
+                "modalities": ["text", "image", "audio"],
+                "batch_size": 8,
                 "sources": {"all": 1},
             },
         },

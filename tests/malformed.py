@@ -1,6 +1,6 @@
 """Malformed shards and files, each with what a careful reader makes of it: `python tests/malformed.py FOLDER`.
 
-The bytes are the same every time. Every archive holds sound items before (`a0`, `a1`) and after (`b0`, `b1`) the
+The bytes are the same every time. Every archive holds sound samples before (`a0`, `a1`) and after (`b0`, `b1`) the
 damaged one (`hurt`). Nothing here reads with the package: the expectations are written down, not computed by it.
 """
 
@@ -62,7 +62,7 @@ def make(folder: str | Path) -> list[Case]:
     return [recipe(Path(folder)) for recipe in RECIPES.values()]
 
 
-# --- sound items ---
+# --- sound samples ---
 
 
 def noise(seed: int, height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -116,9 +116,9 @@ OGG_TABLE = [_ogg_row(value) for value in range(256)]
 
 
 @functools.cache
-def sound_item(key: str) -> dict[str, bytes]:
+def sound_sample(key: str) -> dict[str, bytes]:
     seed = sum(key.encode())
-    text = f"a sound item called {key}"
+    text = f"a sound sample called {key}"
     row = json.dumps({"number": seed, "source": "made"}).encode()
     return {"jpg": picture(seed=seed), "txt": text.encode(), "json": row, "flac": sound(seed=seed)}
 
@@ -126,13 +126,13 @@ def sound_item(key: str) -> dict[str, bytes]:
 BEFORE, AFTER = ("a0", "a1"), ("b0", "b1")
 
 
-def items(*keys: str) -> dict[str, dict[str, bytes]]:
-    return {key: sound_item(key) for key in keys}
+def samples(*keys: str) -> dict[str, dict[str, bytes]]:
+    return {key: sound_sample(key) for key in keys}
 
 
 def hurt(*without: str) -> dict[str, dict[str, bytes]]:
-    """The damaged item as it would be without some of its members."""
-    return {"hurt": {ending: data for ending, data in sound_item("hurt").items() if ending not in without}}
+    """The damaged sample as it would be without some of its members."""
+    return {"hurt": {ending: data for ending, data in sound_sample("hurt").items() if ending not in without}}
 
 
 # --- tar, by hand ---
@@ -175,8 +175,8 @@ def pax(*records: tuple[str, bytes], kind: bytes = b"x") -> bytes:
 
 
 def whole(*keys: str) -> bytes:
-    """The members of sound items, one item after the other."""
-    return b"".join(member(f"{key}.{e}", data) for key in keys for e, data in sound_item(key).items())
+    """The members of sound samples, one sample after the other."""
+    return b"".join(member(f"{key}.{e}", data) for key in keys for e, data in sound_sample(key).items())
 
 
 def around(middle: bytes, end: bytes = END) -> bytes:
@@ -184,8 +184,8 @@ def around(middle: bytes, end: bytes = END) -> bytes:
 
 
 def swapped(ending: str, piece: bytes) -> bytes:
-    """The damaged item with other bytes where one of its members, header and content, would be."""
-    return b"".join(piece if e == ending else member(f"hurt.{e}", d) for e, d in sound_item("hurt").items())
+    """The damaged sample with other bytes where one of its members, header and content, would be."""
+    return b"".join(piece if e == ending else member(f"hurt.{e}", d) for e, d in sound_sample("hurt").items())
 
 
 def flipped(data: bytes, place: int, mask: int = 4) -> bytes:
@@ -205,12 +205,12 @@ def tar(
     own=dict,
     **rest,
 ):
-    """A shard: `content()` are its bytes, `own()` what is healthy besides the sound items `keep`."""
+    """A shard: `content()` are its bytes, `own()` what is healthy besides the sound samples `keep`."""
 
     def recipe(folder: Path) -> Case:
         path = folder / (file or f"{name}.tar")
         path.write_bytes(content())
-        return Case(name, fault, str(path), says, items(*keep) | own(), **rest)
+        return Case(name, fault, str(path), says, samples(*keep) | own(), **rest)
 
     _register(name, recipe)
 
@@ -236,11 +236,11 @@ def part(
 
     def recipe(folder: Path) -> Case:
         data = content()
-        other = {beside: sound_item("hurt")[beside]} if beside else {}
+        other = {beside: sound_sample("hurt")[beside]} if beside else {}
         middle = b"".join(member(f"hurt.{e}", d) for e, d in {ending: data, **other}.items())
         path = folder / f"{name}.tar"
         path.write_bytes(around(middle))
-        sound_ones = items(*BEFORE, *AFTER)
+        sound_ones = samples(*BEFORE, *AFTER)
         lost = "partial" if beside else "skip"
         if reason:
             whole_ones = sound_ones | ({"hurt": other} if other else {})
@@ -268,9 +268,9 @@ PARTIAL = {"hurt": "partial"}
 
 
 def _cut(ending: str, more: int) -> bytes:
-    """Everything up to `more` bytes behind the beginning of the damaged item's member."""
+    """Everything up to `more` bytes behind the beginning of the damaged sample's member."""
     found = 0
-    for e, data in sound_item("hurt").items():
+    for e, data in sound_sample("hurt").items():
         if e == ending:
             break
         found += len(member("x", data))
@@ -284,8 +284,8 @@ tar("cut-inside-header", 1, "cut inside a member's header", lambda: _cut("json",
     own=lambda: hurt("json", "flac"), refused=SHARD, outcome={"hurt": "ok|partial"})  # fmt: skip
 tar("cut-inside-first", 1, "cut inside the very first member", lambda: whole("a0")[:900], keep=(),
     refused=(("a0", "jpg", "shard"),), outcome={"a0": "skip"}, opens=False)  # fmt: skip
-tar("cut-between-items", 2, "cut before an item's first header", lambda: _cut("jpg", 0), keep=BEFORE, refused=SHARD)
-tar("cut-between-members", 2, "cut before a member's header, within an item", lambda: _cut("flac", 0), keep=BEFORE,
+tar("cut-between-samples", 2, "cut before a sample's first header", lambda: _cut("jpg", 0), keep=BEFORE, refused=SHARD)
+tar("cut-between-members", 2, "cut before a member's header, within a sample", lambda: _cut("flac", 0), keep=BEFORE,
     own=lambda: hurt("flac"), refused=SHARD, outcome={"hurt": "ok|partial"})  # fmt: skip
 tar("no-end", 2, "no end-of-archive blocks, nothing else", lambda: around(whole("hurt"), b""), own=hurt,
     refused=SHARD, outcome={"hurt": "ok"})  # fmt: skip
@@ -308,7 +308,7 @@ tar("only-an-end", 6, "an archive without members", lambda: END, keep=(), opens=
 
 
 def _flipped_header(place: int, ending: str = "txt") -> bytes:
-    return around(swapped(ending, flipped(member(f"hurt.{ending}", sound_item("hurt")[ending]), place)))
+    return around(swapped(ending, flipped(member(f"hurt.{ending}", sound_sample("hurt")[ending]), place)))
 
 
 for _field, _place in {
@@ -327,18 +327,18 @@ tar("flip-large", 3, "one bit of the header of a member of many blocks flipped",
 tar("flip-first", 3, "one bit of the very first header flipped",
     lambda: flipped(around(whole("hurt")), 1), keep=("a1", *AFTER), refused=SHARD,
     outcome={"hurt": "ok", "a0": "partial"},
-    own=lambda: hurt() | {"a0": {e: d for e, d in sound_item("a0").items() if e != "jpg"}})  # fmt: skip
-tar("flip-three", 3, "three headers damaged, one in each of three items",
+    own=lambda: hurt() | {"a0": {e: d for e, d in sound_sample("a0").items() if e != "jpg"}})  # fmt: skip
+tar("flip-three", 3, "three headers damaged, one in each of three samples",
     lambda: b"".join(flipped(whole(key), 0) for key in ("a0", "hurt", "b0")) + whole("b1") + END, keep=("b1",),
-    own=lambda: {k: {e: d for e, d in sound_item(k).items() if e != "jpg"} for k in ("a0", "hurt", "b0")},
+    own=lambda: {k: {e: d for e, d in sound_sample(k).items() if e != "jpg"} for k in ("a0", "hurt", "b0")},
     refused=SHARD * 3, outcome=dict.fromkeys(("a0", "hurt", "b0"), "partial"))  # fmt: skip
 tar("header-of-noise", 3, "a header overwritten with random bytes",
-    lambda: around(swapped("txt", random.Random(2).randbytes(BLOCK) + padded(sound_item("hurt")["txt"]))),
+    lambda: around(swapped("txt", random.Random(2).randbytes(BLOCK) + padded(sound_sample("hurt")["txt"]))),
     own=lambda: hurt("txt"), refused=SHARD, outcome=PARTIAL)  # fmt: skip
 
 
 def _odd_size(size_field: bytes) -> bytes:
-    text = sound_item("hurt")["txt"]
+    text = sound_sample("hurt")["txt"]
     return around(swapped("txt", header(b"hurt.txt", size_field=size_field) + padded(text)))
 
 
@@ -354,12 +354,12 @@ for _name, _says, _field in (
     tar(_name, 3, _says, functools.partial(_odd_size, _field), own=lambda: hurt("txt"),
         refused=(("", "", "shard"),), outcome=PARTIAL)  # fmt: skip
 tar("size-base256-fine", 0, "a small size in base 256, as GNU tar may write it",
-    lambda: _odd_size(b"\x80" + len(sound_item("hurt")["txt"]).to_bytes(11, "big")), own=hurt,
+    lambda: _odd_size(b"\x80" + len(sound_sample("hurt")["txt"]).to_bytes(11, "big")), own=hurt,
     outcome={"hurt": "ok"})  # fmt: skip
 
 
 def _lying_size(change: int) -> bytes:
-    data = sound_item("hurt")["jpg"]
+    data = sound_sample("hurt")["jpg"]
     return around(swapped("jpg", header(b"hurt.jpg", len(data) + change) + padded(data)))
 
 
@@ -373,7 +373,7 @@ def _swallowing() -> bytes:
     swallowed = (
         header(b"hurt.jpg", 5 * BLOCK + 100) + padded(b"\xff\xd8\xff" * 50) + member("hurt.txt", b"plain text " * 512)
     )
-    rest = (member(f"hurt.{e}", sound_item("hurt")[e]) for e in ("json", "flac"))
+    rest = (member(f"hurt.{e}", sound_sample("hurt")[e]) for e in ("json", "flac"))
     return around(swallowed + b"".join(rest))
 
 
@@ -407,10 +407,10 @@ tar("compressed", 0, "an honest .tar.gz: no random access, refused before anythi
 
 # --- keys and parts that come again ---
 
-tar("key-twice-adjacent", 11, "an item's members all twice, one after the other", lambda: around(whole("hurt", "hurt")),
+tar("key-twice-adjacent", 11, "a sample's members all twice, one after the other", lambda: around(whole("hurt", "hurt")),
     own=hurt, refused=tuple(("hurt", e, "duplicate") for e in ("jpg", "txt", "json", "flac")),
     outcome={"hurt": "ok|partial"})  # fmt: skip
-tar("key-again", 12, "a key that comes again after other items, with another part: all of it is left out",
+tar("key-again", 12, "a key that comes again after other samples, with another part: all of it is left out",
     lambda: whole(*BEFORE) + member("hurt.txt", b"the first") + whole("b0") + member("hurt.jpg", picture())
     + member("hurt.txt", b"the second") + whole("b1") + END,
     own=lambda: {"hurt": {"txt": b"the first"}}, refused=(("hurt", "", "duplicate"),),
@@ -419,28 +419,28 @@ tar("key-again", 12, "a key that comes again after other items, with another par
 
 def _by_ending() -> bytes:
     keys = (*BEFORE, *AFTER)
-    return b"".join(member(f"{k}.{e}", sound_item(k)[e]) for e in sound_item("a0") for k in keys) + END
+    return b"".join(member(f"{k}.{e}", sound_sample(k)[e]) for e in sound_sample("a0") for k in keys) + END
 
 
-tar("sorted-by-ending", 13, "members sorted by ending: no item's lie together", _by_ending, keep=(),
-    own=lambda: {key: {"jpg": sound_item(key)["jpg"]} for key in BEFORE + AFTER},
+tar("sorted-by-ending", 13, "members sorted by ending: no sample's lie together", _by_ending, keep=(),
+    own=lambda: {key: {"jpg": sound_sample(key)["jpg"]} for key in BEFORE + AFTER},
     refused=tuple((key, "", "duplicate") for key in BEFORE + AFTER) * 3,
     outcome=dict.fromkeys(BEFORE + AFTER, "ok|partial"))  # fmt: skip
 tar("part-twice", 14, "two pictures under one name: the first one counts",
-    lambda: around(member("hurt.jpg", sound_item("hurt")["jpg"]) + member("hurt.jpg", picture(seed=9))
+    lambda: around(member("hurt.jpg", sound_sample("hurt")["jpg"]) + member("hurt.jpg", picture(seed=9))
                    + member("hurt.txt", b"two pictures")),
-    own=lambda: {"hurt": {"jpg": sound_item("hurt")["jpg"], "txt": b"two pictures"}},
+    own=lambda: {"hurt": {"jpg": sound_sample("hurt")["jpg"], "txt": b"two pictures"}},
     refused=(("hurt", "jpg", "duplicate"),), outcome={"hurt": "ok|partial"})  # fmt: skip
 tar("part-twice-by-case", 14, "x.jpg and x.JPG are one part",
-    lambda: around(member("hurt.jpg", sound_item("hurt")["jpg"]) + member("hurt.JPG", picture(seed=9))),
-    own=lambda: {"hurt": {"jpg": sound_item("hurt")["jpg"]}}, refused=(("hurt", "jpg", "duplicate"),),
+    lambda: around(member("hurt.jpg", sound_sample("hurt")["jpg"]) + member("hurt.JPG", picture(seed=9))),
+    own=lambda: {"hurt": {"jpg": sound_sample("hurt")["jpg"]}}, refused=(("hurt", "jpg", "duplicate"),),
     outcome={"hurt": "ok|partial"})  # fmt: skip
 
 # --- names and types that no sample has ---
 
 
 def _beside(piece: bytes) -> bytes:
-    """The damaged item as it should be, and a stranger after it."""
+    """The damaged sample as it should be, and a stranger after it."""
     return around(whole("hurt") + piece)
 
 
@@ -470,7 +470,7 @@ for _name, _says, _piece in (
     ("unknown-type", "a type that nobody knows", member("stranger.jpg", PHOTO, b"Z")),
 ):  # fmt: skip
     tar(f"name-{_name}", 16, _says, functools.partial(_beside, _piece), own=hurt, refused=NAME, outcome=OK)
-tar("name-link-in-item", 16, "a symbolic link in place of one of the item's members",
+tar("name-link-in-sample", 16, "a symbolic link in place of one of the sample's members",
     lambda: around(swapped("txt", member("hurt.txt", b"", b"2", link=b"a0.txt"))), own=lambda: hurt("txt"),
     refused=NAME, outcome={"hurt": "ok|partial"})  # fmt: skip
 tar("name-link-then-file", 16, "a link out of the folder, then a file through it",
@@ -486,7 +486,7 @@ for _name, _says, _piece in (
     ("macos", "what macOS leaves beside each file", member("._hurt.jpg", b"\0\5\x16\7" + bytes(200))),
     ("nul-in-field", "rubbish behind the NUL that ends a name", member(b"stranger\0.jpg", PHOTO)),
 ):
-    tar(f"name-{_name}", 16, f"{_says}: no member of an item, passed over", functools.partial(_beside, _piece),
+    tar(f"name-{_name}", 16, f"{_says}: no member of a sample, passed over", functools.partial(_beside, _piece),
         own=hurt, outcome=OK, may=NAME)  # fmt: skip
 tar("directories", 0, "directories as members",
     lambda: around(member("x/", b"", b"5") + member("x/y", b"", b"5") + member("x/y/hurt.jpg", PHOTO) + member("z/")),
@@ -529,14 +529,14 @@ tar("pax-global-path", 16, "a global pax header that would give every member one
 
 
 def _with_pax(piece: bytes) -> bytes:
-    """The text of the damaged item behind a pax header; the name that it would have without it is another."""
-    return around(swapped("txt", piece + member("wrong.txt", sound_item("hurt")["txt"])))
+    """The text of the damaged sample behind a pax header; the name that it would have without it is another."""
+    return around(swapped("txt", piece + member("wrong.txt", sound_sample("hurt")["txt"])))
 
 
 PATH = ("path", b"hurt.txt")
 tar("pax-size", 0, "a pax header that gives the size where the field is zero, as for 9 GB",
-    lambda: around(swapped("txt", pax(("size", b"%d" % len(sound_item("hurt")["txt"])), PATH)
-                           + header(b"wrong.txt") + padded(sound_item("hurt")["txt"]))),
+    lambda: around(swapped("txt", pax(("size", b"%d" % len(sound_sample("hurt")["txt"])), PATH)
+                           + header(b"wrong.txt") + padded(sound_sample("hurt")["txt"]))),
     own=hurt, outcome=OK)  # fmt: skip
 tar("pax-size-past-end", 3, "a pax header that claims 9 GB", lambda: _with_pax(pax(("size", b"9000000000"), PATH)),
     own=lambda: hurt("txt"), refused=SHARD, outcome=PARTIAL)  # fmt: skip
@@ -561,26 +561,26 @@ tar("gnu-bomb", 0, "a GNU long name of 32 MB: refused with the member that it na
     refused=(("", "", "shard|name"),), outcome=PARTIAL)  # fmt: skip
 tar("pax-past-end", 1, "a pax header that claims 3 GB of records",
     lambda: around(swapped("txt", header(b"PaxHeaders/note", 3 * 10**9, b"x")
-                           + member("hurt.txt", sound_item("hurt")["txt"]))),
+                           + member("hurt.txt", sound_sample("hurt")["txt"]))),
     own=lambda: hurt("txt"), refused=SHARD, outcome={"hurt": "ok|partial"}, loose=frozenset(["hurt"]))  # fmt: skip
 tar("pax-chain", 0, "2,000 pax headers in a row, none with a member of its own: the last one counts",
     lambda: _with_pax(pax(("path", b"other.txt")) * 2000 + pax(PATH)), own=hurt, outcome=OK,
     may=(("", "", "shard|name"),))  # fmt: skip
 
-# --- an archive as a member: its own members are no items ---
+# --- an archive as a member: its own members are no samples ---
 
 
 def _inside() -> bytes:
     return member("smuggled.txt", b"of the archive inside") + member("smuggled.jpg", PHOTO) + END
 
 
-tar("archive-inside", 0, "an archive as a member: bytes, not items", lambda: around(member("hurt.tar", _inside())),
+tar("archive-inside", 0, "an archive as a member: bytes, not samples", lambda: around(member("hurt.tar", _inside())),
     own=lambda: {"hurt": {"tar": _inside()}}, outcome={"hurt": "skip"},
     may=(("hurt", "", "empty"),))  # fmt: skip
-tar("archive-inside-flipped", 3, "the same with a flipped bit in the name: its members still are no items",
+tar("archive-inside-flipped", 3, "the same with a flipped bit in the name: its members still are no samples",
     lambda: around(member("hurt.txt", b"before it") + flipped(member("hurt.tar", _inside()), 2)),
     own=lambda: {"hurt": {"txt": b"before it"}}, refused=SHARD, outcome={"hurt": "ok|partial"})  # fmt: skip
-tar("part-missing", 19, "an item of text alone among those that have all", lambda: around(member("hurt.txt", b"alone")),
+tar("part-missing", 19, "a sample of text alone among those that have all", lambda: around(member("hurt.txt", b"alone")),
     own=lambda: {"hurt": {"txt": b"alone"}}, outcome=OK)  # fmt: skip
 
 # --- members that are never opened ---
@@ -617,7 +617,7 @@ for _name, _fault, _ending, _says, _content in (
 ):  # fmt: skip
     tar(f"extra-{_name}", _fault, f"{_says}: delivered as bytes, never opened",
         lambda e=_ending, c=_content: _extra(e, c()),
-        own=lambda e=_ending, c=_content: {"hurt": {**sound_item("hurt"), e: c()}}, outcome=OK)  # fmt: skip
+        own=lambda e=_ending, c=_content: {"hurt": {**sound_sample("hurt"), e: c()}}, outcome=OK)  # fmt: skip
 
 # --- text ---
 
@@ -778,7 +778,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><image hr
 
 part("jpeg-scan", 23, "random bytes among the coded pixels", "jpg", _noisy_scan, "decode")
 part("jpeg-tables", 23, "its tables overwritten", "jpg", _without_tables, "decode")
-part("jpeg-alone", 23, "a broken JPEG and nothing else in the item", "jpg", _without_tables, "decode", beside="")
+part("jpeg-alone", 23, "a broken JPEG and nothing else in the sample", "jpg", _without_tables, "decode", beside="")
 part("jpeg-half", 24, "the first half of a JPEG", "jpg", lambda: _cut_to(_large(), 0.5), "decode")
 part("jpeg-nearly", 24, "a JPEG without its last 400 bytes", "jpg", lambda: _large()[:-400], "decode")
 part("jpeg-ends-early", 24, "half the pixels, then a proper end: the rest would be grey", "jpg",
@@ -822,7 +822,7 @@ part("png-unlimited", 26, "2^31-1 x 2^31-1 pixels announced", "png",
      lambda: _png(size=(2**31 - 1, 2**31 - 1), rows=b"\0"), "pixel-limit|decode")  # fmt: skip
 part("png-no-pixels", 26, "a PNG of 0 x 16", "png", lambda: _png(size=(0, 16), rows=bytes(16)), "decode|empty")
 part("png-16-bit", 25, "16 bits a pixel", "png", _16_bit)
-part("png-palette", 25, "a palette with a transparent colour", "png", _palette)
+part("png-palette", 25, "a palette with a transparent color", "png", _palette)
 part("png-1-by-1", 25, "one grey pixel with transparency", "png", lambda: picture("PNG", size=(1, 1), mode="LA"))
 part("png-header-checksum", 23, "a wrong checksum of its header", "png", lambda: _png(wrong=b"IHDR"), "decode")
 part("png-pixel-checksum", 23, "a wrong checksum of its pixels", "png", lambda: _png(wrong=b"IDAT"), "decode")
@@ -832,7 +832,7 @@ part("png-few-rows", 24, "too few rows in a whole chunk: Pillow gives black ones
 part("png-ztxt-bomb", 26, "a note that unpacks to 100 MB", "png",
      lambda: _png(chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(100 * MB), 9))),
      may="decode|byte-limit")  # fmt: skip
-part("png-iccp-bomb", 26, "a colour profile that unpacks to 100 MB", "png",
+part("png-iccp-bomb", 26, "a color profile that unpacks to 100 MB", "png",
      lambda: _png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(100 * MB), 9))),
      may="decode|byte-limit")  # fmt: skip
 part("png-claims-2-GB", 26, "a chunk that claims 2 GB", "png",

@@ -153,7 +153,7 @@ def test_sequences_in_pieces_are_refused():
 def test_join_and_split_are_inverse():
     parts = [one([0] * 3), one([0, 1]), one([0, 0, 1])]
     for part, again in zip(parts, split(join(parts)), strict=True):
-        for field in ("content", "position", "sequence", "order", "kind"):
+        for field in ("content", "position", "sequence", "order", "modality"):
             assert torch.equal(getattr(part, field), getattr(again, field))
 
 

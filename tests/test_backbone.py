@@ -55,12 +55,12 @@ def test_rotary_products_depend_on_distances_alone():
 
 def test_experts_treat_each_kind_by_its_own():
     torch.manual_seed(0)
-    net = Backbone(Config(width=48, depth=2, heads=2, experts=True), kinds=2)
+    net = Backbone(Config(width=48, depth=2, heads=2, experts=True), modalities=2)
     content, position = torch.randn(6, 48), torch.zeros(6, 3)
-    kinds = torch.tensor([0, 1, 0, 1, 1, 0])
-    tokens = sequence_of(content, position).replace(kind=kinds)
+    modalities = torch.tensor([0, 1, 0, 1, 1, 0])
+    tokens = sequence_of(content, position).replace(modality=modalities)
     base = net(tokens).content
     for weight in net.blocks[-1].feed_forward[1].parameters():
         torch.nn.init.zeros_(weight)
     changed = (net(tokens).content - base).abs().amax(1) > 1e-6
-    assert changed.tolist() == (kinds == 1).tolist()
+    assert changed.tolist() == (modalities == 1).tolist()

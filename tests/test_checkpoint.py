@@ -10,7 +10,7 @@ from conftest import tiny
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build
 from multimodal_fm.corpus import shards
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
 from multimodal_fm.run_dir import checkpoint
 from multimodal_fm.tokenizers import text
 from multimodal_fm.train import loop
@@ -47,10 +47,10 @@ def test_damage_is_seen_and_the_one_before_is_used(tmp_path, name, harm):
 
 def test_nothing_whole_is_an_error(tmp_path):
     for run, said in ((tmp_path / "none", "no such run"), (tmp_path, "no checkpoint")):
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(UserError, match=said):
             checkpoint.newest(run)
     (publish(tmp_path, 1) / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint.newest(tmp_path, lambda _: None)
 
 
@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
             publish(tmp_path, 2, size=100_000)
-        except BadInput as error:
+        except UserError as error:
             os._exit(7 if "cannot be written" in str(error) else 8)
         except BaseException:
             os._exit(9)
@@ -125,16 +125,20 @@ def test_two_kinds_that_learn_one_tokenizer_each_keep_their_own(tmp_path, corpus
     shards.write(tmp_path / "code.tar", [{"__key__": str(i), "txt": f"def f{i}(x): return x[{i}]"} for i in range(9)])
     data["sources"]["code"] = {"shards": f"{tmp_path}/code.tar"}
     data["tokenizers"] |= {"code": {"tokenizer": "text", "vocabulary": 280, "limit": 24, "fields": ["txt"]}}
-    section = {"objective": "causal", "take": 4}
-    data["sections"] = {
-        "words": {**section, "parts": ["text"], "sources": ["all"]},
-        "code": {**section, "parts": ["code"], "sources": ["code"]},
+    task = {"objective": "causal", "batch_size": 4}
+    data["tasks"] = {
+        "words": {**task, "modalities": ["text"], "sources": ["all"]},
+        "code": {**task, "modalities": ["code"], "sources": ["code"]},
     }
     loop.pretrain(build(data))
     loop.pretrain(build({**data, "steps": 4}), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
     model = load_model(tmp_path / "moved")
-    learned = {kind: model.tokenizers[kind].settings for kind in ("text", "code")}
+    learned = {modality: model.tokenizers[modality].config for modality in ("text", "code")}
     assert text.bpe(learned["text"].file).n_vocab > text.bpe(learned["code"].file).n_vocab
-    assert len(text.encode(learned["code"], "return x[")) < len(text.encode(learned["text"], "return x["))
-    assert len(text.encode(learned["text"], "a red square")) < len(text.encode(learned["code"], "a red square"))
+    assert len(text.Tokenizer(learned["code"]).encode("return x[")) < len(
+        text.Tokenizer(learned["text"]).encode("return x[")
+    )
+    assert len(text.Tokenizer(learned["text"]).encode("a red square")) < len(
+        text.Tokenizer(learned["code"]).encode("a red square")
+    )

@@ -10,7 +10,7 @@ from conftest import tiny
 
 from multimodal_fm.config import build, load, to_data
 from multimodal_fm.corpus import storage
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
 
@@ -58,14 +58,12 @@ def test_a_config_survives_the_round_trip(corpus):
 
 
 def test_all_wrong_keys_come_in_one_message(write_config):
-    with pytest.raises(BadInput) as caught:
-        load(
-            write_config(), ["modle.width=64", "optim.lrr=1", "sections.words.shrae=0.1", "steps=many", "model.heads=7"]
-        )
+    with pytest.raises(UserError) as caught:
+        load(write_config(), ["modle.width=64", "optim.lrr=1", "tasks.words.shrae=0.1", "steps=many", "model.heads=7"])
     message = str(caught.value)
     assert "modle.width (did you mean model.width?)" in message
     assert "optim.lrr (did you mean optim.lr?)" in message
-    assert "sections.words.shrae (did you mean sections.words.share?)" in message
+    assert "tasks.words.shrae (did you mean tasks.words.share?)" in message
     assert "steps is a whole number, not 'many'" in message
     assert "\n" not in message
 
@@ -73,16 +71,16 @@ def test_all_wrong_keys_come_in_one_message(write_config):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (["sections.words.objective=maskd"], "did you mean masked?"),
-        (["sections.words.parts=[txt]"], "did you mean text?"),
-        (["sections.words.sources.al=1"], "did you mean all?"),
-        (["sections.words.take=0"], "sections.words.take is at least 1"),
+        (["tasks.words.objective=maskd"], "did you mean masked?"),
+        (["tasks.words.modalities=[txt]"], "did you mean text?"),
+        (["tasks.words.sources.al=1"], "did you mean all?"),
+        (["tasks.words.batch_size=0"], "tasks.words.batch_size is at least 1"),
         (["optim.name=muonn"], "did you mean muon?"),
         (["model.heads=5"], "must be heads (5) times an even number"),
         (["tokenizers.audio.high=7"], "must be a multiple of high"),
         (["precision=float16"], "is one of float32, bfloat16"),
-        (["sections.words.objective=no.such.module"], "cannot be imported"),
-        (["sections={}"], "at least one section"),
+        (["tasks.words.objective=no.such.module"], "cannot be imported"),
+        (["tasks={}"], "at least one task"),
         (["model.heads=0"], "at least 1"),
         (["tokenizers.image.patch=0"], "patch and limit are at least 1"),
         (["tokenizers.image.area=0"], "a share above 0"),
@@ -93,17 +91,20 @@ def test_all_wrong_keys_come_in_one_message(write_config):
         (["optim.clip=-1"], "from 0 up"),
         (["sources.all.piece=0"], "at least 16"),
         (["ema=2"], "is from 0 to 1"),
-        (["sections.looks.share={imgae: 0.5}"], "did you mean image?"),
-        (["sections.looks.also={causal: {}}"], "compare whole sequences"),
-        (["sections.words.sources.all=.nan"], "are weights"),
-        (["sections.items={objective: masked, parts: [text], take: 1, sources: {all: 1}}"], "cannot be a name"),
-        (["sections.words.objective=os.path"], "no plug-in"),
+        (["tasks.looks.share={imgae: 0.5}"], "did you mean image?"),
+        (["tasks.looks.also={causal: {}}"], "compare whole sequences"),
+        (["tasks.words.sources.all=.nan"], "are weights"),
+        (
+            ["tasks.items={objective: masked, modalities: [text], batch_size: 1, sources: {all: 1}}"],
+            "cannot be a name",
+        ),
+        (["tasks.words.objective=os.path"], "no plug-in"),
         (["run=2024-13-45"], "the value is not YAML"),
         (["steps"], "is not key=value"),
     ],
 )
 def test_what_is_wrong_is_named(write_config, change, said):
-    with pytest.raises(BadInput, match=".") as caught:
+    with pytest.raises(UserError, match=".") as caught:
         load(write_config(), change)
     assert said in str(caught.value)
 
@@ -112,7 +113,7 @@ def test_what_is_wrong_is_named(write_config, change, said):
 def test_a_broken_file_is_one_line(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UserError) as caught:
         load(path)
     assert "\n" not in str(caught.value)
 
@@ -123,7 +124,7 @@ def test_files_are_utf_8_whatever_the_machine_takes_for_text(write_config, corpu
     path.write_bytes(path.read_bytes() + "# größer → besser\n".encode())
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     done = mmfm("pretrain", path, "--smoke", env={**os.environ, **plain})
-    assert done.returncode == 2 and "no items with gr\\xf6\\xdfe=\\u2192" in done.stderr
+    assert done.returncode == 2 and "no samples with gr\\xf6\\xdfe=\\u2192" in done.stderr
     done = mmfm("pretrain", path, "--smoke", "sources.all.where={}", env={**os.environ, **plain})
     assert done.returncode == 0, done.stderr
 

@@ -28,17 +28,17 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="2cm" height="1cm"><rect wi
 LEAK = "stamp of training with a picture or caption of validation"
 
 
-def read_items(folder, split):
+def read_samples(folder, split):
     """{key: {extension: bytes}} of a split's shards, JSON parsed."""
-    items = defaultdict(dict)
+    samples = defaultdict(dict)
     for shard in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(shard) as tar:
             for member in tar:
                 assert (member.mtime, member.uname, member.uid) == (0, "data", 0)
                 key, extension = member.name.split(".")
                 content = tar.extractfile(member).read()
-                items[key][extension] = json.loads(content) if extension == "json" else content
-    return items
+                samples[key][extension] = json.loads(content) if extension == "json" else content
+    return samples
 
 
 def contents(folder):
@@ -105,14 +105,17 @@ def built(build, tmp_path_factory):
     return build(0, tmp_path_factory.mktemp("shards"))
 
 
-def test_tuxpaint_items(built):
-    items = read_items(built, "train") | read_items(built, "validation")
-    found = {(item["json"]["stamp"], item["json"]["role"], item["json"]["language"]): item for item in items.values()}
+def test_tuxpaint_samples(built):
+    samples = read_samples(built, "train") | read_samples(built, "validation")
+    found = {
+        (sample["json"]["stamp"], sample["json"]["role"], sample["json"]["language"]): sample
+        for sample in samples.values()
+    }
     gone = json.loads((built / "card.json").read_bytes())["left_out"].get(LEAK, 0)
-    assert len(found) == len(items) == 30 * 2 + 3 + 4 - gone
-    picture_item = found["animals/birds/bird_3", "picture", "en"]
-    assert set(picture_item) == {"jpg", "txt", "json"}
-    assert picture_item["json"] == {
+    assert len(found) == len(samples) == 30 * 2 + 3 + 4 - gone
+    picture_sample = found["animals/birds/bird_3", "picture", "en"]
+    assert set(picture_sample) == {"jpg", "txt", "json"}
+    assert picture_sample["json"] == {
         "role": "picture",
         "stamp": "animals/birds/bird_3",
         "language": "en",
@@ -125,7 +128,7 @@ def test_tuxpaint_items(built):
     spoken = found["animals/birds/bird_3", "spoken", "fr"]
     assert set(spoken) == {"jpg", "txt", "json", "flac"}
     assert spoken["txt"].decode() == "Un oiseau 3."
-    assert spoken["jpg"] == picture_item["jpg"]
+    assert spoken["jpg"] == picture_sample["jpg"]
     assert found["food/pear", "effect", "de"]["txt"].decode() == "Eine Birne."
     effect = found["food/pear", "effect", "en"]
     info = soundfile.info(io.BytesIO(effect["flac"]))
@@ -153,9 +156,11 @@ def test_tuxpaint_says_what_it_leaves_out(built):
 def test_tuxpaint_split_has_nothing_in_common(stamps, built):
     sides = []
     for split in writing.SPLITS:
-        items = read_items(built, split).values()
-        texts = {item["json"]["caption"].casefold().strip() for item in items} | {item["txt"] for item in items}
-        sides.append(texts | {item[kind] for item in items for kind in ("jpg", "flac") if kind in item})
+        samples = read_samples(built, split).values()
+        texts = {sample["json"]["caption"].casefold().strip() for sample in samples} | {
+            sample["txt"] for sample in samples
+        }
+        sides.append(texts | {sample[kind] for sample in samples for kind in ("jpg", "flac") if kind in sample})
     assert not sides[0] & sides[1]
     assert 3 <= json.loads((built / "card.json").read_bytes())["splits"]["validation"]["captions"] <= 5
     found, _ = read_stamps(stamps)
@@ -191,7 +196,9 @@ def test_tuxpaint_trains_on_no_text_of_validation():
 def test_tuxpaint_bytes_follow_the_seed(build, built, tmp_path, capsys):
     assert contents(build(0, tmp_path)) == contents(built)
     other = build(1, tmp_path)
-    stamps_of = [{item["json"]["stamp"] for item in read_items(path, "validation").values()} for path in (built, other)]
+    stamps_of = [
+        {sample["json"]["stamp"] for sample in read_samples(path, "validation").values()} for path in (built, other)
+    ]
     assert stamps_of[0] != stamps_of[1]
     before = (other / "card.json").stat().st_mtime_ns
     capsys.readouterr()
@@ -261,17 +268,17 @@ def test_scenes_bytes_follow_the_seed(scene_shards, tmp_path):
 
 
 def read_texts(folder):
-    return [item["json"]["caption"] for item in read_items(folder, "train").values()]
+    return [sample["json"]["caption"] for sample in read_samples(folder, "train").values()]
 
 
-def test_scenes_items(scene_shards):
+def test_scenes_samples(scene_shards):
     for split, count in (("train", 40), ("validation", 15)):
         by_stamp = defaultdict(dict)
-        for item in read_items(scene_shards, split).values():
-            by_stamp[item["json"]["stamp"]][item["json"]["role"]] = item
+        for sample in read_samples(scene_shards, split).values():
+            by_stamp[sample["json"]["stamp"]][sample["json"]["role"]] = sample
         assert len(by_stamp) == count
-        for item in by_stamp.values():
-            shown, spoken = item["picture"], item["spoken"]
+        for sample in by_stamp.values():
+            shown, spoken = sample["picture"], sample["spoken"]
             assert shown["jpg"] == spoken["jpg"]
             captions = shown["json"]["captions"]
             assert set(captions) == {"en", "fr", "es"}

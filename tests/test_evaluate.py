@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import items, jpeg, tiny, tone
+from conftest import jpeg, samples, tiny, tone
 from PIL import Image
 from test_config import mmfm
 
@@ -13,7 +13,7 @@ from multimodal_fm import load as load_model
 from multimodal_fm.config import Evaluation, build
 from multimodal_fm.corpus import shards
 from multimodal_fm.corpus.shards import Config, Corpus
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
 from multimodal_fm.evals import retrieval
 from multimodal_fm.evals.embed_corpus import Encoded, Things, encode, figure
 from multimodal_fm.evals.run import evaluate, table
@@ -68,7 +68,7 @@ def test_a_vector_does_not_depend_on_its_company(model):
     ],
 )
 def test_embed_says_what_it_cannot_read(model, given, said):
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(UserError, match=said):
         model.embed(**given)
 
 
@@ -76,11 +76,11 @@ def by_hand(vectors: dict[str, list], held: list[dict], rows: list[dict], tmp_pa
     """An encoded corpus with given vectors."""
     shards.write(tmp_path / "hand.tar", [{"__key__": f"k{i}", "json": row} for i, row in enumerate(rows)])
     things = {}
-    for kind, values in vectors.items():
-        owners = [[i for i, one in enumerate(held) if t in one.get(kind, [])] for t in range(len(values))]
+    for modality, values in vectors.items():
+        owners = [[i for i, one in enumerate(held) if t in one.get(modality, [])] for t in range(len(values))]
         raw = [f"text {t}" for t in range(len(values))]
         values = torch.nn.functional.normalize(torch.tensor(values, dtype=torch.float), dim=-1)
-        things[kind] = Things(values, values, raw, owners)
+        things[modality] = Things(values, values, raw, owners)
     return Encoded(Corpus(Config(str(tmp_path / "hand.tar"))), things, rows, held)
 
 
@@ -187,18 +187,18 @@ def test_the_interval_is_over_groups():
 
 
 def test_a_gallery_holds_each_thing_once_and_bad_parts_are_named(model, tmp_path):
-    made = items(8)
+    made = samples(8)
     made[4]["jpg"] = made[0]["jpg"]
     made[5]["jpg"] = b"<html>"
     shards.write(tmp_path / "a.tar", made)
     encoded = encode(model, Corpus(Config(str(tmp_path / "a.tar"))))
-    assert len(encoded.things["image"].raw) == 6 and encoded.things["image"].items[0] == [0, 4]
-    assert len(encoded.things["audio"].raw) == 4, "tones of one colour are one sound"
-    assert [(r["key"], r["part"], r["reason"]) for r in encoded.lost] == [("item0005", "image", "decode")]
+    assert len(encoded.things["image"].raw) == 6 and encoded.things["image"].samples[0] == [0, 4]
+    assert len(encoded.things["audio"].raw) == 4, "tones of one color are one sound"
+    assert [(r["key"], r["part"], r["reason"]) for r in encoded.lost] == [("sample0005", "image", "decode")]
 
 
 def test_a_trained_model_is_better_than_chance(model, corpus):
-    figures, encoded = evaluate(model, Evaluation(f"{corpus}/validation-*.tar", group="colour"))
+    figures, encoded = evaluate(model, Evaluation(f"{corpus}/validation-*.tar", group="color"))
     for direction in ("text_to_image", "image_to_text", "audio_to_image", "text_to_audio"):
         one = figures[f"retrieval/{direction}/mrr"]
         assert one["value"] > 1.2 * one["chance"], direction
@@ -211,13 +211,13 @@ def test_a_trained_model_is_better_than_chance(model, corpus):
 def test_the_commands(run, corpus, tmp_path):
     shard = corpus / "validation-0.tar"
     done = mmfm(
-        "evaluate", run, "--on", shard, "--group", "colour", "--within", "language", "--json", "--labels", "colour"
+        "evaluate", run, "--on", shard, "--group", "color", "--within", "language", "--json", "--labels", "color"
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert {"value", "low", "high", "chance", "n"} == figures["retrieval/text_to_image/r@10"].keys()
     assert {"retrieval/audio_to_image/median_rank", "knn/image/accuracy", "text/bits_per_byte"} <= figures.keys()
-    done = mmfm("evaluate", run, "--on", shard, "--where", "language=en", "--parts", "text", "image")
+    done = mmfm("evaluate", run, "--on", shard, "--where", "language=en", "--modalities", "text", "image")
     assert "text → image" in done.stdout and "audio" not in done.stdout
     (tmp_path / "red.jpg").write_bytes(jpeg("red"))
     for words in (
@@ -227,12 +227,15 @@ def test_the_commands(run, corpus, tmp_path):
     ):
         done = mmfm("search", run, *words, "--top", "3")
         assert done.returncode == 0, done.stderr
-        assert all(kind in done.stdout for kind in ("text", "image", "audio")) and done.stdout.count("item01") == 9
+        assert (
+            all(modality in done.stdout for modality in ("text", "image", "audio"))
+            and done.stdout.count("sample01") == 9
+        )
     for words in (
         ("evaluate", run, "--on", shard, "--group", "nothing"),
         ("evaluate", run, "--on", shard, "--where", "x"),
         ("evaluate", run),
-        ("evaluate", run, "--on", shard, "--parts", "smell"),
+        ("evaluate", run, "--on", shard, "--modalities", "smell"),
         ("search", run, "--in", shard),
         ("search", run, "a", "--in", "nothing.tar"),
     ):

@@ -4,7 +4,7 @@ Each is numbered as in the list of faults. Where each one is tested, by test or 
 go through the scanner and the tokenizers in test_malformed.py and through the training stream here:
 
  1 truncated inside a member        malformed: cut-inside-*; test_shards: test_a_cut_shard_gives_what_is_whole; here
- 2 truncated between members        malformed: cut-between-*, no-end; here: test_no_cut_mixes_items
+ 2 truncated between members        malformed: cut-between-*, no-end; here: test_no_cut_mixes_samples
  3 bit flip in a header             malformed: flip-*, size-*; test_shards: test_a_damaged_header_is_not_the_end
  4 bit flip in a text               test_a_flipped_bit_in_a_text_is_never_delivered
  5 300 random bit flips             test_300_flipped_bits, test_300_flipped_bits_of_an_index, test_an_index_*
@@ -18,19 +18,19 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
 12 a key twice, apart               malformed: key-again; test_shards: test_keys_and_parts_that_come_again
 13 members apart                    malformed: sorted-by-ending
 14 a part twice                     malformed: part-twice*
-15 the same keys in two shards      test_no_cut_mixes_items
+15 the same keys in two shards      test_no_cut_mixes_samples
 16 names that lead elsewhere        malformed: name-*, pax-*; test_shards: test_names_that_no_sample_has
 17 pickles                          malformed: the members that are never opened; here: through the stream
 18 pipes and shells                 malformed: file-*, pipe-*, name-shell; test_storage: test_a_scheme_that_*
-19 a kind that is missing           test_a_kind_that_is_missing_learns_nothing; malformed: part-missing
+19 a modality that is missing           test_a_kind_that_is_missing_learns_nothing; malformed: part-missing
 20 to 32 text, pictures, sound      malformed (by their `fault`); test_tokenizers
 33 a decoder that ends the program  test_stream: test_a_decoder_that_ends_*, test_a_run_that_was_killed_blames_nobody
 34 too much that is bad             test_stream: test_a_source_with_too_much_bad_*, test_much_bad_in_a_part_*
 35 permuted captions                `mmfm inspect --verify`
 36 more workers than shards         test_more_readers_than_shards
 37 an uneven end                    test_every_rank_takes_as_many_steps
-38 a rank without items             test_no_rank_is_without_items, test_a_rank_whose_items_are_all_lost_goes_on
-39 fewer items than a step takes    test_a_source_smaller_than_a_step
+38 a rank without samples             test_no_rank_is_without_samples, test_a_rank_whose_items_are_all_lost_goes_on
+39 fewer samples than a step takes    test_a_source_smaller_than_a_step
 40 weights of zero or next to it    test_weights_of_zero_and_next_to_it
 41 another mixture on resume        test_stream: test_a_mixture_changed_on_resume_begins_a_new_phase
 42 any number of workers            test_stream: test_readers_change_nothing
@@ -65,21 +65,21 @@ import numpy as np
 import pytest
 import test_malformed
 import torch
-from conftest import items, tiny
+from conftest import samples, tiny
 from test_config import mmfm
 from test_stream import fitted, rows
 
-from multimodal_fm.batch import Arranged, with_counts
+from multimodal_fm.batch import Example, with_counts
 from multimodal_fm.config import build
 from multimodal_fm.corpus import index, scan, shards, storage, tar
-from multimodal_fm.errors import REASONS, BadInput
+from multimodal_fm.errors import REASONS, UserError
 from multimodal_fm.model import Model
 from multimodal_fm.stream import workers
 from multimodal_fm.stream.crash_log import Journal
-from multimodal_fm.stream.dataset import Section, Steps
+from multimodal_fm.stream.dataset import Steps, Task
 from multimodal_fm.stream.mixture import BLOCK, Mixture, Source, quotas
 from multimodal_fm.stream.quarantine import refused_row
-from multimodal_fm.stream.tasks import sections_of, steps_of, weights_of
+from multimodal_fm.stream.tasks import steps_of, tasks_of, weights_of
 from multimodal_fm.stream.workers import Loader
 from multimodal_fm.train import loop
 from multimodal_fm.train.grad_cache import forward_backward
@@ -99,16 +99,16 @@ def everything(corpus) -> dict[str, dict[str, bytes]]:
 def text_config(folder, **changes) -> dict:
     """Plain data of a run over the text of `folder/*.tar`."""
     data = tiny(folder, run=str(folder / "run"), trace=True, **changes)
-    data["sources"] = {"all": {"shards": f"{folder}/*.tar", "group": "colour"}}
-    data["sections"] = {"words": {"objective": "masked", "parts": ["text"], "take": 4, "sources": {"all": 1}}}
+    data["sources"] = {"all": {"shards": f"{folder}/*.tar", "group": "color"}}
+    data["tasks"] = {"words": {"objective": "masked", "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}}}
     return data
 
 
-def text_steps(folder, take=4, **changes):
+def text_steps(folder, batch_size=4, **changes):
     data = text_config(folder)
-    data["sections"]["words"]["take"] = take
+    data["tasks"]["words"]["batch_size"] = batch_size
     config, corpora = fitted(build(data))
-    return Steps(sections_of(config, corpora), config.tokenizers, 0, **changes)
+    return Steps(tasks_of(config, corpora), config.tokenizers, 0, **changes)
 
 
 def keys(step) -> list[str]:
@@ -119,8 +119,8 @@ def keys(step) -> list[str]:
 
 
 def test_a_flipped_bit_in_a_text_is_never_delivered(tmp_path):
-    """4. One row `crc` for it each time that it would be read; without the text nothing of the item is left."""
-    shards.write(tmp_path / "a.tar", [{e: d for e, d in item.items() if e != "json"} for item in items(8)])
+    """4. One row `crc` for it each time that it would be read; without the text nothing of the sample is left."""
+    shards.write(tmp_path / "a.tar", [{e: d for e, d in sample.items() if e != "json"} for sample in samples(8)])
     whole = source(tmp_path / "a.tar")
     stamp = os.stat(tmp_path / "a.tar")
     offset, _, _ = whole.indexes[0].spans(3)["txt"]
@@ -128,16 +128,16 @@ def test_a_flipped_bit_in_a_text_is_never_delivered(tmp_path):
     data[offset] ^= 32  # still a letter
     (tmp_path / "a.tar").write_bytes(data)
     os.utime(tmp_path / "a.tar", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    steps = text_steps(tmp_path, take=8)
+    steps = text_steps(tmp_path, batch_size=8)
     step = steps[0]
-    assert [(row["key"], row["part"], row["reason"]) for row in step.lost][:1] == [("item0003", "text", "crc")]
-    assert {row["key"] for row in step.lost} == {"item0003"} and all(row.keys() == ROW for row in step.lost)
-    assert "all/item0003" not in keys(step) and len(keys(step)) == 8
+    assert [(row["key"], row["part"], row["reason"]) for row in step.lost][:1] == [("sample0003", "text", "crc")]
+    assert {row["key"] for row in step.lost} == {"sample0003"} and all(row.keys() == ROW for row in step.lost)
+    assert "all/sample0003" not in keys(step) and len(keys(step)) == 8
 
 
 def test_300_flipped_bits(tmp_path):
-    """5. Each costs one item its part, or is where nothing is delivered from; every other byte is as it was."""
-    shards.write(tmp_path / "a.tar", items(12))
+    """5. Each costs one sample its part, or is where nothing is delivered from; every other byte is as it was."""
+    shards.write(tmp_path / "a.tar", samples(12))
     path = tmp_path / "a.tar"
     data, stamp = path.read_bytes(), os.stat(path)
     corpus = source(path)
@@ -172,7 +172,7 @@ def test_300_flipped_bits(tmp_path):
 
 def test_300_flipped_bits_of_an_index(tmp_path):
     """5. It is made again, or refused, or a part is not delivered; nothing is delivered under another key."""
-    shards.write(tmp_path / "a.tar", items(12))
+    shards.write(tmp_path / "a.tar", samples(12))
     whole = everything(source(tmp_path / "a.tar"))
     file = tmp_path / "a.tar.mmidx"
     data = file.read_bytes()
@@ -182,7 +182,7 @@ def test_300_flipped_bits_of_an_index(tmp_path):
         try:
             corpus = source(tmp_path / "a.tar")
             found = everything(corpus)
-        except BadInput:
+        except UserError:
             file.write_bytes(data)
             continue
         for key, members in found.items():
@@ -194,7 +194,7 @@ def test_300_flipped_bits_of_an_index(tmp_path):
 @pytest.mark.parametrize("change", [-1, -40, 1])
 def test_an_index_of_another_length_is_made_again(tmp_path, change):
     """5."""
-    shards.write(tmp_path / "a.tar", items(3))
+    shards.write(tmp_path / "a.tar", samples(3))
     whole = everything(source(tmp_path / "a.tar"))
     file = tmp_path / "a.tar.mmidx"
     data = file.read_bytes()
@@ -205,13 +205,13 @@ def test_an_index_of_another_length_is_made_again(tmp_path, change):
 def test_an_index_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     """5. Whoever looks while it is written finds none."""
     monkeypatch.setenv("MMFM_CACHE", str(tmp_path / "cache"))
-    shards.write(tmp_path / "a.tar", items(3))
+    shards.write(tmp_path / "a.tar", samples(3))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(BadInput, match="its index cannot be written, .*No space left"):
+    with pytest.raises(UserError, match="its index cannot be written, .*No space left"):
         source(tmp_path / "a.tar")
     assert not list(tmp_path.rglob("*.tar.mmidx")) and not list(tmp_path.rglob("?" * 32 + ".mmidx"))
 
@@ -219,7 +219,7 @@ def test_an_index_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_shard_that_changes_while_it_is_indexed_is_refused(tmp_path, monkeypatch):
     """9."""
     path = tmp_path / "a.tar"
-    shards.write(path, items(3))
+    shards.write(path, samples(3))
     real = index.digest_of
 
     def meanwhile(shard, size):
@@ -227,13 +227,13 @@ def test_a_shard_that_changes_while_it_is_indexed_is_refused(tmp_path, monkeypat
         return real(shard, size)
 
     monkeypatch.setattr(index, "digest_of", meanwhile)
-    with pytest.raises(BadInput, match="a.tar: changes while it is read"):
+    with pytest.raises(UserError, match="a.tar: changes while it is read"):
         index.build(str(path))
 
 
 def test_a_member_over_the_limit_of_bytes_is_not_read(tmp_path, monkeypatch):
     """32."""
-    shards.write(tmp_path / "a.tar", items(3))
+    shards.write(tmp_path / "a.tar", samples(3))
     corpus, asked, real = source(tmp_path / "a.tar", bytes=2000), [], storage.read
     corpus.key(0)
     monkeypatch.setattr(storage, "read", lambda path, at, length: asked.append(length) or real(path, at, length))
@@ -249,7 +249,7 @@ def test_a_substitute_takes_the_place_of_what_is_lost(tmp_path):
     """4. The order within the step is that of the places, whichever was read when."""
     made = [{"__key__": f"k{i}", "txt": b"\xff" if i % 2 else b"text"} for i in range(8)]
     shards.write(tmp_path / "a.tar", made)
-    steps = text_steps(tmp_path, take=8)
+    steps = text_steps(tmp_path, batch_size=8)
     found = steps._read(0, steps.mixtures[0].draws(0, 8), list(range(8)), 0, [], [])
     assert list(found) == list(range(8))
 
@@ -264,7 +264,7 @@ def test_a_missing_shard_ends_the_run_before_it_begins(tmp_path, write_config, c
 
 def test_a_shard_that_goes_away_while_it_is_read_is_named(tmp_path):
     """8."""
-    shards.write(tmp_path / "a.tar", items(4))
+    shards.write(tmp_path / "a.tar", samples(4))
     corpus = source(tmp_path / "a.tar")
     (tmp_path / "a.tar").unlink()
     storage.forget(str(tmp_path / "a.tar"))
@@ -276,17 +276,17 @@ def test_a_shard_that_goes_away_while_it_is_read_is_named(tmp_path):
 def test_a_shard_that_was_replaced_is_named_with_the_mend(tmp_path, how):
     """9."""
     path = tmp_path / "a.tar"
-    shards.write(path, items(8))
+    shards.write(path, samples(8))
     source(path)
     data = path.read_bytes()
     if how == "other bytes":
         path.write_bytes(data[:600] + bytes([data[600] ^ 1]) + data[601:])
         os.utime(path, (1, 1))
     elif how == "other size":
-        shards.write(path, items(9))
+        shards.write(path, samples(9))
     else:
         path.write_bytes(data[:-512])
-    with pytest.raises(BadInput, match=r"a.tar: is not the file that .* `mmfm inspect --rebuild"):
+    with pytest.raises(UserError, match=r"a.tar: is not the file that .* `mmfm inspect --rebuild"):
         source(path)
     index.build(str(path))
     assert len(source(path)) in (8, 9)
@@ -295,7 +295,7 @@ def test_a_shard_that_was_replaced_is_named_with_the_mend(tmp_path, how):
 def test_the_same_shard_put_there_again_is_the_same(tmp_path):
     """9. A copy has another time, and the same bytes."""
     path = tmp_path / "a.tar"
-    shards.write(path, items(4))
+    shards.write(path, samples(4))
     before = source(path).fingerprint()
     os.utime(path, (1, 1))
     assert source(path).fingerprint() == before
@@ -305,7 +305,7 @@ def test_the_same_shard_put_there_again_is_the_same(tmp_path):
 def test_renamed_shards_are_other_data(tmp_path, how):
     """10. The pattern is the same, the config too; --allow-data-change goes on."""
     for i in range(2):
-        shards.write(tmp_path / f"a-{i}.tar", items(8, 8 * i))
+        shards.write(tmp_path / f"a-{i}.tar", samples(8, 8 * i))
     data = text_config(tmp_path, steps=2, save_every=2)
     loop.pretrain(build(data))
 
@@ -320,12 +320,12 @@ def test_renamed_shards_are_other_data(tmp_path, how):
     else:
         rename("a-0", "a-2"), rename("a-1", "a-0"), rename("a-2", "a-1")
     config = build({**data, "steps": 4})
-    with pytest.raises(BadInput, match="the shards of all have changed since.*--allow-data-change"):
+    with pytest.raises(UserError, match="the shards of all have changed since.*--allow-data-change"):
         loop.pretrain(config, resume=True)
     assert loop.pretrain(config, resume=True, allow_data_change=True).name == "step-00000004"
 
 
-def test_no_cut_mixes_items(tmp_path):
+def test_no_cut_mixes_samples(tmp_path):
     """1, 2, 15. The same keys in two shards, the first cut anywhere: nobody gets a part from the other one."""
     for name in ("a", "b"):
         made = [{"__key__": f"k{i}", "txt": f"{name}{i} text", "cls": f"{name}{i}"} for i in range(3)]
@@ -339,10 +339,10 @@ def test_no_cut_mixes_items(tmp_path):
         corpus = source(tmp_path / "*.tar")
         assert first.refused or cut > len(data) - 10_240 + 511
         parts = 0
-        for item in range(len(corpus)):
-            name, key = Path(corpus.shard(item)).stem, corpus.key(item)
+        for sample in range(len(corpus)):
+            name, key = Path(corpus.shard(sample)).stem, corpus.key(sample)
             own = {"txt": f"{name}{key[1:]} text".encode(), "cls": f"{name}{key[1:]}".encode()}
-            members, failed = corpus.read(item)
+            members, failed = corpus.read(sample)
             assert not failed and members.items() <= own.items()
             parts += len(members)
             assert name == "a" or len(members) == 2
@@ -384,13 +384,15 @@ def test_a_damaged_pax_record_names_nothing(record):
     assert (fault.offset, fault.detail) == (0, "a pax header that cannot be read")
 
 
-@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6"])
-def test_no_content_follows_what_is_no_file(kind):
+@pytest.mark.parametrize("modality", [b"1", b"2", b"3", b"4", b"5", b"6"])
+def test_no_content_follows_what_is_no_file(modality):
     """16. Old writers give a link the size of what it leads to."""
-    data = malformed.header(b"link.txt", 700, kind) + malformed.member("x.txt", b"text") + malformed.END + bytes(2048)
+    data = (
+        malformed.header(b"link.txt", 700, modality) + malformed.member("x.txt", b"text") + malformed.END + bytes(2048)
+    )
     found = list(tar.walk(lambda offset, length: data[offset : offset + length], len(data)))
     assert [one.name for one in found if isinstance(one, tar.Member)] == ["x.txt"]
-    assert [one.reason for one in found if isinstance(one, tar.Fault)] == ["name"] * (kind != b"5")
+    assert [one.reason for one in found if isinstance(one, tar.Fault)] == ["name"] * (modality != b"5")
 
 
 @pytest.mark.parametrize("first", [b"\x81", b"\xff", b"\xc0"])
@@ -454,15 +456,15 @@ def test_an_item_of_a_very_long_name_is_blamed_too(tmp_path):
 def test_a_kind_that_is_missing_learns_nothing(tmp_path):
     """19. No sound in it: the loss is finite, whatever only sound uses has a gradient of exactly 0."""
     for name, without in (("none", ("flac",)), ("all", ())):
-        made = items(12)
-        for item in made:
+        made = samples(12)
+        for sample in made:
             for ending in without:
-                del item[ending]
+                del sample[ending]
         shards.write(tmp_path / f"{name}.tar", made)
     grown = {}
     for name in ("none", "all"):
         data = tiny(tmp_path, run=str(tmp_path / name))
-        data["sources"] = {"all": {"shards": f"{tmp_path}/{name}.tar", "group": "colour"}}
+        data["sources"] = {"all": {"shards": f"{tmp_path}/{name}.tar", "group": "color"}}
         config, corpora = fitted(build(data))
         corpus = corpora["all"]
         assert len(corpus.having({"flac"})) == (0 if name == "none" else 12) and len(corpus.having({"jpg"})) == 12
@@ -473,7 +475,7 @@ def test_a_kind_that_is_missing_learns_nothing(tmp_path):
         weights = weights_of(config)
         report = forward_backward(model, weights, [with_counts(b, step.counts) for b in step.batches])
         assert np.isfinite(float(report["loss"])) and not step.lost
-        parts = sum(head["items"] for head in (one.head for one in corpus.indexes))
+        parts = sum(head["samples"] for head in (one.head for one in corpus.indexes))
         assert parts == 12
         grown[name] = {n: float(p.grad.abs().sum()) for n, p in model.named_parameters() if "audio" in n}
     assert grown["none"] and set(grown["none"].values()) == {0.0}
@@ -485,22 +487,22 @@ def test_a_kind_that_is_missing_learns_nothing(tmp_path):
 
 @pytest.mark.parametrize("how", ["threads", "processes"])
 def test_more_readers_than_shards(tmp_path, how):
-    """36. One shard, four readers on each of two ranks: an epoch is every item once."""
-    shards.write(tmp_path / "a.tar", items(24))
+    """36. One shard, four readers on each of two ranks: an epoch is every sample once."""
+    shards.write(tmp_path / "a.tar", samples(24))
     seen = Counter()
     for rank in range(2):
-        steps = text_steps(tmp_path, take=8, microbatches=2, rank=rank, ranks=2)
+        steps = text_steps(tmp_path, batch_size=8, microbatches=2, rank=rank, ranks=2)
         for step in Loader(steps, 0, 3, 4, how):
             seen.update(keys(step))
     assert len(seen) == 24 and set(seen.values()) == {1}
 
 
 def test_every_rank_takes_as_many_steps(tmp_path):
-    """37. 13 items, 8 a step, four ranks: the next epoch begins within a step; all take as many steps."""
-    shards.write(tmp_path / "a.tar", items(13))
+    """37. 13 samples, 8 a step, four ranks: the next epoch begins within a step; all take as many steps."""
+    shards.write(tmp_path / "a.tar", samples(13))
     seen, taken = Counter(), set()
     for rank in range(4):
-        steps = [text_steps(tmp_path, take=8, microbatches=4, rank=rank, ranks=4)[step] for step in range(5)]
+        steps = [text_steps(tmp_path, batch_size=8, microbatches=4, rank=rank, ranks=4)[step] for step in range(5)]
         taken.add(tuple(len(step.batches) for step in steps))
         for step in steps:
             seen.update(keys(step))
@@ -508,13 +510,13 @@ def test_every_rank_takes_as_many_steps(tmp_path):
     assert sum(seen.values()) == 40 and max(seen.values()) - min(seen.values()) <= 1
 
 
-def test_no_rank_is_without_items(tmp_path):
+def test_no_rank_is_without_samples(tmp_path):
     """38."""
-    shards.write(tmp_path / "a.tar", items(13))
-    with pytest.raises(BadInput, match="microbatches=4.*2 items"):
-        text_steps(tmp_path, take=2, microbatches=4)
+    shards.write(tmp_path / "a.tar", samples(13))
+    with pytest.raises(UserError, match="microbatches=4.*2 samples"):
+        text_steps(tmp_path, batch_size=2, microbatches=4)
     for rank in range(4):
-        steps = text_steps(tmp_path, take=4, microbatches=4, rank=rank, ranks=4)
+        steps = text_steps(tmp_path, batch_size=4, microbatches=4, rank=rank, ranks=4)
         assert all(len(steps[step].batches) == 1 and len(steps[step].keys) == 1 for step in range(9))
 
 
@@ -525,17 +527,17 @@ def test_a_rank_whose_items_are_all_lost_goes_on(tmp_path, corpus):
     report = forward_backward(model, weights_of(config), [])
     assert float(report["loss"]) == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
     [batch] = steps_of(config, corpora)[0].batches
-    asked, objective = batch.sections["pairs"], model.objectives["pairs"]
+    asked, objective = batch.tasks["pairs"], model.objectives["pairs"]
     with torch.no_grad():
         features = objective.features(model(batch), asked)
 
     class Beside(Ranks):
         """The first of two ranks; the other one has a batch."""
 
-        def tell(self, value):
+        def all_gather_objects(self, value):
             return [value, [asked.table()] if isinstance(value, list) else features.shape[1]]
 
-        def gather(self, rows):
+        def all_gather(self, rows):
             return [rows, features]
 
     report = forward_backward(model, weights_of(config), [], ranks=Beside(0, 2))
@@ -544,8 +546,8 @@ def test_a_rank_whose_items_are_all_lost_goes_on(tmp_path, corpus):
 
 def test_a_source_smaller_than_a_step(tmp_path):
     """39."""
-    shards.write(tmp_path / "a.tar", items(3))
-    steps = text_steps(tmp_path, take=8)
+    shards.write(tmp_path / "a.tar", samples(3))
+    steps = text_steps(tmp_path, batch_size=8)
     seen = Counter()
     for step in range(3):
         assert len(keys(steps[step])) == 8
@@ -567,7 +569,7 @@ def test_weights_of_zero_and_next_to_it():
 @pytest.mark.parametrize("workers", [1, 3])
 def test_what_was_read_ahead_does_not_count(tmp_path, how, workers):
     """43. A loader that is left in the middle, with steps read that nobody took; the next one goes on there."""
-    shards.write(tmp_path / "a.tar", items(10))
+    shards.write(tmp_path / "a.tar", samples(10))
     steps = text_steps(tmp_path)
     wanted = [keys(steps[step]) for step in range(9)]
     found, at = [], 0
@@ -582,7 +584,7 @@ def test_what_was_read_ahead_does_not_count(tmp_path, how, workers):
 
 def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, monkeypatch):
     """49. Tensors are fetched from the process that made them; where it is gone, the connection breaks."""
-    shards.write(tmp_path / "a.tar", items(10))
+    shards.write(tmp_path / "a.tar", samples(10))
     steps = text_steps(tmp_path)
     wanted = [keys(steps[step]) for step in range(5)]
     real, calls = workers._Deaths.told, []
@@ -601,7 +603,7 @@ def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, mo
 
 def test_readers_without_threads_for_their_queues_are_said(tmp_path, monkeypatch):
     """Where a limit lets processes begin and nothing more."""
-    shards.write(tmp_path / "a.tar", items(10))
+    shards.write(tmp_path / "a.tar", samples(10))
     steps = text_steps(tmp_path)
 
     def refused(_):
@@ -609,14 +611,14 @@ def test_readers_without_threads_for_their_queues_are_said(tmp_path, monkeypatch
 
     others = set(multiprocessing.active_children())
     monkeypatch.setattr(multiprocessing.queues.Queue, "_start_thread", refused)
-    with pytest.raises(BadInput, match="readers=processes: .*: can't start new thread; take readers=threads"):
+    with pytest.raises(UserError, match="readers=processes: .*: can't start new thread; take readers=threads"):
         next(iter(Loader(steps, 0, 5, 2, "processes")))
     assert set(multiprocessing.active_children()) == others
 
 
 def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):
     """In a container /dev/shm may be full, and a user may have no processes left."""
-    shards.write(tmp_path / "a.tar", items(10))
+    shards.write(tmp_path / "a.tar", samples(10))
     steps = text_steps(tmp_path)
 
     real, started = os.fork, []
@@ -628,7 +630,9 @@ def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):
         return started[0]
 
     monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(BadInput, match="readers=processes: .*: Resource temporarily unavailable; take readers=threads"):
+    with pytest.raises(
+        UserError, match="readers=processes: .*: Resource temporarily unavailable; take readers=threads"
+    ):
         next(iter(Loader(steps, 0, 5, 2, "processes")))
     with pytest.raises(OSError):  # the first one, which ignores what an interrupt sends, was ended
         for _ in range(100):
@@ -639,61 +643,61 @@ def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):
 
 def test_bad_input_is_one_line_from_any_reader(tmp_path):
     """An index that is damaged after the start is met by a reader, whose traceback nobody wants to see."""
-    shards.write(tmp_path / "a.tar", items(10))
+    shards.write(tmp_path / "a.tar", samples(10))
     text_steps(tmp_path)
     file = tmp_path / "a.tar.mmidx"
     data = bytearray(file.read_bytes())
     data[-3] ^= 255
     file.write_bytes(data)
     for how in ("threads", "processes"):
-        with pytest.raises(BadInput) as raised:
+        with pytest.raises(UserError) as raised:
             list(Loader(text_steps(tmp_path), 0, 5, 1, how))
         assert "is damaged" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_source_that_has_nothing_for_a_section_is_refused(tmp_path):
     """19, 38."""
-    shards.write(tmp_path / "a.tar", [{"__key__": "a", "jpg": items(1)[0]["jpg"]}])
+    shards.write(tmp_path / "a.tar", [{"__key__": "a", "jpg": samples(1)[0]["jpg"]}])
     config = build(text_config(tmp_path))
     corpora = {"all": source(tmp_path / "a.tar")}
-    with pytest.raises(BadInput, match="section words: no item of source all has any of: text"):
-        Steps(sections_of(config, corpora), config.tokenizers, 0)
+    with pytest.raises(UserError, match="task words: no sample of source all has any of: text"):
+        Steps(tasks_of(config, corpora), config.tokenizers, 0)
 
 
 def test_every_item_once_an_epoch(tmp_path):
     """45. At 50 random positions of two sources each."""
     for name, count in (("a", 37), ("b", 5)):
-        shards.write(tmp_path / f"{name}.tar", items(count))
+        shards.write(tmp_path / f"{name}.tar", samples(count))
     data = text_config(tmp_path)
     data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar"} for n in "ab"}
-    data["sections"]["words"]["sources"] = {"a": 0.6, "b": 0.4}
+    data["tasks"]["words"]["sources"] = {"a": 0.6, "b": 0.4}
     config, corpora = fitted(build(data))
     mixture = steps_of(config, corpora).mixtures[0]
     draws = mixture.draws(0, 3000)
     for stop in np.random.default_rng(0).integers(1, 3000, 50).tolist():
         for which, size in enumerate((37, 5)):
-            visits = np.bincount(draws.item[:stop][draws.source[:stop] == which], minlength=size)
+            visits = np.bincount(draws.sample[:stop][draws.source[:stop] == which], minlength=size)
             assert visits.max() - visits.min() <= 1
 
 
 def test_resumes_around_the_edge_of_an_epoch(tmp_path):
-    """46. 12 items, 4 a step, so that an epoch ends with the third: stopped after the second, third and fourth."""
-    shards.write(tmp_path / "a.tar", items(12))
+    """46. 12 samples, 4 a step, so that an epoch ends with the third: stopped after the second, third and fourth."""
+    shards.write(tmp_path / "a.tar", samples(12))
     optim = {"lr": 3e-3, "warmup": 2, "decay": 0.0}  # a rate that does not hang on the number of steps
     data = text_config(tmp_path, save_every=100, optim=optim)
     loop.pretrain(build({**data, "steps": 8, "run": str(tmp_path / "whole")}))
     for number, stop in enumerate((2, 3, 4, 8)):
         loop.pretrain(build({**data, "steps": stop}), resume=bool(number))
-    assert rows(tmp_path / "run", "items.jsonl") == rows(tmp_path / "whole", "items.jsonl")
+    assert rows(tmp_path / "run", "samples.jsonl") == rows(tmp_path / "whole", "samples.jsonl")
     own = ("seconds", "tokens_per_second")
     for one, other in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
         assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
-    first = [name for row in rows(tmp_path / "run", "items.jsonl")[:3] for name in row["items"]]
+    first = [name for row in rows(tmp_path / "run", "samples.jsonl")[:3] for name in row["samples"]]
     assert len(set(first)) == 12
 
 
 def test_opening_far_on_reads_no_more(tmp_path, monkeypatch):
-    """47. Counted: bytes, rows of the index, blocks laid out and places permuted, at 0 and after ten million items."""
+    """47. Counted: bytes, rows of the index, blocks laid out and places permuted, at 0 and after ten million samples."""
     for i in range(20):
         made = [{"__key__": f"{i}-{j}", "txt": f"text {j}"} for j in range(50)]
         shards.write(tmp_path / f"a-{i:02d}.tar", made)
@@ -738,14 +742,14 @@ def _counted_permute(counts):
 
 
 def recorded(steps: Steps, which: range) -> dict[tuple[str, int], list]:
-    """The parts of every item as an objective gets them, by name and how often it came before."""
+    """The parts of every sample as an objective gets them, by name and how often it came before."""
     got = []
 
-    def record(item, generator):
-        got.append((item.parts, torch.randint(2**31, (2,), generator=generator)))
-        return Arranged([part for part in item.parts.values()], [None] * len(item.parts), group=item.group)
+    def record(sample, generator):
+        got.append((sample.parts, torch.randint(2**31, (2,), generator=generator)))
+        return Example([part for part in sample.parts.values()], [None] * len(sample.parts), group=sample.group)
 
-    steps.sections = [dataclasses.replace(section, arrange=record) for section in steps.sections]
+    steps.tasks = [dataclasses.replace(task, arrange=record) for task in steps.tasks]
     found, times = {}, Counter()
     for number in which:
         got.clear()
@@ -765,19 +769,19 @@ def same(one, other) -> bool:
 
 def test_a_view_hangs_on_seed_item_and_epoch(tmp_path):
     """48. Not on the step, the place in it, the microbatch, the rank or what other sources there are."""
-    shards.write(tmp_path / "a.tar", items(8))
-    shards.write(tmp_path / "b.tar", items(8, 50))
+    shards.write(tmp_path / "a.tar", samples(8))
+    shards.write(tmp_path / "b.tar", samples(8, 50))
     data = tiny(tmp_path, run=str(tmp_path / "run"))
-    data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar", "group": "colour"} for n in "ab"}
-    section = {"objective": "contrastive", "parts": ["text", "image", "audio"], "take": 4, "sources": {"a": 1}}
-    data["sections"] = {"pairs": section}
+    data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar", "group": "color"} for n in "ab"}
+    task = {"objective": "contrastive", "modalities": ["text", "image", "audio"], "batch_size": 4, "sources": {"a": 1}}
+    data["tasks"] = {"pairs": task}
     config, corpora = fitted(build(data))
-    alone = recorded(Steps(sections_of(config, corpora), config.tokenizers, 0), range(4))  # two epochs
-    section |= {"take": 12, "sources": {"a": 0.3, "b": 0.7}}
+    alone = recorded(Steps(tasks_of(config, corpora), config.tokenizers, 0), range(4))  # two epochs
+    task |= {"batch_size": 12, "sources": {"a": 0.3, "b": 0.7}}
     both, corpora = fitted(build(data))
     found = {}
     for rank in range(2):
-        steps = Steps(sections_of(both, corpora), config.tokenizers, 0, 4, rank=rank, ranks=2)
+        steps = Steps(tasks_of(both, corpora), config.tokenizers, 0, 4, rank=rank, ranks=2)
         mine = recorded(steps, range(4))
         found |= {k: v for k, v in mine.items() if k not in found}
     first = {name for name, turn in found if name.startswith("a/")}
@@ -785,7 +789,7 @@ def test_a_view_hangs_on_seed_item_and_epoch(tmp_path):
     for name in first:
         assert same(found[name, 0], alone[name, 0])
     assert sum(same(alone[name, 0], alone[name, 1]) for name in {name for name, _ in alone}) == 0
-    other = recorded(Steps(sections_of(config, corpora), config.tokenizers, 1), range(2))
+    other = recorded(Steps(tasks_of(config, corpora), config.tokenizers, 1), range(2))
     assert not any(same(alone[name], other[name]) for name in other)
 
 
@@ -797,7 +801,7 @@ def test_memory_and_open_files_stay_flat(tmp_path):
         pytest.skip("there is no /proc")
     for i in range(40):
         shards.write(tmp_path / f"a-{i:02d}.tar", [{"__key__": f"{i}-{j}", "txt": f"text {j}"} for j in range(50)])
-    steps = text_steps(tmp_path, take=2)
+    steps = text_steps(tmp_path, batch_size=2)
     seen = []
     for number, _ in enumerate(Loader(steps, 0, 50_001, 2)):
         if number % 10_000 == 0:
@@ -825,20 +829,20 @@ LARGE = ("plain-long-line", "lines-5-MB")  # of which each has already gone thro
 def plugins_at(folder: Path) -> dict:
     plugins = test_malformed.tokenizers(folder)
     image = plugins["image"]
-    plugins["image"] = dataclasses.replace(image, settings=dataclasses.replace(image.settings, **FIXED["image"]))
+    plugins["image"] = image.replace(**FIXED["image"])
     return plugins
 
 
 def stream_over(path: str, plugins: dict) -> Steps | None:
-    """One step of it is an epoch. None where no item has text, picture or sound."""
+    """One step of it is an epoch. None where no sample has text, picture or sound."""
     corpus = shards.Corpus(shards.Config([path]), "all")
-    section = Section("all", 1, list(plugins), [corpus], [(0, [1.0])], None)
+    task = Task("all", 1, list(plugins), [corpus], [(0, [1.0])], None)
     try:
-        steps = Steps([section], plugins, 0)
-    except BadInput as error:
-        assert "no item of source all has any of" in str(error)
+        steps = Steps([task], plugins, 0)
+    except UserError as error:
+        assert "no sample of source all has any of" in str(error)
         return None
-    steps.sections = [dataclasses.replace(section, take=len(steps.usable[0][0]))]
+    steps.tasks = [dataclasses.replace(task, batch_size=len(steps.usable[0][0]))]
     return steps
 
 
@@ -846,8 +850,8 @@ def complaints(case: malformed.Case, plugins: dict, sound: dict) -> list[str]:
     """What a training stream makes of a case and should not."""
     steps = stream_over(case.path, plugins)
     if steps is None:
-        return [] if not any(k in case.healthy for k in sound) else ["no item can be used"]
-    corpus, lost, got = steps.sections[0].corpora[0], [], {}
+        return [] if not any(k in case.healthy for k in sound) else ["no sample can be used"]
+    corpus, lost, got = steps.tasks[0].corpora[0], [], {}
     real = steps._read
 
     def read(which, draws, places, step, losses, names):
@@ -865,23 +869,23 @@ def complaints(case: malformed.Case, plugins: dict, sound: dict) -> list[str]:
     told += list(dict.fromkeys((row["key"], row["part"], row["reason"]) for row in lost))
     wrong += test_malformed.compare_refused(case, told)
     for key, parts in sound.items():
-        if key not in case.healthy or case.healthy[key].keys() != malformed.sound_item(key).keys():
+        if key not in case.healthy or case.healthy[key].keys() != malformed.sound_sample(key).keys():
             continue
         if key not in got or got[key].keys() != parts.keys():
             wrong.append(f"of {key} only {list(got.get(key, []))} delivered")
-        elif not all(torch.equal(got[key][kind].content, parts[kind].content) for kind in parts):
+        elif not all(torch.equal(got[key][modality].content, parts[modality].content) for modality in parts):
             wrong.append(f"{key} is changed")
     for key, outcome in case.outcome.items():
-        usable = {e for e in case.healthy.get(key, {}) if any(e in p.module.extensions for p in plugins.values())}
+        usable = {e for e in case.healthy.get(key, {}) if any(e in p.extensions for p in plugins.values())}
         if (outcome == "skip" and key in got) or (outcome in ("ok", "partial") and usable and key not in got):
             wrong.append(f"{key[:80]}: {outcome}, but {'' if key in got else 'not '}delivered")
     return wrong
 
 
 def sound_parts(folder: Path, plugins: dict) -> dict:
-    """The parts of the sound items, each from a shard in which nothing is damaged."""
+    """The parts of the sound samples, each from a shard in which nothing is damaged."""
     every = (*malformed.BEFORE, *malformed.AFTER)
-    shards.write(folder / "undamaged.tar", [{"__key__": key, **malformed.sound_item(key)} for key in every])
+    shards.write(folder / "undamaged.tar", [{"__key__": key, **malformed.sound_sample(key)} for key in every])
     got = recorded(stream_over(str(folder / "undamaged.tar"), plugins), range(1))
     return {name.removeprefix("all/"): parts for (name, _), (parts, _) in got.items()}
 
@@ -891,7 +895,7 @@ def trained(name: str, cases: list, folder: Path) -> list[str]:
     run = folder / f"run-{name}"
     data = tiny(folder, run=str(run), steps=3, save_every=3, max_bad=1.0, microbatches=2, trace=True)
     data["sources"] = {"all": {"shards": [case.path for case in cases]}}
-    data["sections"] = {n: data["sections"][n] | {"take": 40} for n in ("looks", "pairs")}
+    data["tasks"] = {n: data["tasks"][n] | {"batch_size": 40} for n in ("looks", "pairs")}
     loop.pretrain(build(data))
     wrong = []
     for row in (found := rows(run, "quarantine.jsonl")):
@@ -902,8 +906,8 @@ def trained(name: str, cases: list, folder: Path) -> list[str]:
     for row in rows(run):
         if row["skipped"] or not np.isfinite(row["loss"]):
             wrong.append(f"step {row['step']}: {row['loss']}")
-    if [len(row["items"]) for row in rows(run, "items.jsonl")] != [80] * 3:
-        wrong.append("steps of another number of items")
+    if [len(row["samples"]) for row in rows(run, "samples.jsonl")] != [80] * 3:
+        wrong.append("steps of another number of samples")
     return wrong
 
 

@@ -26,5 +26,12 @@ def test_the_root_is_small():
     assert len(list(ROOT.glob("*.py"))) <= 10
 
 
+def test_nothing_imports_the_training_but_the_command_line():
+    for file in ROOT.rglob("*.py"):
+        room = file.relative_to(ROOT).parts[0]
+        if room not in ("train", "cli.py", "tune.py", "__init__.py", "config.py"):
+            assert not [name for name in imports(file) if name.startswith("train")], file
+
+
 def test_tokens_imports_nothing_of_ours():
     assert not imports(ROOT / "tokens.py")

@@ -21,10 +21,9 @@ import malformed
 import pytest
 import torch
 
-from multimodal_fm.config import Plugin
 from multimodal_fm.corpus import index, shards
-from multimodal_fm.errors import BadInput, Lost
-from multimodal_fm.tokenizers import audio, image, text
+from multimodal_fm.errors import SampleError, UserError
+from multimodal_fm.tokenizers import audio, base, image, text
 
 SECONDS = 10
 MORE_MEMORY = 256  # MB above what the process had before the first case
@@ -39,22 +38,21 @@ def ring(*_):
     raise TooLong
 
 
-def tokenizers(folder: Path) -> dict[str, Plugin]:
-    """The default tokenizers, the merges learned from the sound items."""
-    raws = [malformed.sound_item(key) for key in (*malformed.BEFORE, *malformed.AFTER)]
-    settings = text.fit(text.Config(), raws, folder / "words")
-    plugins = {"text": (text, settings), "image": (image, image.Config()), "audio": (audio, audio.Config())}
-    return {kind: Plugin(kind, *both) for kind, both in plugins.items()}
+def tokenizers(folder: Path) -> dict[str, base.Tokenizer]:
+    """The default tokenizers, the merges learned from the sound samples."""
+    raws = [malformed.sound_sample(key) for key in (*malformed.BEFORE, *malformed.AFTER)]
+    words = text.Tokenizer().fit(raws, folder / "words")
+    return {"text": words, "image": image.Tokenizer(), "audio": audio.Tokenizer()}
 
 
 def read(raw: dict, plugins: dict) -> tuple[set[str], list[tuple[str, str]]]:
     """The parts that a training run gets, and (part, reason) of those that it does not."""
     parts, lost = set(), []
     for kind, plugin in plugins.items():
-        members = {ending: data for ending, data in raw.items() if ending in plugin.module.extensions}
+        members = {ending: data for ending, data in raw.items() if ending in plugin.extensions}
         try:
-            views = plugin.module.read(plugin.settings, members, random.Random(0)) if members else []
-        except Lost as error:
+            views = plugin.read(members, random.Random(0)) if members else []
+        except SampleError as error:
             lost.append((kind, error.reason))
         else:
             parts |= {kind} if views and len(views[0]) else set()
@@ -66,7 +64,7 @@ def refused_in(path: str) -> list[tuple[str, str, str]]:
 
 
 def observe(path: str, plugins: dict) -> tuple[list, dict, dict]:
-    """Of a file: (key, part, reason) of what is refused, the items' members and their parts, both by key."""
+    """Of a file: (key, part, reason) of what is refused, the samples' members and their parts, both by key."""
     corpus = shards.Corpus(shards.Config([path]))
     refused = [(r.key, r.part, r.reason) for r in corpus.refused]
     keys = [corpus.key(i) for i in range(len(corpus))]
@@ -138,7 +136,7 @@ def complaints(case: malformed.Case, plugins: dict) -> list[str]:
     if not case.opens:
         try:
             shards.Corpus(shards.Config([case.path]))
-        except BadInput as error:
+        except UserError as error:
             wrong = [] if "\n" not in str(error) else ["the complaint has more than one line"]
             wrong += [] if case.path in str(error) else [f"the complaint does not name it: {error}"]
         else:

@@ -15,19 +15,19 @@ def test_a_permutation_visits_everything_once(size):
 @pytest.mark.parametrize("size", [1, 5, 100, 4097])
 def test_a_permutation_is_undone(size):
     there = permute(np.arange(size), size, 5)
-    assert [place_of(int(item), size, 5) for item in there] == list(range(size))
+    assert [place_of(int(sample), size, 5) for sample in there] == list(range(size))
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(1, 64), (63, 64), (1000, 64), (50_000, 64), (WINDOW * 2, 256), (7, 2)])
 def test_chunks_visit_everything_once_and_stay_together(size, chunk):
-    items = shuffle(np.arange(size), size, chunk, 5)
-    assert sorted(items) == list(range(size))
-    assert (items == np.concatenate([shuffle(np.array([p]), size, chunk, 5) for p in range(min(size, 50))] +
-                                    [items[50:]])).all()  # fmt: skip
+    samples = shuffle(np.arange(size), size, chunk, 5)
+    assert sorted(samples) == list(range(size))
+    assert (samples == np.concatenate([shuffle(np.array([p]), size, chunk, 5) for p in range(min(size, 50))] +
+                                    [samples[50:]])).all()  # fmt: skip
     if size > WINDOW:
-        window = items[:WINDOW] // chunk
+        window = samples[:WINDOW] // chunk
         assert len(np.unique(window)) <= WINDOW // chunk + 1  # few ranges at a time,
-        assert (np.abs(np.diff(items[:WINDOW])) < chunk).mean() < 0.1  # and well mixed
+        assert (np.abs(np.diff(samples[:WINDOW])) < chunk).mean() < 0.1  # and well mixed
 
 
 def test_a_permutation_mixes():
@@ -50,11 +50,11 @@ WEIGHTS = [0.37, 0.13, 0.5]
 
 
 def visits(draws, source):
-    return np.bincount(draws.item[draws.source == source], minlength=SOURCES[source].size)
+    return np.bincount(draws.sample[draws.source == source], minlength=SOURCES[source].size)
 
 
 def test_weights_are_exact_and_every_item_equally_often():
-    """One source is a thousand times smaller than another; at any point its items were seen equally often, ± 1."""
+    """One source is a thousand times smaller than another; at any point its samples were seen equally often, ± 1."""
     mixture = Mixture(3, SOURCES, [(0, WEIGHTS)])
     draws = mixture.draws(0, 50 * BLOCK)
     for source, weight in enumerate(WEIGHTS):
@@ -73,8 +73,8 @@ def test_any_position_is_reached_at_once():
     mixture._block = lambda *which: laid.append(which) or mixture._lay_out(*which)
     draws = mixture.draws(far, far + 100)
     assert len(set(laid)) <= 2  # no block before is looked at
-    assert len(set(draws.item[draws.source == 0])) == (draws.source == 0).sum() > 20
-    assert mixture.draws(far + 7, far + 8).item[0] == draws.item[7]
+    assert len(set(draws.sample[draws.source == 0])) == (draws.source == 0).sum() > 20
+    assert mixture.draws(far + 7, far + 8).sample[0] == draws.sample[7]
 
 
 def test_a_new_phase_goes_on_where_each_source_was():
@@ -88,7 +88,7 @@ def test_a_new_phase_goes_on_where_each_source_was():
         assert counts.max() - counts.min() <= 1
     for start in (0, 9_990, 12_340, 50_000):
         again = mixture.draws(start, start + 64)
-        assert (again.item == draws.item[start : start + 64]).all()
+        assert (again.sample == draws.sample[start : start + 64]).all()
 
 
 def test_a_phase_that_begins_with_counts_is_the_one_that_came_from_there():
@@ -96,14 +96,14 @@ def test_a_phase_that_begins_with_counts_is_the_one_that_came_from_there():
     whole = Mixture(3, SOURCES, [(0, WEIGHTS), (5_000, [0.1, 0.1, 0.8])])
     rest = Mixture(3, SOURCES, [(5_000, [0.1, 0.1, 0.8])], whole.drawn(5_000).tolist())
     one, other = whole.draws(5_000, 15_000), rest.draws(5_000, 15_000)
-    assert (one.item == other.item).all() and (one.epoch == other.epoch).all()
+    assert (one.sample == other.sample).all() and (one.epoch == other.epoch).all()
 
 
 def test_another_source_beside_it_changes_no_order():
     """The order within a source hangs on its name alone."""
-    alone = Mixture(3, SOURCES[2:], [(0, [1])]).draws(0, 3_000).item
+    alone = Mixture(3, SOURCES[2:], [(0, [1])]).draws(0, 3_000).sample
     among = Mixture(3, SOURCES, [(0, WEIGHTS)]).draws(0, 20_000)
-    assert (among.item[among.source == 2][:3_000] == alone).all()
+    assert (among.sample[among.source == 2][:3_000] == alone).all()
 
 
 def test_substitutes_are_of_the_same_source_and_determined():

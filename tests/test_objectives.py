@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multimodal_fm.batch import Arranged, Item, count_asked, gather
+from multimodal_fm.batch import Example, Sample, collate, count_targets
 from multimodal_fm.config import build
 from multimodal_fm.model import Model
 from multimodal_fm.objectives import causal, contrastive, masked
@@ -13,30 +13,30 @@ from multimodal_fm.tokens import join, sequence_of
 KINDS = ["text", "image", "audio"]
 
 
-def part(kind: str, n: int):
+def part(modality: str, n: int):
     position = torch.zeros(n, 3)
     position[:, 0] = torch.arange(n)
     content = {
         "text": lambda: torch.randint(2, 300, (n,)),
         "image": lambda: torch.randint(0, 255, (n, 192), dtype=torch.uint8),
         "audio": lambda: torch.randn(n, 256),
-    }[kind]()
-    return sequence_of(content, position, KINDS.index(kind))
+    }[modality]()
+    return sequence_of(content, position, KINDS.index(modality))
 
 
 def item(group=0, **lengths):
-    return Item({kind: part(kind, n) for kind, n in lengths.items()}, group)
+    return Sample({modality: part(modality, n) for modality, n in lengths.items()}, group)
 
 
-def model(sections, **changes) -> Model:
+def model(tasks, **changes) -> Model:
     torch.manual_seed(0)
-    for section in sections.values():
-        section |= {"parts": KINDS, "take": 2, "sources": {"all": 1}}
+    for task in tasks.values():
+        task |= {"modalities": KINDS, "batch_size": 2, "sources": {"all": 1}}
     return Model(
         build(
             {
                 "sources": {"all": {"shards": "none"}},
-                "sections": sections,
+                "tasks": tasks,
                 "tokenizers": {
                     "text": {"vocabulary": 300},
                     "image": {"patch": 8},
@@ -51,26 +51,26 @@ def model(sections, **changes) -> Model:
 
 
 def batch_of(name, arranged, **more):
-    return gather({name: list(enumerate(arranged))}, KINDS, {name: count_asked(arranged, KINDS)}, **more)
+    return collate({name: list(enumerate(arranged))}, KINDS, {name: count_targets(arranged, KINDS)}, **more)
 
 
 def draw(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_replace_hides_the_share_it_says(kind):
+@pytest.mark.parametrize("modality", KINDS)
+def test_replace_hides_the_share_it_says(modality):
     config = masked.Config(share=0.4)
-    one = item(**{kind: 100})
+    one = item(**{modality: 100})
     made = masked.arrange(config, one, draw())
-    assert len(made.asked[0]) == 40 and len(made.seen[0]) == 100
+    assert len(made.targets[0]) == 40 and len(made.seen[0]) == 100
     rows = made.at[0]
-    assert torch.equal(made.asked[0].content, one.parts[kind].content[rows])
+    assert torch.equal(made.targets[0].content, one.parts[modality].content[rows])
     covered = made.hidden[0].sum()
     assert 20 < covered <= 40 and made.hidden[0][rows].sum() == covered
-    changed = (made.seen[0].content != one.parts[kind].content).flatten(1 if made.seen[0].content.ndim > 1 else 0)
+    changed = (made.seen[0].content != one.parts[modality].content).flatten(1 if made.seen[0].content.ndim > 1 else 0)
     changed = changed.any(1) if changed.ndim > 1 else changed
-    assert set(changed.nonzero()[:, 0].tolist()) <= set(rows.tolist()), "only asked tokens are replaced"
+    assert set(changed.nonzero()[:, 0].tolist()) <= set(rows.tolist()), "only targets tokens are replaced"
     again, other = masked.arrange(config, one, draw()), masked.arrange(config, one, draw(1))
     assert torch.equal(again.at[0], rows) and not torch.equal(other.at[0], rows)
 
@@ -78,8 +78,8 @@ def test_replace_hides_the_share_it_says(kind):
 def test_drop_keeps_hidden_tokens_out():
     one = item(image=64)
     made = masked.arrange(masked.Config(hide="drop", share={"image": 0.75}), one, draw())
-    assert len(made.seen[0]) == 16 and len(made.asked[0]) == 48 and (made.at[0] == -1).all()
-    places = {tuple(p) for t in (made.seen[0], made.asked[0]) for p in t.position.tolist()}
+    assert len(made.seen[0]) == 16 and len(made.targets[0]) == 48 and (made.at[0] == -1).all()
+    places = {tuple(p) for t in (made.seen[0], made.targets[0]) for p in t.position.tolist()}
     assert len(places) == 64
 
 
@@ -88,8 +88,8 @@ def test_drop_keeps_hidden_tokens_out():
 def test_at_least_one_token_stays(n, share):
     for hide in ("replace", "drop"):
         made = masked.arrange(masked.Config(hide=hide, share=share), item(text=n), draw())
-        asked = len(made.asked[0])
-        assert asked == (0 if share == 0 or n == 1 else max(1, min(round(share * n), n - 1)))
+        targets = len(made.targets[0])
+        assert targets == (0 if share == 0 or n == 1 else max(1, min(round(share * n), n - 1)))
 
 
 def test_causal_answers_from_the_row_before():
@@ -101,7 +101,7 @@ def test_causal_answers_from_the_row_before():
 def test_captioning_reads_the_picture_and_guesses_the_text():
     made = causal.arrange(causal.Config(fuse=True, prefix=["image"]), item(image=4, text=3))
     assert made.seen[0].order.tolist() == [0] * 4 and made.seen[1].order.tolist() == [1, 2, 3]
-    assert len(made.asked[0]) == 0 and made.at[1].tolist() == [3, 4, 5]
+    assert len(made.targets[0]) == 0 and made.at[1].tolist() == [3, 4, 5]
     assert made.seen[1].position[0, 0] > made.seen[0].position[:, 0].max()
 
 
@@ -114,15 +114,15 @@ def test_the_model_cannot_see_what_it_guesses():
         config = net.objectives["it"].config
         one = item(text=12)
         made = masked.arrange(config, one, draw())
-        gone = made.asked[0].position[:, 0].long().tolist()
+        gone = made.targets[0].position[:, 0].long().tolist()
 
         def answers(content, net=net, config=config, one=one):
-            changed = Item({"text": one.parts["text"].replace(content=content)})
+            changed = Sample({"text": one.parts["text"].replace(content=content)})
             batch = batch_of("it", [masked.arrange(config, changed, draw())])
-            output, asked = net(batch), batch.sections["it"]
+            output, targets = net(batch), batch.tasks["it"]
             if config.hide == "drop":
-                return net.objectives["it"]._decode(output, asked)["text"]
-            return output.tokens.content.index_select(0, asked.at["text"])
+                return net.objectives["it"]._decode(output, targets)["text"]
+            return output.tokens.content.index_select(0, targets.at["text"])
 
         base = answers(one.parts["text"].content)
         hidden = one.parts["text"].content.clone()
@@ -140,7 +140,7 @@ def test_a_causal_model_does_not_see_ahead():
 
     def outputs(content):
         batch = batch_of(
-            "it", [causal.arrange(causal.Config(), Item({"text": one.parts["text"].replace(content=content)}))]
+            "it", [causal.arrange(causal.Config(), Sample({"text": one.parts["text"].replace(content=content)}))]
         )
         return net(batch).tokens.content
 
@@ -151,7 +151,7 @@ def test_a_causal_model_does_not_see_ahead():
 
 
 def test_a_batch_equals_its_items_alone():
-    """Every item's loss in a batch of all sorts is the item's own: nothing leaks between sequences."""
+    """Every sample's loss in a batch of all sorts is the sample's own: nothing leaks between sequences."""
     net = model({"it": {"objective": "causal"}})
     made = [
         causal.arrange(causal.Config(), item(text=5, image=4)),
@@ -159,30 +159,30 @@ def test_a_batch_equals_its_items_alone():
         causal.arrange(causal.Config(fuse=True), item(image=4, text=3)),
     ]
     together = batch_of("it", made, round_to=16)
-    scores = {k: net.objectives["it"].score(net(together), together.sections["it"], k) for k in KINDS}
-    alone = {kind: [] for kind in KINDS}
+    scores = {k: net.objectives["it"].score(net(together), together.tasks["it"], k) for k in KINDS}
+    alone = {modality: [] for modality in KINDS}
     for one in made:
         batch = batch_of("it", [one])
-        for kind in batch.sections["it"].tokens:
-            alone[kind].append(net.objectives["it"].score(net(batch), batch.sections["it"], kind))
-    for kind in KINDS:
-        torch.testing.assert_close(scores[kind], torch.cat(alone[kind]), rtol=0, atol=1e-5)
+        for modality in batch.tasks["it"].tokens:
+            alone[modality].append(net.objectives["it"].score(net(batch), batch.tasks["it"], modality))
+    for modality in KINDS:
+        torch.testing.assert_close(scores[modality], torch.cat(alone[modality]), rtol=0, atol=1e-5)
 
 
 def reference_info_nce(features, rows, scale, weights=(1.0, 1.0, 1.0)):
-    """The formula, item by item and in the plainest way; rows: (kind, item, group) of each feature."""
+    """The formula, sample by sample and in the plainest way; rows: (modality, sample, group) of each feature."""
     losses = []
     for a, b in itertools.combinations(range(3), 2):
         both = []
-        for query_kind, answer_kind in ((a, b), (b, a)):
+        for query_modality, answer_modality in ((a, b), (b, a)):
             each = []
-            for i, (kind, number, group) in enumerate(rows):
-                right = [j for j, r in enumerate(rows) if r[0] == answer_kind and r[1] == number]
-                if kind != query_kind or not right:
+            for i, (modality, number, group) in enumerate(rows):
+                right = [j for j, r in enumerate(rows) if r[0] == answer_modality and r[1] == number]
+                if modality != query_modality or not right:
                     continue
                 logits, target = [], None
-                for j, (other_kind, other, other_group) in enumerate(rows):
-                    if other_kind == answer_kind and (other == number or other_group != group):
+                for j, (other_modality, other, other_group) in enumerate(rows):
+                    if other_modality == answer_modality and (other == number or other_group != group):
                         target = len(logits) if other == number else target
                         logits.append(scale * (features[i] @ features[j]))
                 each.append(-torch.log_softmax(torch.stack(logits), 0)[target])
@@ -196,7 +196,7 @@ def reference_info_nce(features, rows, scale, weights=(1.0, 1.0, 1.0)):
 def test_info_nce_is_the_formula_and_leaves_equal_groups_out(weights):
     pairs = dict(zip(("text_image", "text_audio", "image_audio"), weights))
     net = model({"it": {"objective": "contrastive", "pairs": pairs}})
-    items = [
+    samples = [
         item(1, text=3, image=4),
         item(2, text=4, audio=5),
         item(1, text=3, image=4, audio=2),
@@ -204,12 +204,12 @@ def test_info_nce_is_the_formula_and_leaves_equal_groups_out(weights):
         item(2, audio=3),
         item(4, image=2, audio=4),
     ]
-    batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in items])
-    asked, objective = batch.sections["it"], net.objectives["it"]
-    features = objective.features(net(batch), asked)
+    batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in samples])
+    targets, objective = batch.tasks["it"], net.objectives["it"]
+    features = objective.features(net(batch), targets)
     assert torch.allclose(features.norm(dim=-1), torch.ones(len(features)))
-    loss, report = objective.compare(features, asked)
-    rows = list(zip(asked.kind.tolist(), asked.item.tolist(), asked.group.tolist()))
+    loss, report = objective.compare(features, targets)
+    rows = list(zip(targets.modality.tolist(), targets.sample.tolist(), targets.group.tolist()))
     torch.testing.assert_close(loss, reference_info_nce(features, rows, objective.log_scale.exp(), weights))
     assert {"text_image_accuracy", "text_audio_accuracy", "image_audio_accuracy"} == report.keys()
 
@@ -221,16 +221,16 @@ def test_a_pair_that_there_is_not_is_named():
 
 def test_the_sigmoid_loss_is_the_formula():
     net = model({"it": {"objective": "contrastive", "loss": "sigmoid"}})
-    items = [item(g, text=3, image=4) for g in (1, 2, 1)]
-    batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in items])
-    asked, objective = batch.sections["it"], net.objectives["it"]
-    features = objective.features(net(batch), asked)
-    loss, _ = objective.compare(features, asked)
+    samples = [item(g, text=3, image=4) for g in (1, 2, 1)]
+    batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in samples])
+    targets, objective = batch.tasks["it"], net.objectives["it"]
+    features = objective.features(net(batch), targets)
+    loss, _ = objective.compare(features, targets)
     total = 0.0
-    text, image = features[asked.kind == 0], features[asked.kind == 1]
+    text, image = features[targets.modality == 0], features[targets.modality == 1]
     for i in range(3):
         for j in range(3):
-            if i == j or items[i].group != items[j].group:
+            if i == j or samples[i].group != samples[j].group:
                 sign = 1 if i == j else -1
                 total += -F.logsigmoid(sign * (objective.log_scale.exp() * (text[i] @ image[j]) + objective.bias))
     torch.testing.assert_close(loss, total / 3)
@@ -238,10 +238,10 @@ def test_the_sigmoid_loss_is_the_formula():
 
 def test_items_that_lack_a_part_give_fewer_pairs():
     net = model({"it": {"objective": "contrastive"}})
-    for items in ([item(1, text=3)], [item(1, text=3), item(2, text=2)], [item(1, text=2), item(2, image=2)]):
-        batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in items])
+    for samples in ([item(1, text=3)], [item(1, text=3), item(2, text=2)], [item(1, text=2), item(2, image=2)]):
+        batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in samples])
         loss, report = net.objectives["it"].compare(
-            net.objectives["it"].features(net(batch), batch.sections["it"]), batch.sections["it"]
+            net.objectives["it"].features(net(batch), batch.tasks["it"]), batch.tasks["it"]
         )
         assert float(loss.detach()) == 0.0 and not report
         loss.backward()
@@ -251,7 +251,7 @@ def test_items_that_lack_a_part_give_fewer_pairs():
 def test_untouched_parameters_get_no_gradient_and_touched_ones_do(experts):
     net = model({"it": {"objective": "masked"}}, model={"width": 48, "depth": 2, "heads": 2, "experts": experts})
     batch = batch_of("it", [masked.arrange(masked.Config(), item(text=9), draw())])
-    net.objectives["it"].loss(net(batch), batch.sections["it"])[0].backward()
+    net.objectives["it"].loss(net(batch), batch.tasks["it"])[0].backward()
     assert net.embedders["text"].weight.grad.abs().sum() > 0
     assert net.embedders["image"].project.weight.grad is None
     if experts:
@@ -266,7 +266,7 @@ def test_filler_changes_nothing():
     for round_to in (1, 64):
         batch = batch_of("it", made, round_to=round_to)
         assert len(batch.tokens) % round_to == 0
-        losses.append(net.objectives["it"].loss(net(batch), batch.sections["it"])[0])
+        losses.append(net.objectives["it"].loss(net(batch), batch.tasks["it"])[0])
     torch.testing.assert_close(losses[0], losses[1])
 
 
@@ -277,7 +277,7 @@ def test_the_start_is_stable_at_any_width(width, heads):
     tokens = batch.tokens
     output = net(batch)
     assert 0.5 < output.tokens.content.std() < 2
-    loss, report = net.objectives["it"].loss(output, batch.sections["it"])
+    loss, report = net.objectives["it"].loss(output, batch.tasks["it"])
     assert 5 < report["text"] < 7 and 0.5 < report["image"] < 2 and 0.5 < report["audio"] < 2
     loss.backward()
     first, last = (net.backbone.blocks[i].attention.project_in.weight.grad.norm() for i in (0, -1))
@@ -287,4 +287,4 @@ def test_the_start_is_stable_at_any_width(width, heads):
 def test_a_piece_of_two_sequences_is_refused():
     two = join([sequence_of(torch.arange(3), torch.zeros(3, 3)), sequence_of(torch.arange(2), torch.zeros(2, 3))])
     with pytest.raises(ValueError, match="one sequence"):
-        gather({"a": [(0, Arranged([two], [None]))]}, KINDS, {"a": {}})
+        collate({"a": [(0, Example([two], [None]))]}, KINDS, {"a": {}})

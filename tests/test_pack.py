@@ -21,13 +21,13 @@ import pytest
 import soundfile
 import test_malformed
 import webdataset
-from conftest import items, jpeg, tone
+from conftest import jpeg, samples, tone
 from PIL import Image
 
 from multimodal_fm.corpus import shards
-from multimodal_fm.errors import BadInput, Lost
+from multimodal_fm.errors import SampleError, UserError
 from multimodal_fm.pack import dedup, run, sources, state, tables, validate
-from multimodal_fm.pack import samples as item
+from multimodal_fm.pack import samples as sample
 from multimodal_fm.pack.settings import Settings, parse_size, parse_split
 
 BAD = b"<html><body>404 Not Found</body></html>"
@@ -47,7 +47,7 @@ def pack(given, to, workers=0, **settings):
 
 
 def packed(folder, pattern="*.tar") -> dict[str, dict]:
-    """The members of every item by its key, as the webdataset library reads them."""
+    """The members of every sample by its key, as the webdataset library reads them."""
     made = {}
     for path in sorted(folder.glob(pattern)):
         for one in webdataset.WebDataset(str(path), shardshuffle=False):
@@ -126,7 +126,7 @@ def test_a_folder_of_media(media, tmp_path):
     )
     card = (tmp_path / "out" / "card.md").read_text()
     assert "CC0 (1)" in card and "en (1)" in card and "| decode | 3 |" in card
-    assert facts["splits"]["train"]["items"] == len(made)
+    assert facts["splits"]["train"]["samples"] == len(made)
     corpus = shards.Corpus(shards.Config(str(tmp_path / "out" / "*.tar")))
     assert not corpus.refused and len(corpus) == len(made)
 
@@ -164,13 +164,13 @@ COLUMNS = {
     "image_column": "file",
     "audio_column": "sound",
     "text_column": "words",
-    "label_column": "kind",
+    "label_column": "modality",
     "key_column": "id",
 }
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_tables(tmp_path, kind):
+@pytest.mark.parametrize("modality", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables(tmp_path, modality):
     (tmp_path / "pictures").mkdir()
     for i in range(4):
         (tmp_path / "pictures" / f"{i}.jpg").write_bytes(picture(i))
@@ -178,23 +178,30 @@ def test_tables(tmp_path, kind):
     names = ["zebra", "apple", "zebra", "apple", "apple"]
     files = [f"pictures/{i}.jpg" for i in range(4)] + ["pictures/none.jpg"]
     table = [
-        {"file": f, "sound": "horn.wav", "words": f'words, "{i}"\nmore', "kind": n, "id": f"row.{i}", "license": "CC0"}
+        {
+            "file": f,
+            "sound": "horn.wav",
+            "words": f'words, "{i}"\nmore',
+            "modality": n,
+            "id": f"row.{i}",
+            "license": "CC0",
+        }
         for i, (f, n) in enumerate(zip(files, names))
     ]
-    path = tmp_path / f"table.{kind}"
-    if kind == "parquet":
+    path = tmp_path / f"table.{modality}"
+    if modality == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         inside = [row | {"file": {"bytes": None, "path": row["file"]}} for row in table]
         inside[0]["file"] = {"bytes": picture(0), "path": "other-name.jpg"}
         parquet.write_table(pyarrow.Table.from_pylist(inside), path, row_group_size=2)
-    elif kind == "jsonl":
+    elif modality == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in table) + "[1]\nnot json\n")
     else:
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer = csv.DictWriter(file, list(table[0]), delimiter="\t" if modality == "tsv" else ",")
             writer.writeheader()
             writer.writerows(table)
-            file.write("too,few\n" if kind == "csv" else "")
+            file.write("too,few\n" if modality == "csv" else "")
     pack(path, tmp_path / "out", **COLUMNS)
     made = packed(tmp_path / "out")
     assert list(made) == [f"row_{i}" for i in range(5)]
@@ -202,24 +209,24 @@ def test_tables(tmp_path, kind):
         one = made[f"row_{i}"]
         assert one["jpg"] == picture(i) and one["wav"] == tone(440, kind="WAV")
         assert one["txt"] == f'words, "{i}"\nmore'.encode() and one["cls"] == (b"1" if i in (0, 2) else b"0")
-        assert json.loads(one["json"])["license"] == "CC0" and json.loads(one["json"])["label"] == table[i]["kind"]
+        assert json.loads(one["json"])["license"] == "CC0" and json.loads(one["json"])["label"] == table[i]["modality"]
     assert "jpg" not in made["row_4"] and "txt" in made["row_4"]
     lost = {("row.4", "image", "missing")}
-    lost |= {("table-5", "text", "json"), ("table-6", "text", "json")} if kind == "jsonl" else set()
-    lost |= {("5", "", "decode")} if kind == "csv" else set()
+    lost |= {("table-5", "text", "json"), ("table-6", "text", "json")} if modality == "jsonl" else set()
+    lost |= {("5", "", "decode")} if modality == "csv" else set()
     assert set(quarantined(tmp_path / "out")) == lost
 
 
 def test_columns_that_are_not_there(tmp_path):
     (tmp_path / "a.csv").write_text("picture,words\nx.jpg,hello\n")
-    with pytest.raises(BadInput, match="no column 'image'.*there are: picture, words"):
+    with pytest.raises(UserError, match="no column 'image'.*there are: picture, words"):
         pack(tmp_path / "a.csv", tmp_path / "out", image_column="image")
     (tmp_path / "x.jpg").write_bytes(picture(1))
     pack(tmp_path / "a.csv", tmp_path / "out", image_column="picture")  # the same folder, the right name
     assert packed(tmp_path / "out")["a-0"]["jpg"] == picture(1)
-    with pytest.raises(BadInput, match="name what its columns hold"):
+    with pytest.raises(UserError, match="name what its columns hold"):
         pack(tmp_path / "a.csv", tmp_path / "out2")
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         pack(tmp_path / "b.csv", tmp_path / "out3")
 
 
@@ -243,23 +250,23 @@ def test_datasets_is_an_extra(tmp_path, monkeypatch):
     (tmp_path / "hub" / "dataset_info.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     tables.load_hub.cache_clear()
-    with pytest.raises(BadInput, match="pip install"):
+    with pytest.raises(UserError, match="pip install"):
         pack(tmp_path / "hub", tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
-def test_shards(tmp_path, kind):
+@pytest.mark.parametrize("modality", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_shards(tmp_path, modality):
     given = [
-        *items(6),
+        *samples(6),
         {"__key__": "x/y", "seg.png": b"any", "txt": b"kept whole", "npz": b"PK", "txt.gz": b"\x1f", "pyd": b"\x80"},
     ]
     shards.write(tmp_path / "a.tar", given)
-    if kind != "tar":
-        mode = {"tgz": "gz"}.get(kind, kind[4:])
-        with tarfile.open(tmp_path / f"a.{kind}", f"w:{mode}") as to, tarfile.open(tmp_path / "a.tar") as source:
+    if modality != "tar":
+        mode = {"tgz": "gz"}.get(modality, modality[4:])
+        with tarfile.open(tmp_path / f"a.{modality}", f"w:{mode}") as to, tarfile.open(tmp_path / "a.tar") as source:
             for member in source:
                 to.addfile(member, source.extractfile(member))
-    pack(tmp_path / f"a.{kind}", tmp_path / "out")
+    pack(tmp_path / f"a.{modality}", tmp_path / "out")
     with tarfile.open(tmp_path / "a.tar") as source:
         want = {m.name.replace("/", "_"): source.extractfile(m).read() for m in source}
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as made:
@@ -268,7 +275,7 @@ def test_shards(tmp_path, kind):
 
 
 def test_damaged_shards_give_what_is_whole(tmp_path):
-    shards.write(tmp_path / "a.tar", items(6))
+    shards.write(tmp_path / "a.tar", samples(6))
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) * 2 // 3])
     (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(data, mtime=0)[:-3000])
@@ -280,7 +287,7 @@ def test_damaged_shards_give_what_is_whole(tmp_path):
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert {os.path.basename(json.loads(line)["shard"]) for line in lines} == set(names)
     made = packed(tmp_path / "out")
-    assert {"item0000", "item0001", "item0002", "item0000~2"} <= set(made)
+    assert {"sample0000", "sample0001", "sample0002", "sample0000~2"} <= set(made)
     whole = packed(tmp_path, "a.tar")
     for key, members in made.items():
         assert all(value == whole[key.partition("~")[0]][ending] for ending, value in members.items())
@@ -288,11 +295,11 @@ def test_damaged_shards_give_what_is_whole(tmp_path):
 
 def test_a_gzip_bomb_stops_at_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "FREE", 1 << 20)
-    shards.write(tmp_path / "a.tar", items(2))
+    shards.write(tmp_path / "a.tar", samples(2))
     bomb = gzip.compress((tmp_path / "a.tar").read_bytes() + bytes(30 << 20))
     (tmp_path / "bomb.tar.gz").write_bytes(bomb)
     pack([tmp_path / "a.tar", tmp_path / "bomb.tar.gz"], tmp_path / "out")
-    assert ("", "", "byte-limit") in quarantined(tmp_path / "out") and "item0001" in packed(tmp_path / "out")
+    assert ("", "", "byte-limit") in quarantined(tmp_path / "out") and "sample0001" in packed(tmp_path / "out")
 
 
 def test_names_in_shards_are_no_paths(tmp_path):
@@ -331,7 +338,7 @@ def test_long_text_is_cut_and_its_row_kept(tmp_path):
 @pytest.mark.parametrize("most", [16, 17, 40, 300])
 def test_pieces_join_to_the_text(most):
     text = ("eins zwei drei. vier\nfünf\n\n" * 5 + "日本語" * 40 + "x" * 100).encode()
-    pieces = item.cut(text, most)
+    pieces = sample.cut(text, most)
     assert b"".join(pieces) == text and max(map(len, pieces)) <= most and all(p.decode() for p in pieces)
 
 
@@ -403,10 +410,10 @@ def test_parts_that_are_left_out(ending, data, reason):
 
 def test_sounds_beyond_the_limits(monkeypatch):
     monkeypatch.setattr(validate.AUDIO, "seconds", 1)
-    with pytest.raises(Lost, match="duration-limit"):
+    with pytest.raises(SampleError, match="duration-limit"):
         validate.sound(Settings(["x"]), "wav", wav([0.1] * 16_001), {})
     monkeypatch.setattr(validate.AUDIO, "bytes", 100)
-    with pytest.raises(Lost, match="byte-limit"):
+    with pytest.raises(SampleError, match="byte-limit"):
         validate.sound(Settings(["x"]), "wav", wav([0.1] * 1000), {})
 
 
@@ -416,9 +423,9 @@ URLS = ["pipe:touch sentinel", "ftp://example.org/a", "simplecache::file:///etc/
 @pytest.mark.parametrize("url", URLS)
 def test_urls_that_are_not_fetched(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Lost, match="name"):
+    with pytest.raises(SampleError, match="name"):
         tables.fetch(url, str(tmp_path))
-    with pytest.raises(BadInput):
+    with pytest.raises(UserError):
         pack([url], tmp_path / "out")
     assert not (tmp_path / "sentinel").exists()
 
@@ -461,7 +468,7 @@ def test_urls_in_tables(tmp_path, monkeypatch):
 
 
 CHANGED = {  # what packing does on purpose, or need not keep
-    "archive-inside": "an item without text, picture or sound is left out",
+    "archive-inside": "a sample without text, picture or sound is left out",
     "png-ztxt-bomb": "either way",
     "png-iccp-bomb": "either way",
     "ogg-half": "a sound that ends early is left out",
@@ -474,7 +481,7 @@ def misread(case, folder) -> list[str]:
     """What packing a malformed file did that it should not."""
     try:
         pack(case.path, folder, dedup="none")
-    except BadInput as error:
+    except UserError as error:
         return [f"{error}"] if case.healthy else []
     made = {key: members for tar in sorted(folder.glob("*.tar")) for key, members in members_of(tar).items()}
     prefix = os.path.basename(case.path).partition(".")[0] + "-" if case.path.endswith(".jsonl") else ""
@@ -484,7 +491,7 @@ def misread(case, folder) -> list[str]:
         together = b"".join(members["txt"] for members in made.values())
         return wrong + [f"lost: byte {at}" for at, own in case.healthy.items() if own["txt"] not in together]
     for key, due in case.healthy.items():
-        found = made.get(item.safe_key(prefix + key), {})
+        found = made.get(sample.safe_key(prefix + key), {})
         wrong += [f"{key}.{e}" for e, data in due.items() if found.get(e, b"").rstrip(b"\r\n") != data.rstrip(b"\r\n")]
     return wrong
 
@@ -558,7 +565,7 @@ def test_near_copies(tmp_path):
     assert ("b", "", "near-copy") in quarantined(tmp_path / "out")
 
 
-def test_a_picture_in_other_colours_is_no_copy_and_stays_on_its_side(tmp_path):
+def test_a_picture_in_other_colors_is_no_copy_and_stays_on_its_side(tmp_path):
     grey = Image.open(io.BytesIO(picture(1))).convert("L")
     zero = Image.new("L", grey.size)
     made = []
@@ -614,7 +621,7 @@ def test_nothing_that_is_shared_straddles_the_split(tmp_path):
 def test_translations_and_equal_media_stay_together_without_near(tmp_path):
     made = []
     for i in range(60):
-        translated = {"captions": {"en": f"An item, number {i}", "fr": f"Une chose, la {i}"}}
+        translated = {"captions": {"en": f"A sample, number {i}", "fr": f"Une chose, la {i}"}}
         made += [
             {"__key__": f"a{i}", "json": translated, "jpg": picture(i)},
             {"__key__": f"b{i}", "txt": f"une  chose, la {i}", "flac": tone(100 + i, 0.1)},
@@ -636,7 +643,7 @@ def test_groups_stay_together_and_few_texts_are_labels(tmp_path):
     pack(tmp_path / "a.tar", tmp_path / "out", split=[0.5, 0.5], group="by.who")
     side = sides(tmp_path / "out")
     assert all(side[f"{i}"] == side[f"{i // 4 * 4}"] for i in range(120)) and len(set(side.values())) == 2
-    assert "They tie no items together" in (tmp_path / "out" / "card.md").read_text()
+    assert "They tie no samples together" in (tmp_path / "out" / "card.md").read_text()
 
 
 def test_bands_find_every_near_pair():
@@ -682,10 +689,10 @@ def test_keys_are_unique(tmp_path):
 
 @pytest.fixture
 def several(media, tmp_path):
-    """Sources of several kinds."""
-    shards.write(tmp_path / "a.tar", items(30))
+    """Sources of several modalities."""
+    shards.write(tmp_path / "a.tar", samples(30))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50)))
-    shards.write(tmp_path / "b.tar", items(20, 25))
+    shards.write(tmp_path / "b.tar", samples(20, 25))
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes(), mtime=0))
     return [tmp_path / "a.tar", media, tmp_path / "rows.jsonl", tmp_path / "b.tar.gz"]
 
@@ -744,7 +751,7 @@ def test_kill_9_with_workers_then_the_same_command(several, tmp_path):
     assert not (out / "card.md").exists()
     done = subprocess.run(command(several, out, *FLAGS, "--workers", "1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "items" in done.stdout and "quarantine.jsonl" in done.stdout
+    assert "samples" in done.stdout and "quarantine.jsonl" in done.stdout
     assert bytes_of(tmp_path / "0" / "out") == bytes_of(out)
 
 
@@ -796,39 +803,39 @@ def test_a_finished_folder_and_others(media, tmp_path, capsys):
     before = bytes_of(tmp_path / "out")
     pack(media, tmp_path / "out", 1)
     assert "already there" in capsys.readouterr().err and bytes_of(tmp_path / "out") == before
-    with pytest.raises(BadInput, match="other settings .dedup"):
+    with pytest.raises(UserError, match="other settings .dedup"):
         pack(media, tmp_path / "out", dedup="none")
     (tmp_path / "out" / "train-000000.tar").write_bytes(b"")
-    with pytest.raises(BadInput, match="train-000000.tar is missing or changed"):
+    with pytest.raises(UserError, match="train-000000.tar is missing or changed"):
         pack(media, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.doc").write_text("dear")
-    with pytest.raises(BadInput, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         pack(media, tmp_path / "mine")
-    with state.locked(tmp_path / "mine"), pytest.raises(BadInput, match="another mmfm pack"):
+    with state.locked(tmp_path / "mine"), pytest.raises(UserError, match="another mmfm pack"):
         pack(media, tmp_path / "mine")
 
 
 def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
-    shards.write(tmp_path / "a.tar", items(4))
+    shards.write(tmp_path / "a.tar", samples(4))
     monkeypatch.setattr(run, "_read", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
         pack(tmp_path / "a.tar", tmp_path / "out")
     monkeypatch.undo()
-    shards.write(tmp_path / "a.tar", items(5))
-    with pytest.raises(BadInput, match="changed since"):
+    shards.write(tmp_path / "a.tar", samples(5))
+    with pytest.raises(UserError, match="changed since"):
         pack(tmp_path / "a.tar", tmp_path / "out")
 
 
 def test_nothing_to_pack(tmp_path):
     (tmp_path / "a.tar").write_bytes(BAD)
-    with pytest.raises(BadInput, match="nothing in the sources can be read"):
+    with pytest.raises(UserError, match="nothing in the sources can be read"):
         pack(tmp_path / "a.tar", tmp_path / "out")
     assert quarantined(tmp_path / "out") == [("", "", "shard")]
 
 
 def test_shards_are_bounded_and_alike(tmp_path):
-    shards.write(tmp_path / "a.tar", items(40))
+    shards.write(tmp_path / "a.tar", samples(40))
     pack(tmp_path / "a.tar", tmp_path / "out", shard_size=100_000)
     paths = sorted((tmp_path / "out").glob("*.tar"))
     assert len(paths) > 2 and all(path.stat().st_size <= 100_000 for path in paths)
@@ -863,7 +870,7 @@ def test_croissant_is_valid_and_reads_the_shards(several, tmp_path, monkeypatch)
     ],
 )
 def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         Settings(["x"], **settings)
 
 
@@ -871,13 +878,13 @@ def test_sizes_and_shares():
     assert [parse_size(t) for t in ("256MB", "1GiB", "1000", "1.5k")] == [256_000_000, 1 << 30, 1000, 1500]
     assert parse_split("0.9,0.05,0.05") == [0.9, 0.05, 0.05]
     for call, text in ((parse_size, "many"), (parse_split, "a,b")):
-        with pytest.raises(BadInput):
+        with pytest.raises(UserError):
             call(text)
 
 
-def test_half_a_picture_of_either_kind():
+def test_half_a_picture_of_either_modality():
     assert jpeg((1, 2, 3))[:2] == b"\xff\xd8"
     for kind in ("JPEG", "PNG", "WEBP"):
         data = picture(3, kind=kind)
-        with pytest.raises(Lost, match="decode"):
+        with pytest.raises(SampleError, match="decode"):
             validate.picture(Settings(["x"]), "jpg", data[: len(data) // 2], {})

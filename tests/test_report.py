@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from conftest import items, jpeg, tiny
+from conftest import jpeg, samples, tiny
 from PIL import Image
 
 from multimodal_fm import config
 from multimodal_fm.cli import app
 from multimodal_fm.corpus import shards
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
 from multimodal_fm.evals.run import table
 from multimodal_fm.reports import run
 from multimodal_fm.train import loop
@@ -30,13 +30,13 @@ HOSTILE = '<script>alert("1")</script> & </textarea> \u05e9\u05dc\u05d5\u05dd'
 def page(tmp_path_factory, corpus):
     """A tiny run with two evaluations, one of them over hostile captions and a broken picture; its report."""
     folder = tmp_path_factory.mktemp("report")
-    bad = [{**item, "txt": f"{HOSTILE} {i % 3}"} for i, item in enumerate(items(12, 200))]
+    bad = [{**sample, "txt": f"{HOSTILE} {i % 3}"} for i, sample in enumerate(samples(12, 200))]
     bad[0]["jpg"] = b"no picture"
     shards.write(folder / "bad.tar", bad)
-    shards.write(folder / "held.tar", [{k: v for k, v in item.items() if k != "cls"} for item in items(16, 100)])
+    shards.write(folder / "held.tar", [{k: v for k, v in sample.items() if k != "cls"} for sample in samples(16, 100)])
     evaluations = {
-        "held": {"on": f"{folder}/held*.tar", "group": "colour", "within": "language"},
-        "bad <b>": {"on": [str(folder / "bad.tar")], "where": {"colour": "red"}, "parts": ["text", "image"]},
+        "held": {"on": f"{folder}/held*.tar", "group": "color", "within": "language"},
+        "bad <b>": {"on": [str(folder / "bad.tar")], "where": {"color": "red"}, "modalities": ["text", "image"]},
     }
     data = tiny(corpus, evaluate=evaluations, run=str(folder / "run"), steps=4)
     path = folder / "tiny.yaml"
@@ -126,11 +126,11 @@ def test_marks_what_the_eval_calls_right(page):
     held = text[text.index("<h3>held") : text.index("<h3>bad")]
     queries = held.split('<div class="query">')[1:]
     assert len(queries) == 6 + 6 + 6 + 4  # there are four sounds
-    colour = re.compile("a (red|green|blue|yellow) square")
+    color = re.compile("a (red|green|blue|yellow) square")
     for query in queries:
         asked, *answers = query.split("<li")
-        wanted, marks = colour.search(asked)[1], ['class="right"' in answer for answer in answers]
-        assert marks == [colour.search(answer)[1] == wanted for answer in answers]
+        wanted, marks = color.search(asked)[1], ['class="right"' in answer for answer in answers]
+        assert marks == [color.search(answer)[1] == wanted for answer in answers]
         rank, size = map(int, re.search(r"first right answer: (\d+) of (\d+)", asked).groups())
         assert size == (2 if "<audio" in answers[0] else 8)  # half of all: the gallery is kept to the query's language
         assert (marks.index(True) + 1 == rank) if any(marks) else rank > 5
@@ -168,13 +168,13 @@ def test_command_line(page, capsys):
     assert [words[0] for words in tries] == ["search", "evaluate", "pretrain"]
     for words in tries:
         app(words, result_action="return_value")
-    assert "item0" in capsys.readouterr().out
+    assert "sample0" in capsys.readouterr().out
     assert (page.parent / "checkpoints" / "step-00000008").is_dir()
 
 
 def test_without_evaluate(write_config):
     loop.pretrain(config.load(write_config(steps=1)))
     folder = write_config().parent / "run"
-    with pytest.raises(BadInput, match="evaluate"):
+    with pytest.raises(UserError, match="evaluate"):
         run.write(folder, "cpu")
     assert not (folder / "report.html").exists()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from conftest import items
+from conftest import samples
 
 from multimodal_fm.corpus import index, storage
 from multimodal_fm.corpus.shards import Config, Corpus, find, write
-from multimodal_fm.errors import REASONS, BadInput
+from multimodal_fm.errors import REASONS, UserError
 
 
 def whole(path):
@@ -22,13 +22,13 @@ def whole(path):
 
 
 def scan(path):
-    """Key and endings of every item of a shard, and what is refused."""
+    """Key and endings of every sample of a shard, and what is refused."""
     made = index.build(str(path))
     return [(made.key(i), list(made.spans(i))) for i in range(len(made))], made.refused
 
 
 def test_what_is_written_is_read_also_by_webdataset(tmp_path):
-    made = items(6)
+    made = samples(6)
     write(tmp_path / "a.tar", made)
     write(tmp_path / "b.tar", made)
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
@@ -58,26 +58,26 @@ def cut(path, size):
 
 def test_a_cut_shard_gives_what_is_whole(tmp_path):
     path = tmp_path / "a.tar"
-    write(path, items(5))
-    entry = whole(path)["item0003"]
+    write(path, samples(5))
+    entry = whole(path)["sample0003"]
     offset, length, _ = entry["jpg"]
     cut(path, offset + length // 2)
     entries, refused = scan(str(path))
-    assert [key for key, _ in entries][:3] == ["item0000", "item0001", "item0002"]
-    assert all("jpg" not in endings for key, endings in entries if key == "item0003")
+    assert [key for key, _ in entries][:3] == ["sample0000", "sample0001", "sample0002"]
+    assert all("jpg" not in endings for key, endings in entries if key == "sample0003")
     assert any(r.reason == "shard" and "byte" in r.detail for r in refused)
 
 
 def test_a_damaged_header_is_not_the_end(tmp_path):
     path = tmp_path / "a.tar"
-    write(path, items(5))
+    write(path, samples(5))
     data = bytearray(path.read_bytes())
-    offset, _, _ = whole(path)["item0002"]["jpg"]
+    offset, _, _ = whole(path)["sample0002"]["jpg"]
     data[offset - 512 + 3] ^= 4  # the name, in the header
     path.write_bytes(data)
     entries, refused = scan(str(path))
-    assert [key for key, _ in entries] == [f"item{i:04d}" for i in range(5)]
-    assert [endings for key, endings in entries if key == "item0002"] == [["cls", "flac", "json", "txt"]]
+    assert [key for key, _ in entries] == [f"sample{i:04d}" for i in range(5)]
+    assert [endings for key, endings in entries if key == "sample0002"] == [["cls", "flac", "json", "txt"]]
     assert any(r.reason == "shard" and f"byte {offset - 512}" in r.detail for r in refused)
 
 
@@ -87,17 +87,17 @@ def test_what_is_no_archive_is_refused_by_name(tmp_path, data):
     path.write_bytes(data)
     entries, refused = scan(str(path))
     assert not entries and all(r.shard == str(path) for r in refused)
-    with pytest.raises(BadInput, match="no items"):
+    with pytest.raises(UserError, match="no samples"):
         Corpus(Config(str(path)))
 
 
 def test_names_that_no_sample_has(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in (("../up.txt", tarfile.REGTYPE), ("/abs.txt", tarfile.REGTYPE), ("link.txt", tarfile.SYMTYPE),
+        for name, modality in (("../up.txt", tarfile.REGTYPE), ("/abs.txt", tarfile.REGTYPE), ("link.txt", tarfile.SYMTYPE),
                            ("pipe.txt", tarfile.FIFOTYPE), ("good.txt", tarfile.REGTYPE)):  # fmt: skip
             member = tarfile.TarInfo(name)
-            member.type = kind
+            member.type = modality
             archive.addfile(member)
     entries, refused = scan(str(path))
     assert [key for key, _ in entries] == ["good"] and len(refused) == 4 and {r.reason for r in refused} == {"name"}
@@ -111,7 +111,7 @@ def test_keys_and_parts_that_come_again(tmp_path):
     assert [(r.key, r.reason) for r in refused] == [("a", "duplicate")]
 
 
-def test_jsonl_rows_and_paragraphs_are_items(tmp_path):
+def test_jsonl_rows_and_paragraphs_are_samples(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "label": 1}\n')
     corpus = Corpus(Config(str(tmp_path / "a.jsonl")))
     assert [corpus.json(i)["text"] for i in range(len(corpus))] == ["one", "two"]
@@ -125,7 +125,7 @@ def test_jsonl_rows_and_paragraphs_are_items(tmp_path):
 
 def test_a_copied_shard_is_hashed_once(tmp_path, monkeypatch):
     path = tmp_path / "a.tar"
-    write(path, items(3))
+    write(path, samples(3))
     made = index.build(str(path))
     os.utime(path, ns=(0, 12345))
     assert index.opened(str(path)).head["tables"] == made.head["tables"]
@@ -136,7 +136,7 @@ def test_a_copied_shard_is_hashed_once(tmp_path, monkeypatch):
 def test_a_file_stays_open_while_it_is_read(tmp_path, monkeypatch):
     """Two threads may open a shard at once, and the cache keeps one of the two: the other must not close too early."""
     path = tmp_path / "a.tar"
-    write(path, items(3))
+    write(path, samples(3))
     corpus = Corpus(Config(str(path)))
     monkeypatch.setattr(storage, "_open", lambda path, process: open(path, "rb", buffering=0))
     assert corpus.read(1)[1] == []
@@ -154,26 +154,28 @@ def test_there_may_be_more_shards_than_open_files(tmp_path):
         for _ in range(2):
             corpus = Corpus(Config(f"{tmp_path}/*.tar"))
             storage._open.cache_clear()
-        assert [corpus.raw(item)["txt"] for item in range(15)] == [f"text {number}".encode() for number in range(15)]
+        assert [corpus.raw(sample)["txt"] for sample in range(15)] == [
+            f"text {number}".encode() for number in range(15)
+        ]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_items_are_kept_by_their_json(tmp_path):
-    write(tmp_path / "a.tar", items(8))
-    corpus = Corpus(Config(str(tmp_path / "a.tar"), where={"colour": "red", "captions.en": "red"}))
-    assert [corpus.key(i) for i in range(len(corpus))] == ["item0000", "item0004"]
-    with pytest.raises(BadInput, match="colour=pink"):
-        Corpus(Config(str(tmp_path / "a.tar"), where={"colour": "pink"}))
+    write(tmp_path / "a.tar", samples(8))
+    corpus = Corpus(Config(str(tmp_path / "a.tar"), where={"color": "red", "captions.en": "red"}))
+    assert [corpus.key(i) for i in range(len(corpus))] == ["sample0000", "sample0004"]
+    with pytest.raises(UserError, match="color=pink"):
+        Corpus(Config(str(tmp_path / "a.tar"), where={"color": "pink"}))
 
 
 def test_files_that_cannot_be_sources(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(BadInput, match="mmfm pack"):
+    with pytest.raises(UserError, match="mmfm pack"):
         find(str(tmp_path / "*.gz"))
-    with pytest.raises(BadInput, match="no file matches"):
+    with pytest.raises(UserError, match="no file matches"):
         find(str(tmp_path / "*.tar"))
-    with pytest.raises(BadInput, match=r"is a folder; name shards, '.*/\*\.tar'"):
+    with pytest.raises(UserError, match=r"is a folder; name shards, '.*/\*\.tar'"):
         find(str(tmp_path))
     (tmp_path / "broken.jsonl").write_text("{\n[]\n")
     corpus = Corpus(Config(str(tmp_path / "broken.jsonl")))

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import items, tiny
+from conftest import samples, tiny
 from test_stream import fitted
 
 from multimodal_fm.config import build
 from multimodal_fm.corpus import index, shards, storage
-from multimodal_fm.errors import BadInput, Lost
+from multimodal_fm.errors import SampleError, UserError
 from multimodal_fm.stream.tasks import steps_of
 from multimodal_fm.stream.workers import Loader
 
@@ -195,7 +195,7 @@ def test_a_server_that_always_fails_is_named_after_a_few_attempts(shelf, what):
     url = put(shelf)
     storage.stamp(url), storage._known(url)
     shelf.trouble = lambda *_: what
-    with counted(shelf) as asked, pytest.raises(Lost) as error:
+    with counted(shelf) as asked, pytest.raises(SampleError) as error:
         storage.read(url, 0, 4096)
     assert error.value.reason == "read" and url in error.value.detail
     assert len(asked) in ((1,) if what == "404" else (storage.ATTEMPTS, 2 * storage.ATTEMPTS))  # aiohttp tries twice
@@ -227,7 +227,7 @@ def test_a_server_that_stalls_is_given_up(shelf, monkeypatch):
     assert storage.read(url, 0, 4096) == DATA[:4096]
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     shelf.trouble = lambda *_: "stall"
-    with pytest.raises(Lost, match="read: .*2 attempts"):
+    with pytest.raises(SampleError, match="read: .*2 attempts"):
         storage.read(url, 4096, 4096)
 
 
@@ -237,13 +237,13 @@ def test_a_server_that_does_not_say_how_long_a_file_is(shelf):
     shelf.trouble = lambda *_: "no length"
     with pytest.raises(OSError, match="how long it is"):
         storage.size(url)
-    with pytest.raises(BadInput, match="a.tar: the server does not say how long"):
+    with pytest.raises(UserError, match="a.tar: the server does not say how long"):
         shards.Corpus(shards.Config(url))
 
 
 def test_a_shard_that_the_server_does_not_have_is_named(shelf):
     """8, 51."""
-    with pytest.raises(BadInput, match=r"http://127.0.0.1:\d+/none.tar: .*not there"):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:\d+/none.tar: .*not there"):
         shards.Corpus(shards.Config(shelf.url("none.tar")))
 
 
@@ -257,13 +257,13 @@ def contents(step) -> list:
 def shards_in(folder: Path) -> list[Path]:
     folder.mkdir()
     for i in range(3):
-        shards.write(folder / f"train-{i}.tar", items(20, 20 * i))
+        shards.write(folder / f"train-{i}.tar", samples(20, 20 * i))
     return sorted(folder.glob("*.tar"))
 
 
 def steps_over(places: list, run: Path):
     data = tiny(run, run=str(run))
-    data["sources"] = {"all": {"shards": [str(place) for place in places], "group": "colour"}}
+    data["sources"] = {"all": {"shards": [str(place) for place in places], "group": "color"}}
     config, corpora = fitted(build(data))
     return steps_of(config, corpora), corpora
 
@@ -286,13 +286,13 @@ def test_one_dropped_connection_in_ten_changes_no_sample(shelf, tmp_path, worker
         assert one.keys == other.keys and one.counts == other.counts and not other.lost
         assert all(torch.equal(a, b) for a, b in zip(contents(one), contents(other), strict=True))
     local = shards.Corpus(shards.Config([str(file) for file in files]))
-    for item in range(len(local)):
-        assert corpora["all"].read(item) == local.read(item)
+    for sample in range(len(local)):
+        assert corpora["all"].read(sample) == local.read(sample)
     assert corpora["all"].fingerprint() == local.fingerprint()
 
 
 def test_a_range_that_never_comes_costs_its_items_and_no_others(shelf, tmp_path):
-    """51. The ledger says "read", another item stands in, no position shifts."""
+    """51. The ledger says "read", another sample stands in, no position shifts."""
     files = shards_in(tmp_path / "files")
     urls = [put(shelf, file.name, file.read_bytes()) for file in files]
     wanted = [steps_over(files, tmp_path / "a")[0][step] for step in range(4)]
@@ -310,8 +310,8 @@ def test_a_range_that_never_comes_costs_its_items_and_no_others(shelf, tmp_path)
     lost = [row for step in found for row in step.lost]
     assert lost and {row["key"] for row in lost} <= hit and {row["reason"] for row in lost} == {"read"}
     for one, other in zip(wanted, found, strict=True):
-        for (section, place, name), (*there, there_name) in zip(sorted(one.keys), sorted(other.keys), strict=True):
-            assert [section, place] == there and (name == there_name or name.partition("/")[2] in hit)
+        for (task, place, name), (*there, there_name) in zip(sorted(one.keys), sorted(other.keys), strict=True):
+            assert [task, place] == there and (name == there_name or name.partition("/")[2] in hit)
 
 
 # --- 52 to 56: the cache ---
@@ -374,14 +374,14 @@ def test_a_shard_that_is_replaced_behind_the_run_is_never_delivered(shelf, tmp_p
     before = corpus.raw(0)
     for piece in kept():
         piece.unlink()
-    shards.write(tmp_path / "other.tar", items(20, 500))
+    shards.write(tmp_path / "other.tar", samples(20, 500))
     put(shelf, file.name, (tmp_path / "other.tar").read_bytes()[: len(shelf.files[file.name])])
-    for item in range(len(corpus)):
-        members, failed = corpus.read(item)
-        same = {ending for ending in members if item or members[ending] == before[ending]}
+    for sample in range(len(corpus)):
+        members, failed = corpus.read(sample)
+        same = {ending for ending in members if sample or members[ending] == before[ending]}
         assert {error.reason for _, error in failed} <= {"crc", "read"} and (failed or same)
     assert corpus.read(1)[1]
-    with pytest.raises(BadInput, match="is not the file"):
+    with pytest.raises(UserError, match="is not the file"):
         storage.forget(url)
         put(shelf, file.name, (tmp_path / "other.tar").read_bytes(), ETag='"2"')
         shards.Corpus(shards.Config(url))
@@ -528,7 +528,7 @@ def test_open_files_are_bounded(tmp_path):
 def test_a_scheme_that_is_not_read_is_refused(url, tmp_path, monkeypatch):
     """18. Chained URLs of fsspec among them."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match="is not read|no file matches"):
+    with pytest.raises(UserError, match="is not read|no file matches"):
         shards.Corpus(shards.Config(url))
     assert not list(tmp_path.iterdir())
 

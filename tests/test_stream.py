@@ -13,21 +13,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import items, tiny
+from conftest import samples, tiny
 
 from multimodal_fm.config import build
 from multimodal_fm.corpus import shards
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
+from multimodal_fm.run_dir.records import Skipped
 from multimodal_fm.stream import shared_memory as mod
 from multimodal_fm.stream.crash_log import Journal
 from multimodal_fm.stream.dataset import Steps
 from multimodal_fm.stream.quarantine import Bad
 from multimodal_fm.stream.shared_memory import Shelves
-from multimodal_fm.stream.tasks import fit, sections_of, steps_of
+from multimodal_fm.stream.tasks import fit, steps_of, tasks_of
 from multimodal_fm.stream.token_counts import Ruler
 from multimodal_fm.stream.workers import Loader
 from multimodal_fm.train import loop
-from multimodal_fm.train.monitor import Skipped
 
 
 def rows(run, name="metrics.jsonl"):
@@ -44,13 +44,13 @@ def fitted(config):
 
 def two_sources(folder, **changes) -> dict:
     """A large and a small source of text and pictures."""
-    shards.write(folder / "large-0.tar", items(40))
-    shards.write(folder / "small-0.tar", items(3, 100))
+    shards.write(folder / "large-0.tar", samples(40))
+    shards.write(folder / "small-0.tar", samples(3, 100))
     data = tiny(folder, **{"steps": 12, "trace": True, "run": str(folder / "run"), **changes})
-    data["sources"] = {name: {"shards": f"{folder}/{name}-*.tar", "group": "colour"} for name in ("large", "small")}
-    section = {"objective": "masked", "parts": ["text"], "take": 8, "sources": {"large": 0.75, "small": 0.25}}
-    pairs = {"objective": "contrastive", "parts": ["text", "image"], "take": 8, "sources": ["large"]}
-    data["sections"] = {"words": section, "pairs": pairs}
+    data["sources"] = {name: {"shards": f"{folder}/{name}-*.tar", "group": "color"} for name in ("large", "small")}
+    task = {"objective": "masked", "modalities": ["text"], "batch_size": 8, "sources": {"large": 0.75, "small": 0.25}}
+    pairs = {"objective": "contrastive", "modalities": ["text", "image"], "batch_size": 8, "sources": ["large"]}
+    data["tasks"] = {"words": task, "pairs": pairs}
     return data
 
 
@@ -63,7 +63,7 @@ def test_readers_change_nothing(tmp_path, how):
         for one, other in zip(wanted, found, strict=True):
             assert one.keys == other.keys and one.counts == other.counts
             for left, right in zip(one.batches, other.batches, strict=True):
-                assert all(torch.equal(left.content[kind], right.content[kind]) for kind in left.content)
+                assert all(torch.equal(left.content[modality], right.content[modality]) for modality in left.content)
                 assert torch.equal(left.tokens.position, right.tokens.position)
     ahead = list(Loader(steps_of(config, corpora), 4, 6, 2, how))
     assert [step.keys for step in ahead] == [step.keys for step in wanted[4:]]
@@ -78,7 +78,7 @@ def torchrun(ranks, *arguments, timeout=240):
 
 
 def test_ranks_may_change_between_resumes(tmp_path, corpus):
-    """1, then 2, then 1 process: the items of every step are the same, the losses to rounding."""
+    """1, then 2, then 1 process: the samples of every step are the same, the losses to rounding."""
     optim = {"lr": 3e-3, "warmup": 3, "decay": 0.0}  # a rate that does not hang on the number of steps
     data = tiny(corpus, steps=9, save_every=3, microbatches=4, trace=True, optim=optim)
     plain = build({**data, "run": str(tmp_path / "plain")})
@@ -90,7 +90,7 @@ def test_ranks_may_change_between_resumes(tmp_path, corpus):
     done = torchrun(2, "pretrain", path, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     loop.pretrain(build(changing), resume=True)
-    assert rows(tmp_path / "plain", "items.jsonl") == rows(tmp_path / "changing", "items.jsonl")
+    assert rows(tmp_path / "plain", "samples.jsonl") == rows(tmp_path / "changing", "samples.jsonl")
     for one, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "changing"), strict=True):
         assert one["tokens"] == other["tokens"]
         for name in one:
@@ -100,16 +100,16 @@ def test_ranks_may_change_between_resumes(tmp_path, corpus):
 
 def test_ranks_must_share_the_microbatches_out(tmp_path, corpus):
     config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=3)))
-    with pytest.raises(BadInput, match="cannot be shared out among 2 ranks"):
-        Steps(sections_of(config, corpora), config.tokenizers, 0, 3, ranks=2)
+    with pytest.raises(UserError, match="cannot be shared out among 2 ranks"):
+        Steps(tasks_of(config, corpora), config.tokenizers, 0, 3, ranks=2)
 
 
 def test_every_rank_has_its_share_and_no_item_is_read_twice(tmp_path, corpus):
     config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=4)))
-    sections = sections_of(config, corpora)
-    whole = Steps(sections, config.tokenizers, 0, 4)
+    tasks = tasks_of(config, corpora)
+    whole = Steps(tasks, config.tokenizers, 0, 4)
     for ranks in (2, 4):
-        parts = [Steps(sections, config.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
+        parts = [Steps(tasks, config.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
         for step in range(3):
             dealt = [part[step] for part in parts]
             assert sorted(key for one in dealt for key in one.keys) == sorted(whole[step].keys)
@@ -122,15 +122,15 @@ def test_every_rank_has_its_share_and_no_item_is_read_twice(tmp_path, corpus):
 def test_microbatches_have_about_equal_tokens(tmp_path):
     """Texts of 1 to 200 words and pictures of any shape: the microbatches of a step differ by less than 5 %."""
     generator = np.random.default_rng(0)
-    made = items(200)
-    for item in made:
-        item["txt"] = " ".join(["word"] * int(generator.integers(1, 200)))
+    made = samples(200)
+    for sample in made:
+        sample["txt"] = " ".join(["word"] * int(generator.integers(1, 200)))
     shards.write(tmp_path / "a.tar", made)
     data = tiny(tmp_path, run=str(tmp_path / "run"), microbatches=4)
     data["sources"] = {"all": {"shards": f"{tmp_path}/a.tar"}}
     data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 256}, "image": {"patch": 8, "limit": 24}}
-    section = {"objective": "contrastive", "parts": ["text", "image"], "take": 128, "sources": {"all": 1}}
-    data["sections"] = {"pairs": section}
+    task = {"objective": "contrastive", "modalities": ["text", "image"], "batch_size": 128, "sources": {"all": 1}}
+    data["tasks"] = {"pairs": task}
     config, corpora = fitted(build(data))
     steps = steps_of(config, corpora)
     for step in range(5):
@@ -139,28 +139,28 @@ def test_microbatches_have_about_equal_tokens(tmp_path):
 
 
 def test_weights_by_token_share_out_tokens(tmp_path):
-    """Short and long texts: under `by: token` each source gives its share of the tokens, and not of the items."""
+    """Short and long texts: under `by: token` each source gives its share of the tokens, and not of the samples."""
     for name, words in (("short", 4), ("long", 40)):
         made = [{"__key__": f"{name}{i}", "txt": " ".join(["word"] * (words + i % 3))} for i in range(30)]
         shards.write(tmp_path / f"{name}-0.tar", made)
     data = two_sources(tmp_path)
     data["sources"] = {name: {"shards": f"{tmp_path}/{name}-*.tar"} for name in ("short", "long")}
     weights = {"short": 0.37, "long": 0.63}
-    data["sections"] = {
-        "words": {"objective": "causal", "parts": ["text"], "take": 16, "by": "token", "sources": weights}
+    data["tasks"] = {
+        "words": {"objective": "causal", "modalities": ["text"], "batch_size": 16, "by": "token", "sources": weights}
     }
     config, corpora = fitted(build(data))
     mixture = steps_of(config, corpora).mixtures[0]
     draws = mixture.draws(0, 10_000 * 16)
     lengths = [[Ruler(corpora[n], ["text"], config.tokenizers).of(i) for i in range(30)] for n in weights]
-    tokens = [np.array(lengths[s])[draws.item[draws.source == s]].sum() for s in range(2)]
+    tokens = [np.array(lengths[s])[draws.sample[draws.source == s]].sum() for s in range(2)]
     assert abs(tokens[0] / sum(tokens) - 0.37) < 0.002
     assert (draws.source == 0).mean() > 0.6
 
 
 def test_a_temperature_makes_weights_from_sizes(tmp_path):
     data = two_sources(tmp_path)
-    data["sections"]["words"] |= {"sources": ["large", "small"], "temperature": 0.5}
+    data["tasks"]["words"] |= {"sources": ["large", "small"], "temperature": 0.5}
     config, corpora = fitted(build(data))
     shares = steps_of(config, corpora).mixtures[0].shares[0]
     assert abs(shares[0] / shares[1] - (40 / 3) ** 0.5) < 0.05
@@ -168,9 +168,11 @@ def test_a_temperature_makes_weights_from_sizes(tmp_path):
 
 def test_weights_change_at_the_step_that_the_schedule_names(tmp_path):
     data = two_sources(tmp_path)
-    data["sections"]["words"]["sources"] = {"large": 1.0, "small": {"5": 3}}
+    data["tasks"]["words"]["sources"] = {"large": 1.0, "small": {"5": 3}}
     loop.pretrain(build(data))
-    small = [sum(name.startswith("small/") for name in row["items"]) for row in rows(tmp_path / "run", "items.jsonl")]
+    small = [
+        sum(name.startswith("small/") for name in row["samples"]) for row in rows(tmp_path / "run", "samples.jsonl")
+    ]
     assert not any(small[:5]) and sum(small[5:]) > 20
 
 
@@ -178,35 +180,35 @@ def test_a_mixture_changed_on_resume_begins_a_new_phase(tmp_path):
     """The steps before stay; afterwards each source goes on where it was, a new one among them."""
     data = two_sources(tmp_path, steps=6, save_every=3)
     loop.pretrain(build(data))
-    shards.write(tmp_path / "third-0.tar", items(10, 200))
-    data["sources"]["third"] = {"shards": f"{tmp_path}/third-*.tar", "group": "colour"}
-    data["sections"]["words"]["sources"] = {"large": 0.5, "third": 0.5}
+    shards.write(tmp_path / "third-0.tar", samples(10, 200))
+    data["sources"]["third"] = {"shards": f"{tmp_path}/third-*.tar", "group": "color"}
+    data["tasks"]["words"]["sources"] = {"large": 0.5, "third": 0.5}
     data["steps"] = 12
     loop.pretrain(build(data), resume=True)
-    words = [row["items"][:8] for row in rows(tmp_path / "run", "items.jsonl")]
+    words = [row["samples"][:8] for row in rows(tmp_path / "run", "samples.jsonl")]
     assert len(words) == 12 and not any(name.startswith("third/") for step in words[:6] for name in step)
     later = Counter(name.partition("/")[0] for step in words[6:] for name in step)
     assert set(later) == {"large", "third"} and abs(later["third"] - 24) <= 8
     large = [name for step in words for name in step if name.startswith("large/")]
     assert max(Counter(large[:40]).values()) == 1  # one epoch, across the phases
     loop.pretrain(build({**data, "steps": 14}), resume=True)  # the phase is kept
-    assert len(rows(tmp_path / "run", "items.jsonl")) == 14
+    assert len(rows(tmp_path / "run", "samples.jsonl")) == 14
 
 
 def spoil(folder, bad, count=100):
-    made = items(count)
-    for item in made[:: count // bad][:bad]:
-        item["txt"] = b"\xff\xfe\xfa"
+    made = samples(count)
+    for sample in made[:: count // bad][:bad]:
+        sample["txt"] = b"\xff\xfe\xfa"
     shards.write(folder / "large-0.tar", made)
 
 
 @pytest.mark.parametrize(("bad", "ends"), [(8, True), (2, False)])
 def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
     data = two_sources(tmp_path, steps=30, save_every=100)
-    data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
+    data["tasks"] = {"words": {**data["tasks"]["words"], "sources": {"large": 1}}}
     spoil(tmp_path, bad)
     if ends:
-        with pytest.raises(BadInput, match=r"source large: \d+ of 100 items bad, more than max_bad=0.05") as error:
+        with pytest.raises(UserError, match=r"source large: \d+ of 100 samples bad, more than max_bad=0.05") as error:
             loop.pretrain(build(data))
         assert Path(str(error.value).split("checkpoint: ")[1]).is_dir()
         data["max_bad"] = 0.1
@@ -220,14 +222,14 @@ def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
 def test_ranks_end_together_where_a_source_turns_out_too_bad_after_a_resume(tmp_path):
     """What was bad before the resume is in the ledger, which the first rank alone reads."""
     data = two_sources(tmp_path, save_every=100, microbatches=2)
-    data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
+    data["tasks"] = {"words": {**data["tasks"]["words"], "sources": {"large": 1}}}
     spoil(tmp_path, 8)
     loop.pretrain(build({**data, "steps": 6}))
     assert 3 <= len({row["key"] for row in rows(tmp_path / "run", "quarantine.jsonl")}) <= 5
     path = tmp_path / "on.yaml"
     path.write_text(json.dumps({**data, "steps": 60}))
     done = torchrun(2, "pretrain", path, "--resume", timeout=90)
-    told = [line for line in done.stderr.splitlines() if "items bad, more than max_bad=0.05 allows" in line]
+    told = [line for line in done.stderr.splitlines() if "samples bad, more than max_bad=0.05 allows" in line]
     assert done.returncode and len(set(told)) == 1, done.stderr[-3000:]  # the second may be ended before it speaks
 
 
@@ -249,7 +251,7 @@ def test_much_bad_in_a_part_of_a_source_needs_to_be_sure():
 def test_strict_names_the_first_bad_one(tmp_path):
     data = two_sources(tmp_path, strict=True)
     spoil(tmp_path, 4, 40)
-    with pytest.raises(BadInput, match=r"strict: large: .*large-0.tar item00\d\d text: text-decode"):
+    with pytest.raises(UserError, match=r"strict: large: .*large-0.tar sample00\d\d text: text-decode"):
         loop.pretrain(build(data))
 
 
@@ -257,34 +259,35 @@ def test_strict_refuses_a_damaged_shard(tmp_path):
     data = two_sources(tmp_path, strict=True)
     path = tmp_path / "large-0.tar"
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(BadInput, match="strict: large: .*large-0.tar.*shard"):
+    with pytest.raises(UserError, match="strict: large: .*large-0.tar.*shard"):
         loop.pretrain(build(data))
 
 
 DYING = """
 import os
-from multimodal_fm.tokenizers.text import *
-from multimodal_fm.tokenizers import text as _text
+from multimodal_fm.tokenizers import text
+from multimodal_fm.tokenizers.text import Config
 
-def read(config, raw, generator=None):
-    if generator is not None and raw.get("txt", b"").startswith(b"die"):
-        os.abort()
-    return _text.read(config, raw, generator)
+class Tokenizer(text.Tokenizer):
+    def read(self, raw, generator=None):
+        if generator is not None and raw.get("txt", b"").startswith(b"die"):
+            os.abort()
+        return super().read(raw, generator)
 """
 
 
 def dying(tmp_path, monkeypatch, **changes):
-    """A config whose text decoder ends its process at one item."""
+    """A config whose text decoder ends its process at one sample."""
     (tmp_path / "dying_text.py").write_text(DYING)
     data = two_sources(tmp_path, **changes)
-    made = items(40)
+    made = samples(40)
     made[7]["txt"] = "die, program"
     shards.write(tmp_path / "large-0.tar", made)
-    data["tokenizers"] = {"text": {"tokenizer": "kinds.dying", "vocabulary": 300, "limit": 24}, "image": {}}
-    (tmp_path / "kinds").mkdir()
-    (tmp_path / "kinds" / "__init__.py").write_text("")
-    (tmp_path / "dying_text.py").rename(tmp_path / "kinds" / "dying.py")
-    data["sections"] = {"words": {**data["sections"]["words"], "sources": {"large": 1}}}
+    data["tokenizers"] = {"text": {"tokenizer": "modalities.dying", "vocabulary": 300, "limit": 24}, "image": {}}
+    (tmp_path / "modalities").mkdir()
+    (tmp_path / "modalities" / "__init__.py").write_text("")
+    (tmp_path / "dying_text.py").rename(tmp_path / "modalities" / "dying.py")
+    data["tasks"] = {"words": {**data["tasks"]["words"], "sources": {"large": 1}}}
     path = tmp_path / "dying.yaml"
     path.write_text(json.dumps(data))
     env = {**os.environ, "PYTHONPATH": f"{Path(loop.__file__).parents[2]}:{tmp_path}", "OMP_NUM_THREADS": "1"}
@@ -296,13 +299,13 @@ def dying(tmp_path, monkeypatch, **changes):
     return mmfm
 
 
-def test_a_decoder_that_ends_a_worker_process_costs_its_item(tmp_path, monkeypatch):
+def test_a_decoder_that_ends_a_worker_process_costs_its_sample(tmp_path, monkeypatch):
     mmfm = dying(tmp_path, monkeypatch, readers="processes", workers=1)
     done = mmfm()
     assert done.returncode == 0, done.stderr[-2000:]
     lost = rows(tmp_path / "run", "quarantine.jsonl")
-    assert {(row["key"], row["reason"]) for row in lost} == {("item0007", "crash")}
-    assert "item0007" in done.stdout + done.stderr
+    assert {(row["key"], row["reason"]) for row in lost} == {("sample0007", "crash")}
+    assert "sample0007" in done.stdout + done.stderr
 
 
 def test_a_decoder_that_ends_the_program_is_left_out_the_third_time(tmp_path, monkeypatch):
@@ -311,9 +314,9 @@ def test_a_decoder_that_ends_the_program_is_left_out_the_third_time(tmp_path, mo
     assert codes == [-signal.SIGABRT] * 2
     done = mmfm("--resume")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "item0007" in done.stderr
+    assert "sample0007" in done.stderr
     lost = rows(tmp_path / "run", "quarantine.jsonl")
-    assert {(row["key"], row["reason"]) for row in lost} == {("item0007", "crash")}
+    assert {(row["key"], row["reason"]) for row in lost} == {("sample0007", "crash")}
 
 
 def test_a_run_that_was_killed_blames_nobody(tmp_path):
@@ -332,7 +335,7 @@ def test_a_run_that_was_killed_blames_nobody(tmp_path):
 
 
 def _one(folder):
-    shards.write(folder / "a.tar", items(3))
+    shards.write(folder / "a.tar", samples(3))
     return folder / "a.tar"
 
 
@@ -360,7 +363,7 @@ def shelves(tmp_path, monkeypatch):
 
 
 def contents(step) -> list:
-    return [batch.content[kind].tolist() for batch in step.batches for kind in sorted(batch.content)]
+    return [batch.content[modality].tolist() for batch in step.batches for modality in sorted(batch.content)]
 
 
 def test_a_shelf_is_free_once_nothing_on_it_is_held(shelves):
@@ -463,7 +466,7 @@ def test_a_worker_that_ends_in_peace_is_a_death_too(tmp_path, monkeypatch):
     steps = steps_of(config, corpora)
     monkeypatch.setattr(steps, "_read", lambda *_: os._exit(0))
     monkeypatch.setattr("multimodal_fm.stream.workers.RESTARTS", 0)
-    with pytest.raises(BadInput, match=r"ended 1 times \(exit 0\)"):
+    with pytest.raises(UserError, match=r"ended 1 times \(exit 0\)"):
         next(iter(Loader(steps, 0, 10, 1, "processes")))
 
 
@@ -477,12 +480,12 @@ def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):
 
 def test_what_was_skipped_is_told_once_and_the_first_by_name():
     row = {"source": "all", "shard": "a.tar", "part": "text", "reason": "json", "detail": "cut"}
-    skipped = Skipped({**row, "key": f"item{number:02d}"} for number in (*range(25), 3, 24, 24))
-    skipped.add([{**row, "key": "item03"}, {**row, "key": "item03", "part": "image", "reason": "decode"}])
+    skipped = Skipped({**row, "key": f"sample{number:02d}"} for number in (*range(25), 3, 24, 24))
+    skipped.add([{**row, "key": "sample03"}, {**row, "key": "sample03", "part": "image", "reason": "decode"}])
     lines = skipped.lines()
     assert lines[0] == "skipped 26 parts: 25 json, 1 decode"
     assert (
-        lines[1] == "  all: a.tar item00 text: json (cut)"
-        and lines[4] == "  all: a.tar item03 text: json (cut; 3 times)"
+        lines[1] == "  all: a.tar sample00 text: json (cut)"
+        and lines[4] == "  all: a.tar sample03 text: json (cut; 3 times)"
     )
     assert len(lines) == 22 and lines[-1] == "  and 6 more, see quarantine.jsonl"

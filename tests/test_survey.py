@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from conftest import COLOURS, items, jpeg, tiny, tone
+from conftest import COLORS, jpeg, samples, tiny, tone
 from PIL import Image
 from test_malformed import MORE_MEMORY, used
 from test_report import Reader, _bytes
 
 from multimodal_fm.cli import app
 from multimodal_fm.corpus import index, shards
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
 from multimodal_fm.inspect.lines import lines
 from multimodal_fm.inspect.page import SHOW, gallery
 from multimodal_fm.inspect.run import plugins
@@ -41,9 +41,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shard(tmp_path):
-    """Eight items of all three kinds, indexed."""
+    """Eight samples of all three modalities, indexed."""
     path = tmp_path / "a.tar"
-    shards.write(path, items(8))
+    shards.write(path, samples(8))
     index.opened(str(path))
     return path
 
@@ -80,11 +80,11 @@ def rows_of(*paths) -> list[dict]:
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Items of several makeups; texts in members, in JSON, in lines and in plain text."""
-    made = items(6)
+    """Samples of several makeups; texts in members, in JSON, in lines and in plain text."""
+    made = samples(6)
     del made[0]["flac"], made[1]["flac"], made[2]["jpg"]
-    made[3] = {"__key__": "item0003", "jpg": jpeg("red", (100, 50)), "json": {"number": 3}}
-    made[4] = {"__key__": "item0004", "png": b"no picture", "json": {"captions": {"en": "abcd", "fr": "efghij"}}}
+    made[3] = {"__key__": "sample0003", "jpg": jpeg("red", (100, 50)), "json": {"number": 3}}
+    made[4] = {"__key__": "sample0004", "png": b"no picture", "json": {"captions": {"en": "abcd", "fr": "efghij"}}}
     made[5]["flac"] = tone(300.0, seconds=30.0, rate=8000)
     shards.write(tmp_path / "mixed.tar", made)
     (tmp_path / "lines.jsonl").write_text('{"text": "one line"}\n{"label": 1}\n' + json.dumps({"text": "x" * 4000}))
@@ -92,26 +92,26 @@ def mixed(tmp_path):
     return [tmp_path / name for name in ("mixed.tar", "lines.jsonl", "plain.txt")]
 
 
-def test_counts_are_those_of_the_items(mixed):
+def test_counts_are_those_of_the_samples(mixed):
     found = survey(open_all(list(map(str, mixed)), 64), plugins()).data
     pieces = -(-600 // 60)  # ten words to a piece of 64 bytes
-    assert (found["shards"], found["items"]) == (3, 6 + 3 + pieces)
+    assert (found["shards"], found["samples"]) == (3, 6 + 3 + pieces)
     assert found["bytes"] == sum(path.stat().st_size for path in mixed)
     assert found["makeup"] == {
         "text": 2 + pieces, "text + image": 3, "text + audio": 1, "image": 1, "text + image + audio": 1, "nothing": 1
     }  # fmt: skip
     assert found["together"] == {"text + image": 4, "text + audio": 2, "image + audio": 1, "text + image + audio": 1}
-    words, pictures, sounds = (found["kinds"][kind] for kind in ("text", "image", "audio"))
+    words, pictures, sounds = (found["modalities"][modality] for modality in ("text", "image", "audio"))
     lengths = [len(f"a {c} square number {i}") for i, c in ((0, "red"), (1, "green"), (2, "blue"), (5, "green"))]
-    assert words["items"] == 4 + 1 + 2 + pieces and words["texts"] == words["items"] + 1 and words["exact"]
+    assert words["samples"] == 4 + 1 + 2 + pieces and words["texts"] == words["samples"] + 1 and words["exact"]
     assert words["bytes"] == sum(lengths) + 10 + 8 + 4000 + 600
     assert words["length"]["min"] == 5 and words["length"]["max"] == 4000
-    assert words["cropped_items"] == 1 and words["cropped_tokens"] == 1000 + 2 - 256
+    assert words["cropped_samples"] == 1 and words["cropped_tokens"] == 1000 + 2 - 256
     assert words["tokens_by"] == "bytes / 4"
-    assert pictures["items"] == 5 and pictures["unknown"] == 1 and pictures["pixels"] == 3 * 40 * 30 + 100 * 50
+    assert pictures["samples"] == 5 and pictures["unknown"] == 1 and pictures["pixels"] == 3 * 40 * 30 + 100 * 50
     assert pictures["resolution"]["min"] == [40, 30] and pictures["resolution"]["max"] == [100, 50]
     assert sounds["rates"] == {"16000": 1, "8000": 1} and sounds["hours"] == round(30.5 / 3600, 4)
-    assert sounds["cropped_items"] == 1 and sounds["cropped_seconds"] == round(30 - sounds["window"], 1)
+    assert sounds["cropped_samples"] == 1 and sounds["cropped_seconds"] == round(30 - sounds["window"], 1)
     assert found["tokens"] == sum(one["tokens"] for one in (words, pictures, sounds))
 
 
@@ -120,30 +120,34 @@ def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
     rows = [json.dumps({"text": "x" * 40} if i % 2 else {"label": i}) for i in range(1001)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     found = survey(open_all([str(tmp_path / "a.jsonl")], 2000), plugins()).data
-    words = found["kinds"]["text"]
-    assert not words["exact"] and abs(words["items"] - 500) < 150
-    assert abs(words["bytes"] - words["items"] * 40) <= 20  # both are rounded
+    words = found["modalities"]["text"]
+    assert not words["exact"] and abs(words["samples"] - 500) < 150
+    assert abs(words["bytes"] - words["samples"] * 40) <= 20  # both are rounded
     assert sum(found["makeup"].values()) == 1001
     assert any("about" in line for line in lines(found))
 
 
 def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
-    settings = text.fit(text.Config(vocabulary=300), [{"txt": b"a red square number"}] * 9, tmp_path / "words")
+    settings = (
+        text.Tokenizer(text.Config(vocabulary=300))
+        .fit([{"txt": b"a red square number"}] * 9, tmp_path / "words")
+        .config
+    )
     data = tiny(corpus)
     data["tokenizers"]["text"] |= {"limit": 6, "file": settings.file}
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(data))
     tokenizers = plugins(str(path))
     found = survey(open_all([str(shard)], 2000), tokenizers, str(path)).data
-    words = found["kinds"]["text"]
-    assert words["tokens_by"] == "the trained tokenizer" and words["tokens"] == 8 * 6 and words["cropped_items"] == 8
-    texts = [f"a {colour} square number {i}" for i, colour in enumerate([*COLOURS, *COLOURS])]
-    exact = sum(len(text.encode(settings, one)) + 2 for one in texts)
+    words = found["modalities"]["text"]
+    assert words["tokens_by"] == "the trained tokenizer" and words["tokens"] == 8 * 6 and words["cropped_samples"] == 8
+    texts = [f"a {color} square number {i}" for i, color in enumerate([*COLORS, *COLORS])]
+    exact = sum(len(text.Tokenizer(settings).encode(one)) + 2 for one in texts)
     assert abs(words["tokens"] + words["cropped_tokens"] - exact) <= 8
-    assert found["kinds"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(lines(found))
+    assert found["modalities"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(lines(found))
     data["tokenizers"]["text"]["file"] = str(tmp_path / "none.json")
     path.write_text(yaml.safe_dump(data))
-    with pytest.raises(BadInput, match="none.json"):
+    with pytest.raises(UserError, match="none.json"):
         plugins(str(path))
 
 
@@ -161,9 +165,9 @@ def test_what_is_refused_is_counted_and_named(tmp_path, capsys):
 
 @pytest.fixture
 def page(tmp_path, capsys):
-    made = items(12)
-    for item in made:
-        item["txt"] = HOSTILE
+    made = samples(12)
+    for sample in made:
+        sample["txt"] = HOSTILE
     made[0]["jpg"], made[3]["flac"] = b"no picture", b"no sound"
     shards.write(tmp_path / "<b>.tar", made)
     path = tmp_path / "page.html"
@@ -201,15 +205,15 @@ def test_the_gallery_shows_and_plays(page):
 
 
 def test_the_gallery_has_something_of_each_makeup(tmp_path):
-    shards.write(tmp_path / "a.tar", [{"__key__": f"w{i}", "txt": "words"} for i in range(500)] + items(2))
+    shards.write(tmp_path / "a.tar", [{"__key__": f"w{i}", "txt": "words"} for i in range(500)] + samples(2))
     shown = gallery(open_all([str(tmp_path / "a.tar")], 2000), plugins())
-    assert 12 <= len(shown) <= SHOW and {"item0000", "item0001", "w0", "w499"} <= {one["key"] for one in shown}
+    assert 12 <= len(shown) <= SHOW and {"sample0000", "sample0001", "w0", "w499"} <= {one["key"] for one in shown}
 
 
 def test_a_page_of_nothing(tmp_path, capsys):
     (tmp_path / "a.tar").write_bytes(b"")
     assert run(capsys, tmp_path / "a.tar", "--html", tmp_path / "p.html")[0] == 0
-    with pytest.raises(BadInput, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         run(capsys, tmp_path / "a.tar", "--html", tmp_path / "none" / "p.html")
 
 
@@ -224,13 +228,15 @@ def owner(spans: list, place: int) -> tuple[str, str, str]:
     return spans[-1][0], "", "shard"
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "with notes"])
-def test_300_flipped_bits_are_all_found_each_in_its_item(tmp_path, kind):
+@pytest.mark.parametrize("modality", ["webdataset", "with notes"])
+def test_300_flipped_bits_are_all_found_each_in_its_sample(tmp_path, modality):
     path = tmp_path / "a.tar"
-    if kind == "webdataset":
-        shards.write(path, items(4))
+    if modality == "webdataset":
+        shards.write(path, samples(4))
     else:  # a pax header before each member, and no rule by which its time could be told to be wrong
-        members = [(f"{key}.{e}", data) for key in ("k1", "k2", "k3") for e, data in malformed.sound_item(key).items()]
+        members = [
+            (f"{key}.{e}", data) for key in ("k1", "k2", "k3") for e, data in malformed.sound_sample(key).items()
+        ]
         pieces = (malformed.pax(("mtime", b"1700000000.25")) + malformed.member(*one) for one in members)
         path.write_bytes(b"".join(pieces) + malformed.END)
     one = index.opened(str(path))
@@ -250,28 +256,28 @@ def test_300_flipped_bits_are_all_found_each_in_its_item(tmp_path, kind):
 def test_a_flipped_bit_in_a_text_is_one_row(shard, capsys):
     offset, length, _ = index.opened(str(shard)).spans(3)["txt"]
     flip(shard, offset + 1)
-    assert damaged(shard) == [("item0003", "txt", "crc")]
+    assert damaged(shard) == [("sample0003", "txt", "crc")]
     code, out, _ = run(capsys, shard, "--verify")
-    assert code == 1 and f"{shard} item0003 txt: crc" in out
+    assert code == 1 and f"{shard} sample0003 txt: crc" in out
     code, out, _ = run(capsys, shard, "--verify", "--json")
     found = json.loads(out)["damage"]
     assert code == 1 and found["count"] == 1 and found["first"][0]["part"] == "txt"
     code, out, said = run(capsys, shard, "--verify", "--samples", "--json")
     rows = {row["key"]: row for row in map(json.loads, out.splitlines())}
-    assert code == 1 and "item0003 txt: crc" in said
-    assert rows["item0003"]["outcome"] == "partial" and rows["item0003"]["lost"] == {"text": "crc"}
+    assert code == 1 and "sample0003 txt: crc" in said
+    assert rows["sample0003"]["outcome"] == "partial" and rows["sample0003"]["lost"] == {"text": "crc"}
     assert sum(row["outcome"] == "ok" for row in rows.values()) == 7
 
 
 def test_permuted_captions_are_found(tmp_path, shard):
-    made = items(8)
-    texts = [item["txt"].ljust(40) for item in made]
+    made = samples(8)
+    texts = [sample["txt"].ljust(40) for sample in made]
     for turn in (0, 3):
-        for i, item in enumerate(made):
-            item["txt"] = texts[(i + turn) % 8]
+        for i, sample in enumerate(made):
+            sample["txt"] = texts[(i + turn) % 8]
         shards.write(tmp_path / "b.tar", made)
         found = damaged(tmp_path / "b.tar")
-        assert found == ([(f"item{i:04d}", "txt", "crc") for i in range(8)] if turn else [])
+        assert found == ([(f"sample{i:04d}", "txt", "crc") for i in range(8)] if turn else [])
 
 
 def test_lines_and_plain_text_are_verified_too(tmp_path):
@@ -288,7 +294,7 @@ def test_lines_and_plain_text_are_verified_too(tmp_path):
 
 def test_a_cut_shard_is_damaged_however_it_was_indexed(tmp_path):
     path = tmp_path / "a.tar"
-    shards.write(path, items(5))
+    shards.write(path, samples(5))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     assert [reason for _, _, reason in damaged(path)] == ["shard"]  # now indexed as it is
@@ -297,8 +303,8 @@ def test_a_cut_shard_is_damaged_however_it_was_indexed(tmp_path):
     index.build(str(path))
     path.write_bytes(data[: len(data) // 2])
     found = damaged(path)
-    assert ("", "", "shard") in found and ("item0004", "flac", "crc") in found
-    assert not any(key in ("item0000", "item0001") for key, _, _ in found)
+    assert ("", "", "shard") in found and ("sample0004", "flac", "crc") in found
+    assert not any(key in ("sample0000", "sample0001") for key, _, _ in found)
 
 
 def test_a_damaged_index_is_found(tmp_path, shard, capsys):
@@ -311,7 +317,7 @@ def test_a_damaged_index_is_found(tmp_path, shard, capsys):
         if place < 12:
             index.build(str(shard))
     flip(file, file.stat().st_size - 100)  # in the tables, which nobody hashes when a run starts
-    with pytest.raises(BadInput, match=f"{re.escape(str(file))} is damaged.*--rebuild"):
+    with pytest.raises(UserError, match=f"{re.escape(str(file))} is damaged.*--rebuild"):
         run(capsys, shard)
     code, out, _ = run(capsys, shard, "--verify")
     assert code == 1 and "index: crc" in out
@@ -319,12 +325,12 @@ def test_a_damaged_index_is_found(tmp_path, shard, capsys):
 
 
 def test_a_replaced_shard(shard, capsys):
-    shards.write(shard, items(8, 50))
-    with pytest.raises(BadInput, match="mmfm inspect --rebuild"):
+    shards.write(shard, samples(8, 50))
+    with pytest.raises(UserError, match="mmfm inspect --rebuild"):
         run(capsys, shard)
     assert run(capsys, shard, "--verify")[0] == 1
     code, out, _ = run(capsys, "--rebuild", shard)
-    assert code == 0 and "8 items" in out
+    assert code == 0 and "8 samples" in out
     assert run(capsys, shard, "--verify")[0] == 0
 
 
@@ -369,12 +375,11 @@ def test_each_part_is_described(tmp_path):
     assert found["turned"]["image"] == {"width": 36, "height": 48, "mode": "RGB"}  # as a run gets it: upright
     assert len(found["turned"]["text"]) == SHOWN
     assert found["grey"] == common | {"image": {"width": 40, "height": 30, "mode": "L"}}
-    assert found["neither"] == common | {"outcome": "skip", "lost": {"item": "empty"}}
+    assert found["neither"] == common | {"outcome": "skip", "lost": {"sample": "empty"}}
 
 
 def test_all_of_a_long_sound_is_read(tmp_path):
     """Also what lies beyond the windows that evaluation takes, and the rest that is shorter than a patch."""
-    from multimodal_fm.config import Plugin
     from multimodal_fm.tokenizers import audio
 
     made = []
@@ -387,7 +392,7 @@ def test_all_of_a_long_sound_is_read(tmp_path):
         soundfile.write(data, wave, 16_000, format="WAV", subtype="FLOAT")
         made.append({"__key__": key, "wav": data.getvalue()})
     shards.write(tmp_path / "a.tar", made)
-    tokenizers = {"audio": Plugin("audio", audio, audio.Config(limit=16, windows=2))}
+    tokenizers = {"audio": audio.Tokenizer(audio.Config(limit=16, windows=2))}
     rows = every_sample(open_all([str(tmp_path / "a.tar")], 2000), tokenizers)
     assert [(row["outcome"], row["lost"]) for row in rows] == [
         ("ok", {}), ("skip", {"audio": "not-finite"}), ("skip", {"audio": "not-finite"})
@@ -395,16 +400,19 @@ def test_all_of_a_long_sound_is_read(tmp_path):
 
 
 def test_another_kind_is_counted_in_tokens(tmp_path):
-    import types
+    from multimodal_fm.tokenizers import base
 
-    from multimodal_fm.config import Plugin
+    class Series(base.Tokenizer):
+        Config, extensions = dict, ("series",)
 
-    series = types.SimpleNamespace(extensions=("series",), read=lambda settings, raw: [list(raw["series"])])
+        def read(self, raw, generator=None):
+            return [list(raw["series"])]
+
     shards.write(tmp_path / "a.tar", [{"__key__": "k", "series": b"12345"}])
-    indexes, tokenizers = open_all([str(tmp_path / "a.tar")], 2000), {"series": Plugin("series", series, None)}
+    indexes, tokenizers = open_all([str(tmp_path / "a.tar")], 2000), {"series": Series()}
     assert next(every_sample(indexes, tokenizers))["series"] == {"tokens": 5}
     found = survey(indexes, tokenizers).data
-    assert found["kinds"] == {"series": {"items": 1, "bytes": 5}} and lines(found)
+    assert found["modalities"] == {"series": {"samples": 1, "bytes": 5}} and lines(found)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +425,7 @@ def cases(tmp_path_factory):
 def test_a_malformed_shard_gives_the_outcomes_that_it_should(cases, name):
     case = cases[name]
     if not Path(case.path).exists() or case.path.endswith(".gz"):
-        with pytest.raises(BadInput, match=re.escape(case.path)):
+        with pytest.raises(UserError, match=re.escape(case.path)):
             shards.find([case.path])
         return
     before = used()
@@ -428,7 +436,7 @@ def test_a_malformed_shard_gives_the_outcomes_that_it_should(cases, name):
     for row in rows:
         found.setdefault(row["key"], []).append(row["outcome"])
         assert (row["outcome"] == "ok") == (not row["lost"])
-        assert any(kind in row for kind in ("text", "image", "audio")) == (row["outcome"] != "skip")
+        assert any(modality in row for modality in ("text", "image", "audio")) == (row["outcome"] != "skip")
     expected = {key: outcome.split("|") for key, outcome in case.outcome.items()}
     if not case.path.endswith(".txt"):
         expected = {key: ["ok"] for key in case.healthy} | expected
@@ -473,7 +481,7 @@ def test_where_it_cannot_start_it_says_so(shard, monkeypatch, capsys, words, say
     for name in ("compressed.tar.gz", "picture.jpg"):
         Path(name).write_bytes(b"")
     Path("folder.tar").mkdir()
-    with pytest.raises(BadInput, match=says) as raised:
+    with pytest.raises(UserError, match=says) as raised:
         run(capsys, *words)
     assert "\n" not in str(raised.value)
 
@@ -482,9 +490,9 @@ def test_patterns_pieces_and_urls(shard, capsys, tmp_path):
     import fsspec
 
     shutil.copy(shard, tmp_path / "b.tar")
-    assert json.loads(run(capsys, tmp_path / "[ab].tar", shard, "--json")[1])["items"] == 16  # each shard once
+    assert json.loads(run(capsys, tmp_path / "[ab].tar", shard, "--json")[1])["samples"] == 16  # each shard once
     (tmp_path / "c.txt").write_text("words " * 100)
-    assert json.loads(run(capsys, tmp_path / "c.txt", "--piece", "64", "--json")[1])["items"] == 10
+    assert json.loads(run(capsys, tmp_path / "c.txt", "--piece", "64", "--json")[1])["samples"] == 10
     with fsspec.open("memory://bucket/a.tar", "wb") as file:
         file.write(shard.read_bytes())
     code, out, _ = run(capsys, "memory://bucket/a.tar", "--samples")

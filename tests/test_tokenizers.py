@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
 
-from multimodal_fm.errors import BadInput, Lost
+from multimodal_fm.errors import SampleError, UserError
 from multimodal_fm.tokenizers import audio, image, text
 
 
@@ -25,7 +25,11 @@ def generator(seed=0):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     raws = [{"txt": b"a red square and a blue circle"}, {"json": json.dumps({"caption": "ein rotes Quadrat"}).encode()}]
-    return text.fit(text.Config(vocabulary=400, limit=32), raws * 20, tmp_path_factory.mktemp("bpe") / "words")
+    return (
+        text.Tokenizer(text.Config(vocabulary=400, limit=32))
+        .fit(raws * 20, tmp_path_factory.mktemp("bpe") / "words")
+        .config
+    )
 
 
 TEXTS = ["", "plain", "<|endoftext|> [MASK] <s>", "日本語 עברית 🙂‍↔️", "\x00\x7f\t\r\n", "a\u0301 \u202e ﷽", " " * 50]
@@ -33,69 +37,74 @@ TEXTS = ["", "plain", "<|endoftext|> [MASK] <s>", "日本語 עברית 🙂‍�
 
 @pytest.mark.parametrize("given_text", TEXTS)
 def test_text_round_trips(words, given_text):
-    ids = text.encode(words, given_text)
-    assert text.decode(words, ids) == given_text
+    ids = text.Tokenizer(words).encode(given_text)
+    assert text.Tokenizer(words).decode(ids) == given_text
     assert text.BEGIN not in ids and text.END not in ids
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text())
 def test_any_text_round_trips(words, given_text):
-    assert text.decode(words, text.encode(words, given_text)) == given_text
+    assert text.Tokenizer(words).decode(text.Tokenizer(words).encode(given_text)) == given_text
 
 
 def test_odd_captions_are_learned_from_and_drawn(tmp_path):
     odd = {"json": json.dumps({"captions": {"en": "x \ud800 y", "fr": None, "de": 3}}).encode()}
-    config = text.fit(
-        text.Config(vocabulary=300, limit=32), [odd, {"json": b"[1]"}, {"json": b"3"}], tmp_path / "words"
+    config = (
+        text.Tokenizer(text.Config(vocabulary=300, limit=32))
+        .fit([odd, {"json": b"[1]"}, {"json": b"3"}], tmp_path / "words")
+        .config
     )
-    assert len(text.things(config, odd)) == 1
+    assert len(text.Tokenizer(config).split_inputs(odd)) == 1
     only = text.Config(vocabulary=300, limit=32, file=config.file, fields={"txt": 0, "captions": 1})
-    assert text.read(only, {"txt": b"word"}, generator())[0].content.numel() > 2
+    assert text.Tokenizer(only).read({"txt": b"word"}, generator())[0].content.numel() > 2
 
 
 def test_bytes_are_counted(words):
     for given_text in ("plain", "日本語", "🙂"):
-        assert text.count_bytes(words, text.encode(words, given_text)) == len(given_text.encode())
+        assert text.Tokenizer(words).count_bytes(text.Tokenizer(words).encode(given_text)) == len(given_text.encode())
 
 
 def test_half_a_surrogate_pair_is_no_error(words):
-    assert "\ufffd" in text.decode(words, text.encode(words, "x\ud800y"))
+    assert "\ufffd" in text.Tokenizer(words).decode(text.Tokenizer(words).encode("x\ud800y"))
 
 
 def test_a_pasted_megabyte_costs_bounded_time(words):
     for paste in ("a" * 1_000_000, "ab c" * 250_000, "\n" * 1_000_000):
         began = time.process_time()
-        (sequence,) = text.read(words, paste if paste.strip() else paste + "x", generator())
+        (sequence,) = text.Tokenizer(words).read(paste if paste.strip() else paste + "x", generator())
         assert len(sequence) <= 32
         assert time.process_time() - began < 1.0
 
 
 def test_long_text_is_covered_by_windows(words):
     long = " ".join(f"square {i}" for i in range(100))
-    windows = text.read(words, long)
+    windows = text.Tokenizer(words).read(long)
     assert len(windows) > 1 and all(len(w) <= 32 for w in windows)
-    assert "".join(text.decode(words, w.content.tolist()) for w in windows) == long
+    assert "".join(text.Tokenizer(words).decode(w.content.tolist()) for w in windows) == long
 
 
 def test_a_text_part_may_be_several_texts(words):
     row = {"caption": "one", "captions": {"en": "one", "fr": "un", "de": "eins"}, "meta": {"alt": ["first", "second"]}}
     raw = {"json": json.dumps(row).encode(), "txt": b"word"}
     settings_ = text.Config(vocabulary=400, limit=32, file=words.file, fields={"txt": 1, "captions": 3, "meta.alt": 1})
-    seen = {text.decode(words, text.read(settings_, raw, generator(i))[0].content.tolist()) for i in range(80)}
+    seen = {
+        text.Tokenizer(words).decode(text.Tokenizer(settings_).read(raw, generator(i))[0].content.tolist())
+        for i in range(80)
+    }
     assert seen == {"word", "one", "un", "eins", "first", "second"}
     settings_.fields = ["meta.alt", "txt"]
-    assert text.things(settings_, raw) == ["first", "second"]
+    assert text.Tokenizer(settings_).split_inputs(raw) == ["first", "second"]
 
 
 def test_text_that_cannot_be_read(words):
-    with pytest.raises(Lost, match="text-decode"):
-        text.read(words, {"txt": "café".encode("latin-1")})
-    with pytest.raises(Lost, match="empty"):
-        text.read(words, {"txt": b"  \n"})
-    with pytest.raises(Lost, match="json"):
-        text.read(words, {"json": b"{"})
-    assert text.read(words, {"json": b'{"other": 1}'}) == []
+    with pytest.raises(SampleError, match="text-decode"):
+        text.Tokenizer(words).read({"txt": "café".encode("latin-1")})
+    with pytest.raises(SampleError, match="empty"):
+        text.Tokenizer(words).read({"txt": b"  \n"})
+    with pytest.raises(SampleError, match="json"):
+        text.Tokenizer(words).read({"json": b"{"})
+    assert text.Tokenizer(words).read({"json": b'{"other": 1}'}) == []
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,11 @@ def merges(tmp_path_factory):
     """Merges of letters that stand next to each other in every way, and the library that learned them."""
     draw, folder = random.Random(0), tmp_path_factory.mktemp("merges")
     words = ["".join(draw.choices("aabc'é1 ", k=draw.randint(1, 30))) for _ in range(2000)]
-    config = text.fit(text.Config(vocabulary=1000), [{"txt": word.encode()} for word in words], folder / "words")
+    config = (
+        text.Tokenizer(text.Config(vocabulary=1000))
+        .fit([{"txt": word.encode()} for word in words], folder / "words")
+        .config
+    )
     return config, Tokenizer.from_file(config.file)
 
 
@@ -112,7 +125,9 @@ def merges(tmp_path_factory):
 def test_text_is_encoded_as_by_the_library_that_learned_the_merges(merges, given_text):
     config, learned = merges
     whole = text._whole(given_text)
-    assert text.encode(config, given_text) == [i + 2 for i in learned.encode(whole, add_special_tokens=False).ids]
+    assert text.Tokenizer(config).encode(given_text) == [
+        i + 2 for i in learned.encode(whole, add_special_tokens=False).ids
+    ]
 
 
 def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
@@ -130,8 +145,10 @@ def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
     for steps in ([pattern, bytewise], [bytewise]):
         config = variant(f"by{len(steps)}", pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
         learned = Tokenizer.from_file(config.file)
-        assert text.encode(config, whole) == [i + 2 for i in learned.encode(whole, add_special_tokens=False).ids]
-        assert text.decode(config, text.encode(config, whole)) == whole
+        assert text.Tokenizer(config).encode(whole) == [
+            i + 2 for i in learned.encode(whole, add_special_tokens=False).ids
+        ]
+        assert text.Tokenizer(config).decode(text.Tokenizer(config).encode(whole)) == whole
     vocabulary = saved["model"]["vocab"]
     refused = {
         "words": {"model": saved["model"] | {"type": "WordLevel"}},
@@ -144,14 +161,17 @@ def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
         "empty": {"model": {}},
     }
     for name, changes in refused.items():
-        with pytest.raises(BadInput, match=f"{name}.json: not a tokenizer of byte-level BPE"):
+        with pytest.raises(UserError, match=f"{name}.json: not a tokenizer of byte-level BPE"):
             text.bpe(variant(name, **changes).file)
 
 
 def test_every_part_of_a_long_text_is_drawn(words):
     long = " ".join(f"square {i}" for i in range(10))
     config = text.Config(vocabulary=400, limit=12, file=words.file)
-    drawn = [text.decode(config, text.read(config, long, generator(i))[0].content.tolist()) for i in range(2000)]
+    drawn = [
+        text.Tokenizer(config).decode(text.Tokenizer(config).read(long, generator(i))[0].content.tolist())
+        for i in range(2000)
+    ]
     assert all(one in long for one in drawn) and len(set(drawn)) > 30
     assert any(long.startswith(one) for one in drawn) and any(long.endswith(one) for one in drawn)
 
@@ -159,7 +179,7 @@ def test_every_part_of_a_long_text_is_drawn(words):
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (1, 1), (1000, 1), (3, 500), (97, 89), (640, 480)])
 def test_the_grid_keeps_the_shape_and_the_limit(size):
     config = image.Config(patch=8, limit=50)
-    (tokens,) = image.read(config, {"jpg": jpeg((200, 10, 10), size)})
+    (tokens,) = image.Tokenizer(config).read({"jpg": jpeg((200, 10, 10), size)})
     rows, columns = tokens.position[:, 1].max() + 1, tokens.position[:, 2].max() + 1
     assert len(tokens) == rows * columns <= config.limit
     if 1 / 8 <= size[0] / size[1] <= 8:
@@ -170,13 +190,13 @@ def test_the_grid_keeps_the_shape_and_the_limit(size):
 def test_patches_are_where_their_position_says():
     picture = torch.zeros(3, 32, 48, dtype=torch.uint8)
     picture[0, 8:16, 16:24] = 255  # row 1, column 2
-    (tokens,) = image.read(image.Config(patch=8, limit=24), picture)
+    (tokens,) = image.Tokenizer(image.Config(patch=8, limit=24)).read(picture)
     bright = tokens.content.float().view(len(tokens), 3, -1)[:, 0].mean(1)
     assert tokens.position[bright.argmax()].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    "mode, colour, expected",
+    "mode, color, expected",
     [
         ("CMYK", (0, 255, 255, 0), (254, 0, 0)),
         ("L", 128, (128, 128, 128)),
@@ -187,9 +207,9 @@ def test_patches_are_where_their_position_says():
         ("I;16", 65535, (255, 255, 255)),
     ],
 )
-def test_colour_modes(mode, colour, expected):
+def test_color_modes(mode, color, expected):
     data = io.BytesIO()
-    Image.new(mode, (16, 16), colour).save(data, "JPEG" if mode == "CMYK" else "PNG")
+    Image.new(mode, (16, 16), color).save(data, "JPEG" if mode == "CMYK" else "PNG")
     picture = image.decode(image.Config(), data.getvalue())
     assert picture.mode == "RGB"
     if expected:
@@ -223,10 +243,10 @@ def test_a_damaged_note_beside_the_pixels_is_no_matter():
 def test_pictures_that_cannot_be_read():
     whole = jpeg((1, 2, 3), (300, 300))
     for data in (b"", b"<html><body>404</body></html>", whole[: len(whole) // 2], b"\xff\xd8\xff"):
-        with pytest.raises(Lost):
-            image.read(image.Config(), {"jpg": data})
-    with pytest.raises(Lost, match="pixel-limit"):
-        image.read(image.Config(pixels=10_000), {"jpg": whole})
+        with pytest.raises(SampleError):
+            image.Tokenizer(image.Config()).read({"jpg": data})
+    with pytest.raises(SampleError, match="pixel-limit"):
+        image.Tokenizer(image.Config(pixels=10_000)).read({"jpg": whole})
 
 
 def waves(size=(640, 480)) -> Image.Image:
@@ -264,7 +284,9 @@ def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
     data = as_jpeg(picture)
     whole = Image.open(io.BytesIO(data)).convert("RGB")
     for seed in (None, 1, 2, 3, 4):
-        (small,), (full,) = (image.read(config, r, seed if seed is None else generator(seed)) for r in (data, whole))
+        (small,), (full,) = (
+            image.Tokenizer(config).read(r, seed if seed is None else generator(seed)) for r in (data, whole)
+        )
         assert torch.equal(small.position, full.position)
         assert (small.content.float() - full.content.float()).abs().mean() < 4  # 43 and more where the part is another
     assert len(decoded) == 5 and (min(size) < 400 or all(2 * shape[0] <= size[1] + 1 for shape in decoded[:1]))
@@ -273,12 +295,12 @@ def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
 def test_a_jpeg_is_decoded_as_small_as_its_part_allows(decoded):
     config = image.Config(patch=16, limit=64)  # 128 pixels a side
     for side, expected in ((127, 127), (255, 255), (256, 128), (511, 256), (512, 128), (1023, 256), (1024, 128)):
-        image.read(config, {"jpg": as_jpeg(waves((side, side)))})
+        image.Tokenizer(config).read({"jpg": as_jpeg(waves((side, side)))})
         assert decoded[-1] == (expected, expected)
     cropped = image.Config(patch=16, limit=64, area=0.3)
     data = as_jpeg(waves((400, 400)))
     for seed in range(10):
-        image.read(cropped, {"jpg": data}, generator(seed))
+        image.Tokenizer(cropped).read({"jpg": data}, generator(seed))
     assert set(decoded[-10:]) == {(200, 200), (400, 400)}  # the smaller the part, the more of its pixels are wanted
 
 
@@ -289,7 +311,10 @@ def test_a_turned_jpeg_is_read_upright(decoded, turn, side):
     exif[0x0112] = turn
     data = as_jpeg(waves((200, 120)), exif=exif)
     config = image.Config(patch=8, limit=side)
-    (fast,), (plain,) = image.read(config, {"jpg": data}), image.read(config, image.decode(config, data))
+    (fast,), (plain,) = (
+        image.Tokenizer(config).read({"jpg": data}),
+        image.Tokenizer(config).read(image.decode(config, data)),
+    )
     assert decoded and torch.equal(fast.position, plain.position)
     assert (fast.content.float() - plain.content.float()).abs().mean() < 4
 
@@ -298,7 +323,10 @@ def test_grey_and_odd_jpegs(decoded):
     config = image.Config(patch=8, limit=64)
     for mode in ("L", "CMYK"):
         data = as_jpeg(waves().convert(mode))
-        (read,), (plain,) = image.read(config, {"jpg": data}), image.read(config, image.decode(config, data))
+        (read,), (plain,) = (
+            image.Tokenizer(config).read({"jpg": data}),
+            image.Tokenizer(config).read(image.decode(config, data)),
+        )
         assert (read.content.float() - plain.content.float()).abs().mean() < 4
     assert len(decoded) == 1  # CMYK is left to the other decoder
 
@@ -308,38 +336,40 @@ def test_a_cut_jpeg_is_lost_and_never_grey():
     for config in (image.Config(), image.Config(patch=8, limit=16)):
         for share in (0.1, 0.5, 0.9, 0.99):
             for end in (b"", b"\xff\xd9"):
-                with pytest.raises(Lost, match="decode"):
-                    image.read(config, {"jpg": data[: int(share * len(data))] + end})
-    (whole,), (behind,) = (image.read(image.Config(), {"jpg": d}) for d in (data, data + b"\0" * 99))
+                with pytest.raises(SampleError, match="decode"):
+                    image.Tokenizer(config).read({"jpg": data[: int(share * len(data))] + end})
+    (whole,), (behind,) = (image.Tokenizer(image.Config()).read({"jpg": d}) for d in (data, data + b"\0" * 99))
     assert torch.equal(whole.content, behind.content)
 
 
 def test_limits_hold_before_anything_is_decoded(decoded):
     data = as_jpeg(waves())
     for config, reason in ((image.Config(pixels=307_199), "pixel-limit"), (image.Config(bytes=999), "byte-limit")):
-        with pytest.raises(Lost, match=reason):
-            image.read(config, {"jpg": data})
+        with pytest.raises(SampleError, match=reason):
+            image.Tokenizer(config).read({"jpg": data})
     assert not decoded
 
 
 def test_a_picture_varies_only_by_its_generator():
-    config = image.Config(patch=8, limit=16, area=0.5, flip=0.5, rotate=10, colour=0.3)
+    config = image.Config(patch=8, limit=16, area=0.5, flip=0.5, rotate=10, color=0.3)
     picture = torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    first, again, other = (image.read(config, picture, generator(s))[0].content for s in (1, 1, 2))
+    first, again, other = (image.Tokenizer(config).read(picture, generator(s))[0].content for s in (1, 1, 2))
     assert torch.equal(first, again) and (first.shape != other.shape or not torch.equal(first, other))
-    assert torch.equal(image.read(config, picture)[0].content, image.read(config, picture)[0].content)
+    assert torch.equal(
+        image.Tokenizer(config).read(picture)[0].content, image.Tokenizer(config).read(picture)[0].content
+    )
 
 
 SOUND = audio.Config(frames=8, bands=32, high=32, limit=10)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 44_099, 192_000])
-@pytest.mark.parametrize("kind", ["FLAC", "WAV", "OGG"])
-def test_any_rate_becomes_the_same_sound(rate, kind):
-    if kind == "OGG" and rate > 100_000:
+@pytest.mark.parametrize("modality", ["FLAC", "WAV", "OGG"])
+def test_any_rate_becomes_the_same_sound(rate, modality):
+    if modality == "OGG" and rate > 100_000:
         pytest.skip("libsndfile writes no such OGG")
-    (tokens,) = audio.read(SOUND, {kind.lower(): tone(440, 0.6, rate, kind, channels=2)})
-    (plain,) = audio.read(SOUND, (torch.sin(2 * torch.pi * 440 * torch.arange(9600) / 16_000) * 0.4, 16_000))
+    (tokens,) = audio.Tokenizer(SOUND).read({modality.lower(): tone(440, 0.6, rate, modality, channels=2)})
+    (plain,) = audio.Tokenizer(SOUND).read((torch.sin(2 * torch.pi * 440 * torch.arange(9600) / 16_000) * 0.4, 16_000))
     assert tokens.content.shape == plain.content.shape
     loudest = tokens.content.view(len(tokens), 32, 8).mean((0, 2)).argmax()
     assert abs(int(loudest) - int(plain.content.view(len(tokens), 32, 8).mean((0, 2)).argmax())) <= 1
@@ -347,12 +377,12 @@ def test_any_rate_becomes_the_same_sound(rate, kind):
 
 def test_long_sound_is_cropped_in_training_and_covered_in_inference():
     wave = torch.randn(16_000 * 3, generator=torch.Generator().manual_seed(0))
-    windows = audio.read(SOUND, (wave, 16_000))
+    windows = audio.Tokenizer(SOUND).read((wave, 16_000))
     covered = sum(len(w) for w in windows) * 8 * 160
     assert abs(covered - len(wave)) <= 8 * 160 and all(len(w) <= 10 for w in windows)
-    crops = {float(audio.read(SOUND, (wave, 16_000), generator(i))[0].content.sum()) for i in range(5)}
+    crops = {float(audio.Tokenizer(SOUND).read((wave, 16_000), generator(i))[0].content.sum()) for i in range(5)}
     assert len(crops) == 5
-    again = audio.read(SOUND, (wave, 16_000))
+    again = audio.Tokenizer(SOUND).read((wave, 16_000))
     assert all(torch.equal(a.content, b.content) for a, b in zip(windows, again))
 
 
@@ -363,7 +393,10 @@ def test_only_the_wanted_window_of_a_file_is_the_right_one():
 
     data = io.BytesIO()
     soundfile.write(data, wave.numpy(), 16_000, format="FLAC")
-    from_file, given_wave = audio.read(SOUND, {"flac": data.getvalue()}), audio.read(SOUND, (wave, 16_000))
+    from_file, given_wave = (
+        audio.Tokenizer(SOUND).read({"flac": data.getvalue()}),
+        audio.Tokenizer(SOUND).read((wave, 16_000)),
+    )
     for a, b in zip(from_file, given_wave, strict=True):
         torch.testing.assert_close(a.content, b.content, rtol=0, atol=0.05)
 
@@ -384,14 +417,14 @@ def frames(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kind", ["OGG", "FLAC"])
-def test_only_the_wanted_window_is_decoded(frames, kind):
-    data = {kind.lower(): tone(440, 5, 44_100, kind, channels=2)}
+@pytest.mark.parametrize("modality", ["OGG", "FLAC"])
+def test_only_the_wanted_window_is_decoded(frames, modality):
+    data = {modality.lower(): tone(440, 5, 44_100, modality, channels=2)}
     for seed in range(5):
-        audio.read(SOUND, data, generator(seed))
+        audio.Tokenizer(SOUND).read(data, generator(seed))
     assert set(frames) == {SOUND.samples * 441 // 160}
     frames.clear()
-    audio.read(SOUND, data)
+    audio.Tokenizer(SOUND).read(data)
     assert sum(frames) <= 5 * 44_100 + len(frames)  # inference: all of it, once
 
 
@@ -407,20 +440,20 @@ def test_the_resampler_is_torchaudios(rate):
 
 def test_too_long_a_sound_is_lost_by_its_header(frames):
     config = audio.Config(frames=8, bands=32, high=32, limit=10, seconds=2.0)
-    assert len(audio.read(config, {"flac": tone(440, 2.0)})[0]) == 10
+    assert len(audio.Tokenizer(config).read({"flac": tone(440, 2.0)})[0]) == 10
     frames.clear()
     for raw in ({"flac": tone(440, 2.1)}, {"ogg": tone(440, 2.1, 44_100, "OGG")}, (torch.zeros(40_000), 16_000)):
         for seed in (None, generator()):
-            with pytest.raises(Lost, match="duration-limit"):
-                audio.read(config, raw, seed)
+            with pytest.raises(SampleError, match="duration-limit"):
+                audio.Tokenizer(config).read(raw, seed)
     assert not frames
 
 
 def test_patches_in_frequency_have_rows():
     config = audio.Config(frames=8, bands=32, high=8, limit=40)
-    (tokens,) = audio.read(config, {"flac": tone(440)})
+    (tokens,) = audio.Tokenizer(config).read({"flac": tone(440)})
     assert set(tokens.position[:, 1].tolist()) == {0, 1, 2, 3}
-    low, high = (audio.read(config, {"flac": tone(f)})[0] for f in (150, 6000))
+    low, high = (audio.Tokenizer(config).read({"flac": tone(f)})[0] for f in (150, 6000))
     energy = [t.content.mean(1).view(-1, 4).mean(0).argmax().item() for t in (low, high)]
     assert energy[0] < energy[1]
 
@@ -437,30 +470,32 @@ def test_sounds_that_cannot_be_read():
         (b"<html>", "decode"),
         (b"", "decode"),
     ):
-        with pytest.raises(Lost, match=reason):
-            audio.read(SOUND, {"wav": data})
+        with pytest.raises(SampleError, match=reason):
+            audio.Tokenizer(SOUND).read({"wav": data})
 
 
 def test_sounds_that_overflow_or_lie_are_lost():
-    with pytest.raises(Lost, match="not-finite"):
-        audio.read(SOUND, (torch.randn(16_000) * 1e30, 16_000))
+    with pytest.raises(SampleError, match="not-finite"):
+        audio.Tokenizer(SOUND).read((torch.randn(16_000) * 1e30, 16_000))
     for rate in (1, 2**31):
-        with pytest.raises(Lost, match="samples a second"):
-            audio.read(SOUND, (torch.randn(16_000), rate))
+        with pytest.raises(SampleError, match="samples a second"):
+            audio.Tokenizer(SOUND).read((torch.randn(16_000), rate))
 
 
 def test_silence_and_a_click_are_finite():
     for wave in (torch.zeros(16_000), torch.ones(1), torch.full((100,), 1e6)):
-        for tokens in audio.read(SOUND, (wave, 16_000)):
+        for tokens in audio.Tokenizer(SOUND).read((wave, 16_000)):
             assert torch.isfinite(tokens.content).all()
 
 
 def test_the_trained_merges_replace_those_before_at_once(tmp_path, monkeypatch):
     """Another process reads either the old file or the new one, never a half."""
     raws = [{"txt": b"a red square and a blue circle"}]
-    path = text.fit(text.Config(vocabulary=300), raws, tmp_path / "words").file
+    path = text.Tokenizer(text.Config(vocabulary=300)).fit(raws, tmp_path / "words").file
     before, seen = Path(path).read_bytes(), []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(b).read_bytes()), replace(a, b)))
-    text.fit(text.Config(vocabulary=300), [{"txt": b"something else altogether, altogether"}], tmp_path / "words")
+    text.Tokenizer(text.Config(vocabulary=300)).fit(
+        [{"txt": b"something else altogether, altogether"}], tmp_path / "words"
+    )
     assert seen == [before] != [Path(path).read_bytes()]

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import items, tiny
+from conftest import samples, tiny
 from test_config import mmfm
 
 from multimodal_fm import load as load_model
 from multimodal_fm.config import build, load
 from multimodal_fm.corpus import index, shards
-from multimodal_fm.errors import BadInput
+from multimodal_fm.errors import UserError
 from multimodal_fm.model import Model
 from multimodal_fm.run_dir import checkpoint
 from multimodal_fm.stream.dataset import Steps
-from multimodal_fm.stream.tasks import fit, sections_of, weights_of
+from multimodal_fm.stream.tasks import fit, tasks_of, weights_of
 from multimodal_fm.stream.workers import Loader
 from multimodal_fm.train import loop
 from multimodal_fm.train.grad_cache import forward_backward
@@ -86,9 +86,9 @@ def test_the_same_seed_gives_the_same_losses_for_any_number_of_workers(whole, tm
     assert losses(tmp_path / "other") != losses(whole)
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_stopping_and_resuming_changes_nothing(tmp_path, corpus, optimiser):
-    data = tiny(corpus, optim={"name": optimiser, "lr": 3e-3, "warmup": 3})
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopping_and_resuming_changes_nothing(tmp_path, corpus, optimizer):
+    data = tiny(corpus, optim={"name": optimizer, "lr": 3e-3, "warmup": 3})
     loop.pretrain(build({**data, "run": str(tmp_path / "whole")}))
     run = tmp_path / "run"
     loop.pretrain(build({**data, "run": str(run)}))
@@ -102,7 +102,7 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, corpus, optimiser):
         loop.pretrain(build({**data, "run": str(run)}), resume=True)
         assert losses(run) == losses(tmp_path / "whole"), start
         assert [row["step"] for row in metrics(run)] == list(range(1, 13))
-    for name in ("model", "ema", "optimiser"):
+    for name in ("model", "ema", "optimizer"):
         a, b = (checkpoint.read_tensors(checkpoint.newest(r), name) for r in (run, tmp_path / "whole"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -162,45 +162,45 @@ def test_what_is_to_be_measured_must_be_there_before_the_first_step(tmp_path, co
     config = build(
         {**tiny(corpus), "run": str(tmp_path / "run"), "evaluate": {"all": {"on": f"{tmp_path}/none-*.tar"}}}
     )
-    with pytest.raises(BadInput, match="evaluate.all: no file matches"):
+    with pytest.raises(UserError, match="evaluate.all: no file matches"):
         loop.pretrain(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_is_not_overwritten(whole, corpus):
-    with pytest.raises(BadInput, match="--resume"):
+    with pytest.raises(UserError, match="--resume"):
         loop.pretrain(build({**tiny(corpus), "run": str(whole)}))
 
 
 def test_resume_refuses_another_config_and_other_data(whole, tmp_path, corpus):
-    with pytest.raises(BadInput, match="other model"):
+    with pytest.raises(UserError, match="other model"):
         loop.pretrain(build({**tiny(corpus), "run": str(whole), "model": {"width": 64}}), resume=True)
     data = tiny(corpus)
     data["sources"]["all"]["shards"] = f"{corpus}/train-0.tar"
     before = (whole / "metrics.jsonl").read_text()
-    with pytest.raises(BadInput, match="other sources"):
+    with pytest.raises(UserError, match="other sources"):
         loop.pretrain(build({**data, "run": str(whole)}), resume=True)
     assert (whole / "metrics.jsonl").read_text() == before
-    shards.write(tmp_path / "train-0.tar", items(8))
+    shards.write(tmp_path / "train-0.tar", samples(8))
     data["sources"]["all"]["shards"] = f"{tmp_path}/train-*.tar"
     loop.pretrain(build({**data, "run": str(tmp_path / "run"), "steps": 4}))
-    shards.write(tmp_path / "train-0.tar", items(9))
+    shards.write(tmp_path / "train-0.tar", samples(9))
     config = build({**data, "run": str(tmp_path / "run"), "steps": 6})
-    with pytest.raises(BadInput, match="is not the file"):
+    with pytest.raises(UserError, match="is not the file"):
         loop.pretrain(config, resume=True)
     index.build(str(tmp_path / "train-0.tar"))
-    with pytest.raises(BadInput, match="--allow-data-change"):
+    with pytest.raises(UserError, match="--allow-data-change"):
         loop.pretrain(config, resume=True)
     assert loop.pretrain(config, resume=True, allow_data_change=True).name == "step-00000006"
 
 
 def broken_corpus(folder: Path) -> None:
-    """24 whole items and four with one part each that cannot be read."""
+    """24 whole samples and four with one part each that cannot be read."""
     import soundfile
 
     empty = io.BytesIO()
     soundfile.write(empty, torch.zeros(0).numpy(), 16_000, format="WAV")
-    made = items(28)
+    made = samples(28)
     made[3]["jpg"] = made[3]["jpg"][:200]
     made[9]["jpg"] = b"<!DOCTYPE html><html><body>Not found</body></html>"
     del made[15]["flac"]
@@ -215,25 +215,25 @@ def test_four_broken_parts_are_named_and_stop_nothing(tmp_path, write_config):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {(r["key"], r["part"], r["reason"]) for r in rows} == {
-        ("item0003", "image", "decode"),
-        ("item0009", "image", "decode"),
-        ("item0015", "audio", "empty"),
-        ("item0021", "text", "text-decode"),
+        ("sample0003", "image", "decode"),
+        ("sample0009", "image", "decode"),
+        ("sample0015", "audio", "empty"),
+        ("sample0021", "text", "text-decode"),
     }
     assert rows[0].keys() == {"source", "shard", "key", "part", "reason", "detail", "step"}
-    for key in ("item0003", "item0009", "item0015", "item0021"):
+    for key in ("sample0003", "sample0009", "sample0015", "sample0021"):
         assert key in "".join(done.stderr.splitlines(keepends=True)[-8:])
     assert all(r["step"] <= 20 for r in rows)
 
 
 def test_a_source_of_nothing_but_bad_items_stops_with_a_line(tmp_path, corpus):
-    made = items(6)
-    for item in made:
-        item["txt"] = b"\xff"
+    made = samples(6)
+    for sample in made:
+        sample["txt"] = b"\xff"
     shards.write(tmp_path / "a.tar", made)
     data = tiny(corpus, sources={"all": {"shards": f"{tmp_path}/a.tar"}}, run=str(tmp_path / "run"))
-    data["sections"] = {"words": data["sections"]["words"]}
-    with pytest.raises(BadInput, match="not one item of step 1"):
+    data["tasks"] = {"words": data["tasks"]["words"]}
+    with pytest.raises(UserError, match="not one sample of step 1"):
         loop.pretrain(build(data))
     assert "text-decode" in (tmp_path / "run" / "quarantine.jsonl").read_text()
 
@@ -242,7 +242,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path, corpus
     config = build({**tiny(corpus, steps=2), "run": str(tmp_path / "run")})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer-text.json").write_text("{")
-    with pytest.raises(BadInput, match="--resume"):
+    with pytest.raises(UserError, match="--resume"):
         loop.pretrain(config)
     assert loop.pretrain(config, resume=True).name == "step-00000002"
 
@@ -253,26 +253,26 @@ def test_half_precision_runs_on_a_cpu(tmp_path, corpus):
 
 
 def test_a_bad_item_is_replaced_and_no_position_shifts(tmp_path, corpus):
-    """The other items of every step are the same with a broken one among them."""
-    good, bad = items(12), items(12)
+    """The other samples of every step are the same with a broken one among them."""
+    good, bad = samples(12), samples(12)
     bad[5]["txt"] = b"\xff\xfe\xfa"
     streams = []
     for name, made in (("good", good), ("bad", bad)):
         (tmp_path / name).mkdir()
         shards.write(tmp_path / name / "a.tar", made)
         data = tiny(corpus, sources={"all": {"shards": f"{tmp_path}/{name}/a.tar"}})
-        data["sections"] = {"words": data["sections"]["words"]}
+        data["tasks"] = {"words": data["tasks"]["words"]}
         config = build({**data, "run": str(tmp_path / f"run-{name}")})
         Path(config.run).mkdir()
         corpora = {"all": shards.Corpus(config.sources["all"], "all")}
         fitted = fit(config, corpora, Path(config.run))
-        steps = Steps(sections_of(config, corpora), fitted, 0)
+        steps = Steps(tasks_of(config, corpora), fitted, 0)
         streams.append([[name for _, _, name in sorted(steps[s].keys)] for s in range(12)])
     assert all(len(a) == len(b) == 4 for a, b in zip(*streams))
     for a, b in zip(*streams):
         for left, right in zip(a, b):
-            assert left == right or (left == "all/item0005" != right)
-    assert any("all/item0005" in step for step in streams[0])
+            assert left == right or (left == "all/sample0005" != right)
+    assert any("all/sample0005" in step for step in streams[0])
 
 
 def test_microbatches_give_the_same_gradients(corpus, tmp_path):
@@ -282,7 +282,7 @@ def test_microbatches_give_the_same_gradients(corpus, tmp_path):
         config = build({**tiny(corpus), "run": str(tmp_path), "microbatches": microbatches})
         corpora = {n: shards.Corpus(s, n) for n, s in config.sources.items()}
         config.tokenizers = fit(config, corpora, tmp_path)
-        step = Steps(sections_of(config, corpora), config.tokenizers, 0, microbatches)[0]
+        step = Steps(tasks_of(config, corpora), config.tokenizers, 0, microbatches)[0]
         assert len(step.batches) == microbatches
         torch.manual_seed(0)
         model = Model(config)
@@ -297,71 +297,73 @@ def test_microbatches_give_the_same_gradients(corpus, tmp_path):
 
 
 FOURTH = '''
-"""A fourth kind: a time series, a member `series` of text with one number a line."""
+"""A fourth modality: a time series, a member `series` of text with one number a line."""
 from dataclasses import dataclass
 import torch
 from torch import nn
-from multimodal_fm.errors import Lost
+from multimodal_fm.errors import SampleError
+from multimodal_fm.tokenizers import base
 from multimodal_fm.tokens import sequence_of
-
-extensions = ("series",)
 
 @dataclass
 class Config:
     patch: int = 4
     limit: int = 16
 
-def read(config, raw, generator=None):
-    raw = raw["series"] if isinstance(raw, dict) else raw
-    try:
-        values = torch.tensor([float(v) for v in raw.split()])
-    except ValueError as error:
-        raise Lost("decode", str(error))
-    count = min(len(values) // config.patch, config.limit)
-    position = torch.zeros(count, 3)
-    position[:, 0] = torch.arange(count)
-    return [sequence_of(values[: count * config.patch].view(count, config.patch), position)]
+class Tokenizer(base.Tokenizer):
+    Config, extensions = Config, ("series",)
 
-class Embed(nn.Linear):
-    def __init__(self, config, width):
-        super().__init__(config.patch, width)
+    def read(self, raw, generator=None):
+        raw = raw["series"] if isinstance(raw, dict) else raw
+        try:
+            values = torch.tensor([float(v) for v in raw.split()])
+        except ValueError as error:
+            raise SampleError("decode", str(error))
+        patch = self.config.patch
+        count = min(len(values) // patch, self.config.limit)
+        position = torch.zeros(count, 3)
+        position[:, 0] = torch.arange(count)
+        return [sequence_of(values[: count * patch].view(count, patch), position)]
+
+    def embedder(self, width):
+        return nn.Linear(self.config.patch, width)
+
+    def predictor(self, width):
+        return Predict(width, self.config.patch)
 
 class Predict(nn.Linear):
-    def __init__(self, config, width):
-        super().__init__(width, config.patch)
-
     def forward(self, vectors, content):
         return (super().forward(vectors) - content).square().mean(-1)
 '''
 
 
 def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
-    (tmp_path / "series_kind.py").write_text(FOURTH)
-    (tmp_path / "kinds").mkdir()
-    (tmp_path / "kinds" / "__init__.py").write_text("")
-    (tmp_path / "series_kind.py").rename(tmp_path / "kinds" / "series.py")
+    (tmp_path / "series_modality.py").write_text(FOURTH)
+    (tmp_path / "modalities").mkdir()
+    (tmp_path / "modalities" / "__init__.py").write_text("")
+    (tmp_path / "series_modality.py").rename(tmp_path / "modalities" / "series.py")
     monkeypatch.syspath_prepend(tmp_path)
-    made = items(24)
-    for i, item in enumerate(made):
+    made = samples(24)
+    for i, sample in enumerate(made):
         wave = torch.sin(torch.arange(40.0) * (0.2 + 0.2 * (i % 4)))
-        item["series"] = "\n".join(f"{v:.3f}" for v in wave)
+        sample["series"] = "\n".join(f"{v:.3f}" for v in wave)
     shards.write(tmp_path / "loop.tar", made)
     data = tiny(tmp_path, steps=30, optim={"lr": 3e-3, "warmup": 2})
-    data["sources"] = {"all": {"shards": f"{tmp_path}/loop.tar", "group": "colour"}}
-    data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 24}, "series": {"tokenizer": "kinds.series"}}
+    data["sources"] = {"all": {"shards": f"{tmp_path}/loop.tar", "group": "color"}}
+    data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 24}, "series": {"tokenizer": "modalities.series"}}
     decoder = {"width": 32, "depth": 1, "heads": 2}
-    data["sections"] = {
+    data["tasks"] = {
         "shapes": {
             "objective": "masked",
             "hide": "drop",
             "share": 0.5,
             "decoder": decoder,
-            "parts": ["series"],
-            "take": 8,
+            "modalities": ["series"],
+            "batch_size": 8,
             "sources": {"all": 1},
         },
-        "next": {"objective": "causal", "parts": ["series"], "take": 8, "sources": {"all": 1}},
-        "pairs": {"objective": "contrastive", "parts": ["text", "series"], "take": 8, "sources": {"all": 1}},
+        "next": {"objective": "causal", "modalities": ["series"], "batch_size": 8, "sources": {"all": 1}},
+        "pairs": {"objective": "contrastive", "modalities": ["text", "series"], "batch_size": 8, "sources": {"all": 1}},
     }
     loop.pretrain(build({**data, "run": str(tmp_path / "run")}))
     rows = metrics(tmp_path / "run")
@@ -381,7 +383,7 @@ def test_smoke_runs_at_toy_size(tmp_path, write_config):
 
 def test_nothing_finite_stops_with_a_line(tmp_path, corpus):
     config = build({**tiny(corpus, optim={"lr": 1e30, "clip": 0, "warmup": 1}, steps=40), "run": str(tmp_path / "run")})
-    with pytest.raises(BadInput, match="without a finite gradient"):
+    with pytest.raises(UserError, match="without a finite gradient"):
         loop.pretrain(config)
 
 
@@ -391,7 +393,7 @@ def test_loading_draws_nothing_from_the_global_generator(corpus, tmp_path):
     config.tokenizers = fit(config, corpora, tmp_path)
     before = torch.get_rng_state()
     for workers, how in ((0, "threads"), (1, "threads"), (1, "processes")):
-        loader = Loader(Steps(sections_of(config, corpora), config.tokenizers, 0), 0, 3, workers, how)
+        loader = Loader(Steps(tasks_of(config, corpora), config.tokenizers, 0), 0, 3, workers, how)
         next(iter(loader))
         loader.close()
     assert torch.equal(before, torch.get_rng_state())
@@ -407,7 +409,7 @@ def test_a_run_folder_is_trained_in_by_one_process(tmp_path, corpus):
     other = subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        with pytest.raises(BadInput, match="another process is training there"):
+        with pytest.raises(UserError, match="another process is training there"):
             loop.pretrain(build({**tiny(corpus, steps=4), "run": str(run)}), resume=True)
     finally:
         other.kill()
@@ -425,7 +427,7 @@ def test_what_cannot_be_read_on_the_way_ends_with_a_checkpoint(tmp_path, corpus,
         return dataclasses.replace(found, keys=[] if step == 3 else found.keys)
 
     monkeypatch.setattr(Steps, "read", read)
-    with pytest.raises(BadInput, match=r"not one item of step 4 .*checkpoint: .*step-00000003"):
+    with pytest.raises(UserError, match=r"not one sample of step 4 .*checkpoint: .*step-00000003"):
         loop.pretrain(config)
     monkeypatch.undo()
     assert loop.pretrain(config, resume=True).name == "step-00000009"

@@ -1,25 +1,25 @@
-"""An item's JSON row."""
+"""A sample's JSON row."""
 
 from __future__ import annotations
 
 import json
 
-from ..errors import Lost
+from ..errors import SampleError
 
 
 def parse(data: bytes):
-    """The JSON in `data`. Raises Lost."""
+    """The JSON in `data`. Raises SampleError."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Lost("json", str(error)[:100]) from None
+        raise SampleError("json", str(error)[:100]) from None
 
 
 def parse_map(data: bytes | None) -> dict:
     """The row in `data`; empty where there is none, or it is broken, or no map."""
     try:
         row = parse(data) if data is not None else {}
-    except Lost:
+    except SampleError:
         return {}
     return row if isinstance(row, dict) else {}
 

@@ -1,4 +1,4 @@
-"""The index of a shard: a small file beside it, through which any item is reached and its bytes are checked.
+"""The index of a shard: a small file beside it, through which any sample is reached and its bytes are checked.
 
 `NAME.mmidx` stands beside the shard, or in the cache folder where the shard's folder cannot be written. Layout, all
 little endian: the magic, the version (u32), the length of a JSON head (u32), the head's CRC-32 (u32), twelve zeros, the
@@ -6,9 +6,9 @@ head, then the tables:
 
     members  (M,)  `MEMBER`: offset, length, CRC-32, two measures (pixels wide and high; milliseconds and rate), ending,
                    CRC-16 of what belongs to the member but its content: its headers and its padding
-    first    (N+1,) u32: item i's members are `first[i] : first[i + 1]`
-    makeup   (N,) u16: which of the head's makeups (the endings that an item has) the item is of
-    places   (N+1,) u32: item i's key is `names[places[i] : places[i + 1]]`
+    first    (N+1,) u32: sample i's members are `first[i] : first[i + 1]`
+    makeup   (N,) u16: which of the head's makeups (the endings that a sample has) the sample is of
+    places   (N+1,) u32: sample i's key is `names[places[i] : places[i + 1]]`
     names    UTF-8
 
 The head holds the shard's size, time stamp and SHA-256, the CRC-32 of what follows the last member, the counts, what
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 from . import storage
 from .scan import LARGEST, Window, block_of, checks, crc_of, digest_of, scan
 
@@ -82,8 +82,14 @@ class Index:
         if start != _start(text):
             raise Damaged("its head is not what was written")
         self.head = json.loads(text)
-        items, members, self.endings = self.head["items"], self.head["members"], self.head["endings"]
-        shapes = ((MEMBER, members), ("<u4", items + 1), ("<u2", items), ("<u4", items + 1), ("u1", self.head["names"]))
+        samples, members, self.endings = self.head["samples"], self.head["members"], self.head["endings"]
+        shapes = (
+            (MEMBER, members),
+            ("<u4", samples + 1),
+            ("<u2", samples),
+            ("<u4", samples + 1),
+            ("u1", self.head["names"]),
+        )
         tables, ends = [], np.cumsum([place, *(np.dtype(kind).itemsize * count for kind, count in shapes)]).tolist()
         if ends[-1] != len(held):
             raise Damaged("its tables are not as long as its head says")
@@ -93,68 +99,70 @@ class Index:
         self._checked = False
 
     def __len__(self) -> int:
-        return self.head["items"]
+        return self.head["samples"]
 
     @property
     def makeups(self) -> list[list[str]]:
-        """The sets of endings that items have."""
+        """The sets of endings that samples have."""
         return self.head["makeups"]
 
     @property
     def refused(self) -> list[Refused]:
         return [Refused(self.shard, *row) for row in self.head["refused"]]
 
-    def key(self, item: int) -> str:
-        return self.names[self.places[item] : self.places[item + 1]].tobytes().decode()
+    def key(self, sample: int) -> str:
+        return self.names[self.places[sample] : self.places[sample + 1]].tobytes().decode()
 
-    def spans(self, item: int) -> dict[str, tuple[int, int, int]]:
-        """Offset, length and CRC-32 of the item's members by ending."""
-        rows = self.members[self.first[item] : self.first[item + 1]].tolist()
+    def spans(self, sample: int) -> dict[str, tuple[int, int, int]]:
+        """Offset, length and CRC-32 of the sample's members by ending."""
+        rows = self.members[self.first[sample] : self.first[sample + 1]].tolist()
         return {self.endings[row[5]]: row[:3] for row in rows}
 
     def check(self) -> None:
-        """Raises BadInput where the tables are damaged. They are looked through once, before an item is looked up."""
+        """Raises UserError where the tables are damaged. They are looked through once, before a sample is looked up."""
         if not self._checked and not self.whole():
-            raise BadInput(
+            raise UserError(
                 f"{self.shard}: its index {self.file} is damaged; `mmfm inspect --rebuild {self.shard}` makes it anew"
             )
         self._checked = True
 
-    def read(self, item: int, endings=(), most: int = LARGEST) -> tuple[dict[str, bytes], list[tuple[str, Lost]]]:
-        """The item's members, all or those with the given endings, none of more than `most` bytes, and which of them
+    def read(
+        self, sample: int, endings=(), most: int = LARGEST
+    ) -> tuple[dict[str, bytes], list[tuple[str, SampleError]]]:
+        """The sample's members, all or those with the given endings, none of more than `most` bytes, and which of them
         cannot be had and why."""
         members, failed = {}, []
-        for ending, (offset, length, crc) in self.spans(item).items():
+        for ending, (offset, length, crc) in self.spans(sample).items():
             if endings and ending not in endings:
                 continue
             try:
                 if length > most:
-                    raise Lost("byte-limit", f"{length} bytes, the limit is {most}")
+                    raise SampleError("byte-limit", f"{length} bytes, the limit is {most}")
                 data = storage.read(self.shard, offset, length)
                 if len(data) != length or zlib.crc32(data) != crc:
-                    raise Lost("crc", f"{length} bytes at {offset} are not those that were indexed")
+                    raise SampleError("crc", f"{length} bytes at {offset} are not those that were indexed")
                 members[ending] = data
             except OSError as error:
-                failed.append((ending, Lost("read", str(error)[:200])))
-            except Lost as error:
+                failed.append((ending, SampleError("read", str(error)[:200])))
+            except SampleError as error:
                 failed.append((ending, error))
         return members, failed
 
     def differences(self) -> Iterator[tuple[int, str, str, str]]:
-        """Item (-1: none), ending, reason and detail of all that is not as it was indexed. Reads the whole shard.
+        """Sample (-1: none), ending, reason and detail of all that is not as it was indexed. Reads the whole shard.
 
-        Every byte belongs to one item: a header and padding to its member's, what follows the last member to the last.
-        Raises OSError, Lost.
+        Every byte belongs to one sample: a header and padding to its member's, what follows the last member to the last.
+        Raises OSError, SampleError.
         """
         size = storage.stamp(self.shard)[0]
-        read, end, item_of = Window(self.shard, size), 0, np.repeat(np.arange(len(self)), np.diff(self.first))
-        for item, row in zip(item_of.tolist(), self.members):
+        read, end, sample_of = Window(self.shard, size), 0, np.repeat(np.arange(len(self)), np.diff(self.first))
+        for sample, row in zip(sample_of.tolist(), self.members):
             ending, offset, length = self.endings[row["ending"]], int(row["offset"]), int(row["length"])
             crc, frame, _, end = checks(read, end, offset, length, size, block_of(self.shard))
             if crc != row["crc"]:
-                yield item, ending, "crc", f"{length} bytes at {offset} are not those that were indexed"
+                yield sample, ending, "crc", f"{length} bytes at {offset} are not those that were indexed"
             elif frame != row["frame"]:
-                yield item, ending, "shard", f"the header or the padding of {length} bytes at {offset} is damaged"
+                yield sample, ending, "shard", f"the header or the padding of {length} bytes at {offset} is damaged"
         if crc_of(read, end, size) != self.head["tail"]:
             yield len(self) - 1, "", "shard", f"what follows the last member, from byte {end} on, is damaged"
 
@@ -176,12 +184,12 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None) -> Index:
-    """The shard's index, made where there is none. Raises BadInput where the shard is gone or is another one by now."""
+    """The shard's index, made where there is none. Raises UserError where the shard is gone or is another one by now."""
     try:
         storage.forget(shard)  # what this process may have open is the file that was there before
         size, mark = storage.stamp(shard)
     except OSError as error:
-        raise BadInput(f"{shard}: {error.strerror or error}") from None
+        raise UserError(f"{shard}: {error.strerror or error}") from None
     found = []
     for file in _files(shard, piece):
         try:
@@ -192,7 +200,7 @@ def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lam
             return found[-1]
     same = any(one.head["size"] == size and one.head["sha256"] == digest_of(shard, size) for one in found)
     if found and not same:
-        raise BadInput(
+        raise UserError(
             f"{shard}: is not the file that {found[0].file} was made of; `mmfm inspect --rebuild {shard}` makes it anew"
         )  # a copy of it, or the same with another time, gets an index of its own
     progress(shard)
@@ -231,16 +239,16 @@ def _files(shard: str, piece: int) -> list[Path]:
 
 
 def build(shard: str, piece: int = PIECE) -> Index:
-    """Read the whole shard and write its index. Raises BadInput where the shard cannot be read or the index written."""
+    """Read the whole shard and write its index. Raises UserError where the shard cannot be read or the index written."""
     try:
         storage.forget(shard)
         size, mark = storage.stamp(shard)
         head, tables = _tables(shard, size, piece)
         head |= {"shard": os.path.basename(shard), "size": size, "mark": mark, "sha256": digest_of(shard, size)}
         if storage.stamp(shard) != (size, mark):
-            raise BadInput(f"{shard}: changes while it is read")
-    except (OSError, Lost) as error:
-        raise BadInput(f"{shard}: {getattr(error, 'strerror', '') or error}") from None
+            raise UserError(f"{shard}: changes while it is read")
+    except (OSError, SampleError) as error:
+        raise UserError(f"{shard}: {getattr(error, 'strerror', '') or error}") from None
     head["tables"] = _digest(*tables)
     text = json.dumps(head, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 16)
@@ -263,7 +271,7 @@ def build(shard: str, piece: int = PIECE) -> Index:
             return Index(shard, file)
         except OSError as error:
             failed = error
-    raise BadInput(f"{shard}: its index cannot be written, {failed}; set MMFM_CACHE to a folder that can be")
+    raise UserError(f"{shard}: its index cannot be written, {failed}; set MMFM_CACHE to a folder that can be")
 
 
 def _start(text: bytes) -> bytes:
@@ -286,26 +294,26 @@ def _tables(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
     makeups: dict[tuple[str, ...], int] = {}
     counts: list[int] = []
     rows, makeup, end = [], [], 0
-    for item in found.items:
-        which = makeups.setdefault(tuple(item), len(makeups))
+    for sample in found.samples:
+        which = makeups.setdefault(tuple(sample), len(makeups))
         if which == len(counts):
             counts.append(0)
         counts[which] += 1
         makeup.append(which)
-        for ending, (offset, length) in item.items():
+        for ending, (offset, length) in sample.items():
             crc, frame, first, end = checks(read, end, offset, length, size, block_of(shard))
             a, b = measure(ending, first, length)
             rows.append((offset, length, crc, a, b, endings.setdefault(ending, len(endings)), frame))
     names = [key.encode() for key in found.keys]
     tables = [
         np.array(rows, MEMBER),
-        np.cumsum([0, *map(len, found.items)], dtype="<u4"),
+        np.cumsum([0, *map(len, found.samples)], dtype="<u4"),
         np.array(makeup, "<u2"),
         np.cumsum([0, *map(len, names)], dtype="<u4"),
         np.frombuffer(b"".join(names), "u1"),
     ]
     head = {
-        "items": len(found.items),
+        "samples": len(found.samples),
         "members": len(rows),
         "names": len(tables[-1]),
         "endings": list(endings),
@@ -324,7 +332,7 @@ def measure(ending: str, data: bytes, length: int) -> tuple[int, int]:
     from ..tokenizers import modules
 
     for module in modules():
-        if ending in module.extensions and hasattr(module, "measure"):
+        if ending in module.extensions:
             try:
                 a, b = module.measure(data, length)
                 return min(int(a), LARGEST), min(int(b), LARGEST)

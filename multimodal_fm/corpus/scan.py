@@ -1,4 +1,4 @@
-"""What a shard holds, found by reading it through: items, their members' places, and what is refused."""
+"""What a shard holds, found by reading it through: samples, their members' places, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,53 +34,53 @@ class Found:
     """What a scan collects."""
 
     keys: list[str] = dataclasses.field(default_factory=list)
-    items: list[dict[str, tuple[int, int]]] = dataclasses.field(default_factory=list)
+    samples: list[dict[str, tuple[int, int]]] = dataclasses.field(default_factory=list)
     refused: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
 
 
 def scan(shard: str, read: Window, piece: int) -> Found:
-    """The items of a shard, a .tar, .jsonl or .txt. Raises OSError, Lost."""
+    """The samples of a shard, a .tar, .jsonl or .txt. Raises OSError, SampleError."""
     if shard.endswith(".tar"):
         found = _tar(read)
     elif shard.endswith(".jsonl"):
         found = _lines(read)
     else:
         found = _paragraphs(read, piece)
-    _of_few_kinds(found)
+    _of_few_modalities(found)
     return found
 
 
-def _of_few_kinds(found: Found) -> None:
+def _of_few_modalities(found: Found) -> None:
     """Takes out what has endings of its own, where there are more of those than an index can count."""
     endings, makeups = set(), set()
-    for key, item in zip(found.keys, found.items, strict=True):
-        for ending in [e for e in item if e not in endings]:
+    for key, sample in zip(found.keys, found.samples, strict=True):
+        for ending in [e for e in sample if e not in endings]:
             if len(endings) < KINDS:
                 endings.add(ending)
             else:
-                offset, _ = item.pop(ending)
+                offset, _ = sample.pop(ending)
                 detail = f"more than {KINDS} endings in one shard, at byte {offset}: a key ends at the first dot"
                 found.refused.append((key, ending, "name", detail))
-        if tuple(item) not in makeups and len(makeups) == KINDS:
+        if tuple(sample) not in makeups and len(makeups) == KINDS:
             found.refused.append((key, "", "name", f"more than {KINDS} sets of endings in one shard"))
-            item.clear()
-        if item:
-            makeups.add(tuple(item))
-    kept = [(key, item) for key, item in zip(found.keys, found.items, strict=True) if item]
-    found.keys, found.items = [key for key, _ in kept], [item for _, item in kept]
+            sample.clear()
+        if sample:
+            makeups.add(tuple(sample))
+    kept = [(key, sample) for key, sample in zip(found.keys, found.samples, strict=True) if sample]
+    found.keys, found.samples = [key for key, _ in kept], [sample for _, sample in kept]
 
 
 def _tar(read: Window) -> Found:
-    """Neighbouring members of one stem are an item, as in webdataset."""
-    found, seen, key, item, repeated = Found(), set(), None, {}, False
+    """Neighbouring members of one stem are a sample, as in webdataset."""
+    found, seen, key, sample, repeated = Found(), set(), None, {}, False
 
     def refuse(key: str, part: str, reason: str, detail: str) -> None:
         found.refused.append((key, part, reason, detail))
 
     def close() -> None:
-        if item:
+        if sample:
             found.keys.append(key)
-            found.items.append(dict(item))
+            found.samples.append(dict(sample))
 
     for one in tar.walk(read, read.size):
         if isinstance(one, tar.Fault):
@@ -91,18 +91,18 @@ def _tar(read: Window) -> Found:
             continue
         if own != key:
             close()
-            key, item, repeated = own, {}, own in seen
+            key, sample, repeated = own, {}, own in seen
             seen.add(own)
             if repeated:
                 refuse(own, "", "duplicate", f"the key came before, and again at byte {one.offset}")
         if repeated:
             continue
-        if ending in item:
-            refuse(own, ending, "duplicate", f"at byte {item[ending][0]}, and again at byte {one.offset}")
+        if ending in sample:
+            refuse(own, ending, "duplicate", f"at byte {sample[ending][0]}, and again at byte {one.offset}")
         elif one.size > LARGEST:
             refuse(own, ending, "byte-limit", f"{one.size} bytes at byte {one.offset}")
         else:
-            item[ending] = (one.offset, one.size)
+            sample[ending] = (one.offset, one.size)
     close()
     return found
 
@@ -115,7 +115,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _lines(read: Window) -> Found:
-    """A line an item. However long it is, only a stretch of it is in memory."""
+    """A line a sample. However long it is, only a stretch of it is in memory."""
     found, size, start, number, blank = Found(), read.size, 0, 0, True
     for at in range(0, size, CHUNK):
         *ends, rest = read(at, min(CHUNK, size - at)).split(b"\n")
@@ -136,7 +136,7 @@ def _line(found: Found, number: int, start: int, end: int, blank: bool) -> None:
         found.refused.append((str(number), "json", "byte-limit", f"{end - start} bytes at byte {start}"))
     elif not blank:
         found.keys.append(str(number))
-        found.items.append({"json": (start, end - start)})
+        found.samples.append({"json": (start, end - start)})
 
 
 def _paragraphs(read: Window, piece: int) -> Found:
@@ -147,9 +147,9 @@ def _paragraphs(read: Window, piece: int) -> Found:
         end = cut(text, piece) if len(text) > piece else len(text)
         if text[:end].strip():
             found.keys.append(str(start))
-            found.items.append({"txt": (start, end)})
+            found.samples.append({"txt": (start, end)})
         start += end
-    if not found.items:
+    if not found.samples:
         found.refused.append(("", "", "empty", "no text"))
     return found
 

@@ -12,7 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 
 ATTEMPTS = 5
 PAUSE = 0.1  # seconds before the second attempt, doubled each time
@@ -55,11 +55,11 @@ def put(path: Path, data: bytes) -> None:
 
 
 def find(pattern: str) -> list[str]:
-    """The files that a path, a pattern or a URL names, sorted. Raises BadInput for a scheme that is not read."""
+    """The files that a path, a pattern or a URL names, sorted. Raises UserError for a scheme that is not read."""
     scheme, colon, _ = pattern.partition(":")
     if colon and (is_remote(pattern) or scheme == "pipe"):
         if scheme not in SCHEMES or not is_remote(pattern):
-            raise BadInput(f"{pattern}: {scheme}: is not read; give a path or one of {', '.join(SCHEMES)}")
+            raise UserError(f"{pattern}: {scheme}: is not read; give a path or one of {', '.join(SCHEMES)}")
         if not any(mark in pattern for mark in "*[?") or scheme.startswith("http"):
             return [pattern]
         files = _filesystem(scheme).glob(pattern)
@@ -81,7 +81,7 @@ def stamp(path: str) -> tuple[int, str]:
         return found.st_size, str(found.st_mtime_ns)
     try:
         found = _patient(path, lambda: _filesystem(path.partition(":")[0]).info(path))
-    except Lost as error:
+    except SampleError as error:
         raise OSError(error.detail) from None
     if found.get("size") is None:
         raise OSError("the server does not say how long it is, so it cannot be read by range")
@@ -91,7 +91,7 @@ def stamp(path: str) -> tuple[int, str]:
 def read(path: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset` on, fewer where the file ends. Several processes and threads may read at once.
 
-    Raises OSError for a local file, Lost("read") for a remote one that cannot be had.
+    Raises OSError for a local file, SampleError("read") for a remote one that cannot be had.
     """
     if not is_remote(path):
         file = _open(path, os.getpid())  # held until it is read: another thread may drop it from the cache
@@ -123,7 +123,7 @@ def _known(path: str) -> tuple[int, str]:
     try:
         return stamp(path)
     except OSError as error:
-        raise Lost("read", f"{path}: {error}"[:200]) from None
+        raise SampleError("read", f"{path}: {error}"[:200]) from None
 
 
 def forget(path: str) -> None:
@@ -143,11 +143,11 @@ def _filesystem(scheme: str):
     try:
         return fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
-        raise BadInput(f"{scheme}: cannot be read here: {error}") from None
+        raise UserError(f"{scheme}: cannot be read here: {error}") from None
 
 
 def _piece(path: str, total: int, mark: str, number: int) -> bytes:
-    """One piece of a remote file, from the cache or from where it is. Raises Lost."""
+    """One piece of a remote file, from the cache or from where it is. Raises SampleError."""
     digest = hashlib.sha256(f"{path}\0{mark}\0{total}".encode()).hexdigest()
     file = cache_folder() / "pieces" / digest[:2] / f"{digest}-{number}"
     start, end = number * PIECE, min((number + 1) * PIECE, total)
@@ -171,19 +171,19 @@ def _piece(path: str, total: int, mark: str, number: int) -> bytes:
 
 
 def _patient(path: str, attempt):
-    """What `attempt` gives, tried a few times. Raises Lost."""
+    """What `attempt` gives, tried a few times. Raises SampleError."""
     for turn in range(ATTEMPTS):
         if turn:
             time.sleep(PAUSE * 2 ** (turn - 1))
         try:
             return attempt()
-        except BadInput:
+        except UserError:
             raise
         except Exception as error:  # every filesystem has its own
             last = error
         if isinstance(last, FileNotFoundError) and _gone(last):
-            raise Lost("read", f"{path}: not there ({last})"[:200])
-    raise Lost("read", f"{path}: {type(last).__name__}: {last} ({ATTEMPTS} attempts)"[:200])
+            raise SampleError("read", f"{path}: not there ({last})"[:200])
+    raise SampleError("read", f"{path}: {type(last).__name__}: {last} ({ATTEMPTS} attempts)"[:200])
 
 
 def _gone(error: FileNotFoundError) -> bool:

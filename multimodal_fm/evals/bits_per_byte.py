@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..batch import Item, count_asked, gather
+from ..batch import Sample, collate, count_targets
 from .embed_corpus import Encoded, figure
 
 
@@ -36,18 +36,20 @@ def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
 @torch.no_grad()
 def _score(model, name: str, tokenizer, texts: list[str]) -> tuple[list[float], list[int]]:
     """Bits and bytes of each text."""
-    objective, place = model.objectives[name], model.kinds.index("text")
+    objective, place = model.objectives[name], model.modalities.index("text")
     arranged, owner, sizes = [], [], [0] * len(texts)
     for number, text in enumerate(texts):
-        for window in tokenizer.module.read(tokenizer.settings, text):
-            window = window.replace(kind=torch.full_like(window.kind, place))
-            arranged.append((len(arranged), objective.arrange(Item({"text": window}))))
+        for window in tokenizer.read(text):
+            window = window.replace(modality=torch.full_like(window.modality, place))
+            arranged.append((len(arranged), objective.arrange(Sample({"text": window}))))
             owner.append(number)
-            sizes[number] += tokenizer.module.count_bytes(tokenizer.settings, window.content.tolist())
-    batch = gather({name: arranged}, model.kinds, {name: count_asked([a for _, a in arranged], model.kinds)})
+            sizes[number] += tokenizer.count_bytes(window.content.tolist())
+    batch = collate(
+        {name: arranged}, model.modalities, {name: count_targets([a for _, a in arranged], model.modalities)}
+    )
     batch = batch.to(model.device)
-    asked = batch.sections[name]
-    nats = objective.score(model(batch), asked, "text").double().cpu()
-    window_of = torch.searchsorted(asked.sequence.cpu().contiguous(), asked.tokens["text"].sequence.cpu())
+    targets = batch.tasks[name]
+    nats = objective.score(model(batch), targets, "text").double().cpu()
+    window_of = torch.searchsorted(targets.sequence.cpu().contiguous(), targets.tokens["text"].sequence.cpu())
     totals = torch.zeros(len(texts), dtype=torch.double).index_add(0, torch.tensor(owner)[window_of], nats)
     return (totals / math.log(2)).tolist(), sizes

@@ -1,4 +1,4 @@
-"""k nearest neighbours on the frozen features, each item against all others: no training, no choice to tune."""
+"""k nearest neighbours on the frozen features, each sample against all others: no training, no choice to tune."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .embed_corpus import Encoded, figure, labelled
 @dataclass
 class Config:
     labels: str = ".cls"  # `.cls` or a JSON field
-    group: str = ""  # items of an equal group are not each other's neighbours
+    group: str = ""  # samples of an equal group are not each other's neighbours
     k: int = 10
 
 
 def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
-    """`knn/KIND/accuracy`, the vote weighted by the cosine."""
+    """`knn/MODALITY/accuracy`, the vote weighted by the cosine."""
     figures = {}
-    for kind in encoded.things:
-        found = labelled(encoded, kind, config.labels, config.group)
+    for modality in encoded.things:
+        found = labelled(encoded, modality, config.labels, config.group)
         if not found:
             continue
         features, labels, groups, chance = found
@@ -33,9 +33,9 @@ def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
             cosine[groups[rows, None] == groups[None]] = -np.inf
             k = min(config.k, len(labels) - 1)
             near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
-            weight = np.exp(np.take_along_axis(cosine, near, 1) / 0.1)  # an item of the own group weighs nothing
+            weight = np.exp(np.take_along_axis(cosine, near, 1) / 0.1)  # a sample of the own group weighs nothing
             votes = np.zeros((len(near), labels.max() + 1))
             np.add.at(votes, (np.arange(len(near))[:, None], labels[near]), weight)
             right[rows] = votes.argmax(1) == labels[rows]
-        figures[f"knn/{kind}/accuracy"] = figure(right, groups, chance)
+        figures[f"knn/{modality}/accuracy"] = figure(right, groups, chance)
     return figures

@@ -13,20 +13,20 @@ from .embed_corpus import Encoded, figure, labelled
 @dataclass
 class Config:
     labels: str = ".cls"  # `.cls` or a JSON field
-    group: str = ""  # items of an equal group are in the same fold
+    group: str = ""  # samples of an equal group are in the same fold
     folds: int = 5
 
 
 def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
-    """`probe/KIND/accuracy` over the held-out folds."""
+    """`probe/MODALITY/accuracy` over the held-out folds."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     figures = {}
-    for kind in encoded.things:
-        found = labelled(encoded, kind, config.labels, config.group)
+    for modality in encoded.things:
+        found = labelled(encoded, modality, config.labels, config.group)
         if not found:
             continue
         features, labels, groups, chance = found
@@ -42,5 +42,5 @@ def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
                 probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
                 probe.fit(features[fit], labels[fit])
                 right[test] = probe.predict(features[test]) == labels[test]
-        figures[f"probe/{kind}/accuracy"] = figure(right, groups, chance)
+        figures[f"probe/{modality}/accuracy"] = figure(right, groups, chance)
     return figures

@@ -1,6 +1,6 @@
-"""Retrieval between any two kinds that the data has, in both directions.
+"""Retrieval between any two modalities that the data has, in both directions.
 
-A gallery holds each distinct thing once. A right answer is a thing of an item of the query's group. The rank of a query
+A gallery holds each distinct thing once. A right answer is a thing of a sample of the query's group. The rank of a query
 is that of its first right answer; ties count against it. Chance is exact: it counts the right answers of each query.
 R@k is over the queries that can miss, those with k wrong answers or more to choose from: the rest, as in a language of
 nine voices, would count as found whatever the model says. Where no query can miss it is over all of them, and is 1.
@@ -23,17 +23,17 @@ AT = (1, 5, 10)
 
 @dataclass
 class Config:
-    group: str = ""  # the field that says which items are right answers for each other; empty: an equal text
+    group: str = ""  # the field that says which samples are right answers for each other; empty: an equal text
     within: str = ""  # the field that query and gallery share; empty: the gallery is all there is
 
 
 def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
-    """`retrieval/A_to_B/{r@1,r@5,r@10,median_rank,mrr}` for every ordered pair of kinds."""
+    """`retrieval/A_to_B/{r@1,r@5,r@10,median_rank,mrr}` for every ordered pair of modalities."""
     figures = {}
     for query, answer in itertools.permutations(encoded.things, 2):
         ranks, sizes, rights, clusters = [], [], [], []
-        for items in shares(encoded, config.within):
-            for found in _search(encoded, config, query, answer, items):
+        for samples in shares(encoded, config.within):
+            for found in _search(encoded, config, query, answer, samples):
                 for into, value in zip((ranks, sizes, rights, clusters), found, strict=True):
                     into.append(value)
         if ranks:
@@ -43,20 +43,20 @@ def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
 
 
 def shares(encoded: Encoded, within: str) -> list[list[int]]:
-    """The items, in the shares that a query's gallery is kept to."""
+    """The samples, in the shares that a query's gallery is kept to."""
     if not within:
         return [list(range(len(encoded.held)))]
     shares = defaultdict(list)
-    for item in range(len(encoded.held)):
-        value = encoded.value(item, within)
+    for sample in range(len(encoded.held)):
+        value = encoded.value(sample, within)
         if value is not None:
-            shares[value].append(item)
+            shares[value].append(sample)
     return list(shares.values())
 
 
-def _search(encoded: Encoded, config: Config, query: str, answer: str, items: list[int]):
-    """For each query among `items`: the rank, the size of its gallery, its right answers, its group."""
-    asks, answers = grouped(encoded, config.group, query, items), grouped(encoded, config.group, answer, items)
+def _search(encoded: Encoded, config: Config, query: str, answer: str, samples: list[int]):
+    """For each query among `samples`: the rank, the size of its gallery, its right answers, its group."""
+    asks, answers = grouped(encoded, config.group, query, samples), grouped(encoded, config.group, answer, samples)
     by_group = defaultdict(list)
     for column, groups in enumerate(answers.values()):
         for group in groups:
@@ -72,12 +72,12 @@ def _search(encoded: Encoded, config: Config, query: str, answer: str, items: li
             yield rank, len(scores), len(right), min(groups)
 
 
-def grouped(encoded: Encoded, name: str, kind: str, items: list[int]) -> dict[int, set[str]]:
-    """The things of one kind that the items hold, each with the groups of its items."""
+def grouped(encoded: Encoded, name: str, modality: str, samples: list[int]) -> dict[int, set[str]]:
+    """The things of one modality that the samples hold, each with the groups of its samples."""
     things = defaultdict(set)
-    for item in items:
-        for thing in encoded.held[item].get(kind, []):
-            things[thing] |= encoded.groups(item, name)
+    for sample in samples:
+        for thing in encoded.held[sample].get(modality, []):
+            things[thing] |= encoded.groups(sample, name)
     return things
 
 

@@ -11,23 +11,25 @@ from .. import evals
 from ..config import Evaluation
 from ..corpus.shards import Config as Source
 from ..corpus.shards import Corpus
-from ..errors import BadInput
+from ..errors import UserError
 from ..model import Model
 from .embed_corpus import Encoded, encode
 
 
 def evaluate(model: Model, evaluation: Evaluation) -> tuple[dict[str, dict], Encoded]:
-    """All figures that the data allows, by name, and the encoded data. Raises BadInput."""
-    unknown = [part for part in evaluation.parts if part not in model.kinds]
+    """All figures that the data allows, by name, and the encoded data. Raises UserError."""
+    unknown = [part for part in evaluation.modalities if part not in model.modalities]
     if unknown:
-        raise BadInput(f"this model reads {', '.join(model.kinds)}, not {', '.join(unknown)}")
+        raise UserError(f"this model reads {', '.join(model.modalities)}, not {', '.join(unknown)}")
     corpus = Corpus(Source(evaluation.on, where=evaluation.where), "on")
-    encoded = encode(model, corpus, evaluation.parts, _counter())
+    encoded = encode(model, corpus, evaluation.modalities, _counter())
     if not encoded.things:
-        raise BadInput(f"nothing in {evaluation.on} can be read as {', '.join(evaluation.parts or model.kinds)}")
+        raise UserError(
+            f"nothing in {evaluation.on} can be read as {', '.join(evaluation.modalities or model.modalities)}"
+        )
     for name, field in (("group", evaluation.group), ("within", evaluation.within), ("labels", evaluation.labels)):
-        if field and all(encoded.value(item, field) is None for item in range(len(corpus))):
-            raise BadInput(f"--{name} {field}: no item of {evaluation.on} has this field")
+        if field and all(encoded.value(sample, field) is None for sample in range(len(corpus))):
+            raise UserError(f"--{name} {field}: no sample of {evaluation.on} has this field")
     figures = {}
     for module in _evals():
         names = {f.name for f in dataclasses.fields(module.Config)}

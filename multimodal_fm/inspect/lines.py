@@ -9,17 +9,17 @@ SAID = 5  # refused things that the lines name
 
 def lines(data: dict) -> list[str]:
     """What `survey` found, and the damage if it was looked for, in a few lines."""
-    kinds, label = data["kinds"], "{:10} ".format
-    said = [f"{many(data['shards'], 'shard')}, {many(data['items'], 'item')}, {in_bytes(data['bytes'])}"]
+    modalities, label = data["modalities"], "{:10} ".format
+    said = [f"{many(data['shards'], 'shard')}, {many(data['samples'], 'sample')}, {in_bytes(data['bytes'])}"]
     said += [label("holds" * (not n)) + f"{count:,} {has}" for n, (has, count) in enumerate(data["makeup"].items())]
     together = {has: count for has, count in data["together"].items() if data["makeup"].get(has) != count}
     if together:
         said.append(label("together") + ", ".join(f"{count:,} {has}" for has, count in together.items()))
-    said += [label(kind) + "; ".join(facts(kind, found)) for kind, found in kinds.items()]
-    if kinds:
-        parts = ", ".join(f"{kind} {one['tokens']:,}" for kind, one in kinds.items() if "tokens" in one)
+    said += [label(modality) + "; ".join(facts(modality, found)) for modality, found in modalities.items()]
+    if modalities:
+        parts = ", ".join(f"{modality} {one['tokens']:,}" for modality, one in modalities.items() if "tokens" in one)
         said.append(label("tokens") + f"{data['tokens']:,} a pass under {settings_of(data)}: {parts}")
-        said += [label("lost" * (not n)) + one for n, one in enumerate(losses(kinds))]
+        said += [label("lost" * (not n)) + one for n, one in enumerate(losses(modalities))]
     refused = data["refused"]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in refused["reasons"].items())
     said.append(label("refused") + (f"{refused['count']:,}: {reasons}" if refused["count"] else "nothing"))
@@ -51,10 +51,10 @@ def settings_of(data: dict) -> str:
     return "the default settings" if data["config"] == "defaults" else data["config"]
 
 
-def facts(kind: str, found: dict) -> list[str]:
-    """What is said of one kind."""
+def facts(modality: str, found: dict) -> list[str]:
+    """What is said of one modality."""
     about = "" if found.get("exact", True) else "about "
-    said = [f"{about}{many(found['items'], 'item')}"]
+    said = [f"{about}{many(found['samples'], 'sample')}"]
     if "texts" in found:
         said[0] += f", {many(found['texts'], 'text')}"
     said[0] += f", {in_bytes(found['bytes'])}"
@@ -79,28 +79,28 @@ def _range(found: dict, show) -> str:
     return " – ".join(dict.fromkeys(show(found[name]) for name in ("min", "median", "max")))
 
 
-def losses(kinds: dict) -> list[str]:
-    """What a training run leaves out of each kind, and how text was counted."""
+def losses(modalities: dict) -> list[str]:
+    """What a training run leaves out of each modality, and how text was counted."""
     said = []
-    for found in kinds.values():
+    for found in modalities.values():
         if "tokens_by" in found:
             by = f"counted as {found['tokens_by']}" if "/" in found["tokens_by"] else f"by {found['tokens_by']}"
             share = found["cropped_tokens"] / max(found["cropped_tokens"] + found["tokens"], 1)
             said.append(
                 f"text beyond {found['limit']} tokens: {found['cropped_tokens']:,} tokens ({_share(share)}) "
-                f"of {many(found['cropped_items'], 'item')}; {by}"
+                f"of {many(found['cropped_samples'], 'sample')}; {by}"
             )
         if "cropped_seconds" in found:
             whole = max(found["hours"] * 3600, 1e-9)
             said.append(
                 f"sound beyond {found['window']:g} s: {_clock(found['cropped_seconds'])} "
-                f"({_share(found['cropped_seconds'] / whole)}) of {many(found['cropped_items'], 'item')}"
+                f"({_share(found['cropped_seconds'] / whole)}) of {many(found['cropped_samples'], 'sample')}"
             )
         if "lost_pixels" in found:
             share = found["lost_pixels"] / max(found["pixels"], 1)
             said.append(
                 f"pictures made smaller, to {found['limit']} patches: {found['lost_pixels'] / 1e6:,.1f} megapixels "
-                f"({_share(share)}) of {many(found['scaled_items'], 'item')}"
+                f"({_share(share)}) of {many(found['scaled_samples'], 'sample')}"
             )
     return said
 

@@ -10,28 +10,28 @@ import numpy as np
 
 from ..corpus.index import Index
 from ..corpus.shards import Config as Source
-from ..errors import REASONS, BadInput, Lost
+from ..errors import REASONS, SampleError, UserError
 from ..tokenizers import audio, image
 from .lines import damage_found, facts, in_bytes, losses, many, settings_of
 from .samples import described
 from .stats import Survey, evenly, quantiles
 
-SHOW = 24  # items in the gallery
+SHOW = 24  # samples in the gallery
 PICTURE, SOUND = 30_000, 60_000  # bytes, of what is put into the page as it is
 
 
 def write(path: str | Path, patterns: list[str], indexes: list[Index], tokenizers: dict, found: Survey) -> None:
-    """Write the page. Raises BadInput where it cannot be written."""
+    """Write the page. Raises UserError where it cannot be written."""
     from ..reports import page
 
     data = found.data
     text_ = page.template("inspect.html").render(
         patterns=patterns,
         data=data,
-        said=[f"{many(data['shards'], 'shard')}", many(data["items"], "item"), in_bytes(data["bytes"])],
+        said=[f"{many(data['shards'], 'shard')}", many(data["samples"], "sample"), in_bytes(data["bytes"])],
         settings=settings_of(data),
-        facts={kind: facts(kind, one) for kind, one in data["kinds"].items()},
-        losses=losses(data["kinds"]),
+        facts={modality: facts(modality, one) for modality, one in data["modalities"].items()},
+        losses=losses(data["modalities"]),
         damaged=damage_found(data["damage"]) if "damage" in data else "",
         figures=figures(found.spreads),
         gallery=gallery(indexes, tokenizers),
@@ -40,40 +40,40 @@ def write(path: str | Path, patterns: list[str], indexes: list[Index], tokenizer
     try:
         Path(path).write_bytes(text_.encode("utf-8", "replace"))
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def gallery(indexes: list[Index], tokenizers: dict) -> list[dict]:
-    """A couple of dozen items, of each makeup as many, evenly spread: their parts, with what the page shows of them."""
+    """A couple of dozen samples, of each makeup as many, evenly spread: their parts, with what the page shows of them."""
     from ..reports.page import Media
 
     groups: dict[tuple, list] = {}
     for one in indexes:
         for which, endings in enumerate(one.makeups):
-            has = tuple(k for k, plugin in tokenizers.items() if not set(endings).isdisjoint(plugin.module.extensions))
+            has = tuple(k for k, plugin in tokenizers.items() if not set(endings).isdisjoint(plugin.extensions))
             groups.setdefault(has, []).append((one, np.flatnonzero(one.makeup == which)))
     media, shown = Media(PICTURE, SOUND), []
-    for one, item in [pick for held in groups.values() for pick in evenly(held, max(SHOW // len(groups), 2))]:
+    for one, sample in [pick for held in groups.values() for pick in evenly(held, max(SHOW // len(groups), 2))]:
         parts, lost = [], {}
-        for kind, plugin in tokenizers.items():
-            found, reason = described(one, item, plugin)
+        for modality, plugin in tokenizers.items():
+            found, reason = described(one, sample, plugin)
             if reason is not None:
-                lost[kind] = reason.reason
+                lost[modality] = reason.reason
             if found is not None:
-                parts.append({"kind": kind, "found": found, "source": _source(media, one, item, plugin)})
-        shown.append({"key": one.key(item), "shard": os.path.basename(one.shard), "parts": parts, "lost": lost})
+                parts.append({"modality": modality, "found": found, "source": _source(media, one, sample, plugin)})
+        shown.append({"key": one.key(sample), "shard": os.path.basename(one.shard), "modalities": parts, "lost": lost})
     return shown
 
 
-def _source(media, one: Index, item: int, plugin) -> str:
+def _source(media, one: Index, sample: int, plugin) -> str:
     """A picture or a sound as a data URI; empty for all else, and where it cannot be made."""
-    if plugin.module not in (image, audio):
+    if not isinstance(plugin, (image.Tokenizer, audio.Tokenizer)):
         return ""
-    kind = "image" if plugin.module is image else "audio"
-    members, _ = one.read(item, plugin.module.extensions, Source.bytes)
+    modality = "image" if isinstance(plugin, image.Tokenizer) else "audio"
+    members, _ = one.read(sample, plugin.extensions, Source.bytes)
     try:
-        return media.uri(kind, plugin.module.extensions, members)
-    except (Lost, OSError, RuntimeError, ValueError):  # what a player would not take either
+        return media.uri(modality, plugin.extensions, members)
+    except (SampleError, OSError, RuntimeError, ValueError):  # what a player would not take either
         return ""
 
 
@@ -114,7 +114,7 @@ def _histogram(number: int, title: str, label: str, values: np.ndarray, weights:
         axes.set_xscale("log")
         axes.set_xlim(bins[0], bins[-1])
         axes.set_xlabel(label)
-        axes.set_ylabel("items")
+        axes.set_ylabel("samples")
         axes.spines[["top", "right"]].set_visible(False)
         subs = (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
         axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))

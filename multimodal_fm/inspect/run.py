@@ -7,7 +7,7 @@ import sys
 
 from ..corpus import index
 from ..corpus.shards import find
-from ..errors import BadInput
+from ..errors import UserError
 from ..tokenizers import audio, image, text
 from .lines import lines, said_of
 from .page import write
@@ -26,15 +26,15 @@ def inspect(
     samples: bool = False,
     piece: int = index.PIECE,
 ) -> int:
-    """What `mmfm inspect` does; its exit code: 1 where `verify` finds damage. Raises BadInput."""
+    """What `mmfm inspect` does; its exit code: 1 where `verify` finds damage. Raises UserError."""
     if not patterns:
-        raise BadInput("name at least one shard: a .tar, .jsonl or .txt file, a pattern or a URL")
+        raise UserError("name at least one shard: a .tar, .jsonl or .txt file, a pattern or a URL")
     if verify and rebuild:
-        raise BadInput("--verify compares with the index that --rebuild would replace: give one of them")
+        raise UserError("--verify compares with the index that --rebuild would replace: give one of them")
     if piece < 16:
-        raise BadInput("--piece is at least 16 bytes")
+        raise UserError("--piece is at least 16 bytes")
     if html and samples:
-        raise BadInput("--samples writes no page: leave out --html")
+        raise UserError("--samples writes no page: leave out --html")
     tokenizers = plugins(config)
     files = list(dict.fromkeys(find(patterns)))
     damage = Damage() if verify else None
@@ -56,16 +56,16 @@ def inspect(
 
 
 def plugins(config: str = "") -> dict:
-    """The tokenizers of a configuration, by kind; without one text, image and audio as they come. Raises BadInput."""
-    from ..config import Plugin, load
+    """The tokenizers of a configuration, by modality; without one text, image and audio as they come. Raises UserError."""
+    from ..config import load
 
     if config:
         found = load(config).tokenizers
         for plugin in found.values():
-            if getattr(plugin.settings, "file", "") and hasattr(plugin.module, "check"):
-                plugin.module.check(plugin.settings)
+            if plugin.file:
+                plugin.check()
         return found
-    return {kind: Plugin(kind, module, module.Config()) for kind, module in _OWN.items()}
+    return {modality: module.Tokenizer() for modality, module in _OWN.items()}
 
 
 _OWN = {"text": text, "image": image, "audio": audio}

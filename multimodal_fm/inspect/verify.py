@@ -10,7 +10,7 @@ import numpy as np
 from ..corpus import index, storage
 from ..corpus.index import Index, Refused
 from ..corpus.shards import Told
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 
 NAMED = 10_000  # damaged parts that are named; all are counted
 
@@ -32,7 +32,7 @@ class Damage:
 def open_all(files: list[str], piece: int, rebuild: bool = False, damage: Damage | None = None) -> list[Index]:
     """The shards' indexes, built where there is none; with `damage` all that is damaged goes there.
 
-    A shard whose index cannot be believed is then left out. Raises BadInput where a shard is another one than its index
+    A shard whose index cannot be believed is then left out. Raises UserError where a shard is another one than its index
     says, or an index is damaged, and there is no `damage` to take it.
     """
     told = Told("reading {}")
@@ -45,14 +45,14 @@ def open_all(files: list[str], piece: int, rebuild: bool = False, damage: Damage
     indexes = index.open_all(files, piece, told)
     for one in indexes:
         if not one.whole():
-            raise BadInput(f"{one.shard}: {one.file} is damaged; `mmfm inspect --rebuild {one.shard}` makes it anew")
+            raise UserError(f"{one.shard}: {one.file} is damaged; `mmfm inspect --rebuild {one.shard}` makes it anew")
     return indexes
 
 
 def verify(shard: str, piece: int, damage: Damage, told=lambda shard: None) -> Index | None:
     """Read every byte of the shard and compare it with its index, which is returned unless it is damaged itself.
 
-    A shard that has no index yet gets one, and has nothing but its own headers to be compared with. Raises BadInput.
+    A shard that has no index yet gets one, and has nothing but its own headers to be compared with. Raises UserError.
     """
     told(shard)
     try:
@@ -66,7 +66,7 @@ def verify(shard: str, piece: int, damage: Damage, told=lambda shard: None) -> I
     else:
         try:
             _compare(one, damage)
-        except (OSError, Lost) as error:
+        except (OSError, SampleError) as error:
             damage.add(shard, "", "", "read", str(error))
         if not one.whole():
             return None
@@ -77,7 +77,7 @@ def verify(shard: str, piece: int, damage: Damage, told=lambda shard: None) -> I
 
 
 def _compare(one: Index, damage: Damage) -> None:
-    """Adds what in a shard is not as it was indexed. Raises OSError, Lost."""
+    """Adds what in a shard is not as it was indexed. Raises OSError, SampleError."""
     storage.forget(one.shard)
     size, before = storage.size(one.shard), damage.count
     same = size == one.head["size"] and index.digest_of(one.shard, size) == one.head["sha256"]
@@ -89,18 +89,18 @@ def _compare(one: Index, damage: Damage) -> None:
         return
     if same:
         return
-    for item, ending, reason, detail in one.differences():
-        damage.add(one.shard, one.key(item) if item >= 0 else "", ending, reason, detail)
+    for sample, ending, reason, detail in one.differences():
+        damage.add(one.shard, one.key(sample) if sample >= 0 else "", ending, reason, detail)
     if size != one.head["size"]:
         damage.add(one.shard, "", "", "shard", f"{size} bytes, it was indexed with {one.head['size']}")
     elif damage.count == before:
-        damage.add(one.shard, "", "", "crc", "not what was indexed, in which item cannot be told")
+        damage.add(one.shard, "", "", "crc", "not what was indexed, in which sample cannot be told")
 
 
 def whose(one: Index, refused: Refused) -> str:
-    """The key of the item that a refused thing belongs to; empty where nobody knows.
+    """The key of the sample that a refused thing belongs to; empty where nobody knows.
 
-    A damaged header belongs to the item on both sides of it, or to the neighbour whose name it nearly has.
+    A damaged header belongs to the sample on both sides of it, or to the neighbour whose name it nearly has.
     """
     place = re.search(r"at byte (\d+)$", refused.detail)
     if refused.key or refused.reason != "shard" or not place or not len(one):
@@ -113,7 +113,7 @@ def whose(one: Index, refused: Refused) -> str:
         return keys[0]
     try:
         block = storage.read(one.shard, offset, 100)
-    except (OSError, Lost):
+    except (OSError, SampleError):
         return ""
     near = sorted((_bits(block, f"{key}.".encode()[:100]), key) for key in keys)
     return near[0][1] if near[0][0] <= 2 and (len(near) == 1 or near[0][0] < near[1][0]) else ""

@@ -1,5 +1,5 @@
-"""Guess the next token from those before it (GPT). With `fuse` an item's parts follow each other in one sequence, and
-those named in `prefix` are read as one block and not guessed: captioning is `parts: [image, text]`, `prefix: [image]`.
+"""Guess the next token from those before it (GPT). With `fuse` a sample's parts follow each other in one sequence, and
+those named in `prefix` are read as one block and not guessed: captioning is `modalities: [image, text]`, `prefix: [image]`.
 
 Radford et al. 2019; prefix language models: Raffel et al. 2020, Dong et al. 2019.
 """
@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..batch import Arranged, Asked, Item
+from ..batch import Example, Sample, Targets
 
 
 @dataclass
 class Config:
-    fuse: bool = False  # all parts of an item in one sequence, in the section's order
-    prefix: list[str] = field(default_factory=list)  # kinds that are only read
+    fuse: bool = False  # all parts of a sample in one sequence, in the task's order
+    prefix: list[str] = field(default_factory=list)  # modalities that are only read
 
 
-def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
+def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
     """Orders rise token by token; a part of the prefix shares one order. The row before answers each token."""
-    seen, asked, at, order, time, rows = [], [], [], 0, 0.0, 0
-    for number, (kind, part) in enumerate(item.parts.items()):
+    seen, targets, at, order, time, rows = [], [], [], 0, 0.0, 0
+    for number, (modality, part) in enumerate(sample.parts.items()):
         if not config.fuse:
             order, time = 0, 0.0
-        block = kind in config.prefix
+        block = modality in config.prefix
         steps = torch.zeros(len(part), dtype=torch.long) if block else torch.arange(len(part))
         part = part.replace(
             position=part.position + torch.tensor([time, 0.0, 0.0]),
@@ -37,10 +37,10 @@ def arrange(config: Config, item: Item, generator: torch.Generator | None = None
         first = 0 if config.fuse and number else 1  # nothing comes before the first token of a sequence
         guess = torch.arange(first, first if block else len(part))
         seen.append(part)
-        asked.append(part.select(guess))
+        targets.append(part.select(guess))
         at.append(guess + rows - 1)
         rows += len(part)
-    return Arranged(seen, [None] * len(seen), asked, at, item.group)
+    return Example(seen, [None] * len(seen), targets, at, sample.group)
 
 
 class Objective(nn.Module):
@@ -48,23 +48,23 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.predict = nn.ModuleDict(
-            {k: model.predictor(k, model.config.width) for k in model.kinds if k not in config.prefix}
+            {k: model.predictor(k, model.config.width) for k in model.modalities if k not in config.prefix}
         )
 
-    def arrange(self, item: Item) -> Arranged:
+    def arrange(self, sample: Sample) -> Example:
         """As in training, for whoever wants a text's score."""
-        return arrange(self.config, item)
+        return arrange(self.config, sample)
 
-    def loss(self, output, asked: Asked) -> tuple[Tensor, dict[str, float]]:
-        """The mean over kinds of the mean over the step's guessed tokens of that kind; the report has each kind's."""
+    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, float]]:
+        """The mean over modalities of the mean over the step's guessed tokens of that modality; the report has each modality's."""
         loss, report = output.zero(), {}
-        for kind in asked.tokens:
-            mean = self.score(output, asked, kind).sum() / asked.counts[kind]
-            loss = loss + mean / len(asked.counts)
-            report[kind] = mean.detach()
+        for modality in targets.tokens:
+            mean = self.score(output, targets, modality).sum() / targets.counts[modality]
+            loss = loss + mean / len(targets.counts)
+            report[modality] = mean.detach()
         return loss, report
 
-    def score(self, output, asked: Asked, kind: str) -> Tensor:
-        """The loss of each guessed token of one kind (M,)."""
-        vectors = output.tokens.content.index_select(0, asked.at[kind])
-        return self.predict[kind](vectors, asked.tokens[kind].content)
+    def score(self, output, targets: Targets, modality: str) -> Tensor:
+        """The loss of each guessed token of one modality (M,)."""
+        vectors = output.tokens.content.index_select(0, targets.at[modality])
+        return self.predict[modality](vectors, targets.tokens[modality].content)

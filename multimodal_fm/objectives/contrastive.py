@@ -1,5 +1,5 @@
-"""Bring an item's parts together, all pairs of kinds that it offers: InfoNCE (CLIP, Radford et al. 2021) or the sigmoid
-loss (SigLIP, Zhai et al. 2023), with learned temperature. Items of an equal group are not each other's negatives.
+"""Bring a sample's parts together, all pairs of modalities that it offers: InfoNCE (CLIP, Radford et al. 2021) or the sigmoid
+loss (SigLIP, Zhai et al. 2023), with learned temperature. Samples of an equal group are not each other's negatives.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import Arranged, Asked, Item
+from ..batch import Example, Sample, Targets
 from ..tokens import constant
 
 
@@ -32,11 +32,11 @@ class Config:
             raise ValueError("pairs are weights above 0")
 
 
-def arrange(config: Config, item: Item, generator: torch.Generator | None = None) -> Arranged:
-    """One sequence a part, all of it seen, nothing asked: the table of sequences is the question."""
-    parts = list(item.parts.values())
+def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
+    """One sequence a part, all of it seen, nothing targets: the table of sequences is the question."""
+    parts = list(sample.parts.values())
     seen = [part.replace(sequence=constant(number, len(part))) for number, part in enumerate(parts)]
-    return Arranged(seen, [None] * len(seen), group=item.group)
+    return Example(seen, [None] * len(seen), group=sample.group)
 
 
 class Objective(nn.Module):
@@ -44,32 +44,32 @@ class Objective(nn.Module):
 
     def __init__(self, config: Config, model):
         super().__init__()
-        self.config, self.kinds = config, list(model.kinds)
-        names = [f"{a}_{b}" for a, b in itertools.combinations(self.kinds, 2)]
+        self.config, self.modalities = config, list(model.modalities)
+        names = [f"{a}_{b}" for a, b in itertools.combinations(self.modalities, 2)]
         if unknown := set(config.pairs) - set(names):
             raise ValueError(f"pairs names {', '.join(sorted(unknown))}; there are {', '.join(names)}")
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
 
-    def features(self, output, asked: Asked) -> Tensor:
-        """Unit vectors (S, E) of the section's sequences."""
-        return output.embedding(asked.sequence, asked.kind)
+    def features(self, output, targets: Targets) -> Tensor:
+        """Unit vectors (S, E) of the task's sequences."""
+        return output.embedding(targets.sequence, targets.modality)
 
-    def compare(self, features: Tensor, asked: Asked) -> tuple[Tensor, dict[str, float]]:
-        """The (weighted) mean loss over the pairs of kinds that meet in at least one item, and each pair's accuracy."""
+    def compare(self, features: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
+        """The (weighted) mean loss over the pairs of modalities that meet in at least one sample, and each pair's accuracy."""
         losses, weights, report = [], [], {}
-        for a, b in itertools.combinations(range(len(self.kinds)), 2):
-            rows = [(asked.kind == kind).nonzero()[:, 0] for kind in (a, b)]
-            items = [asked.item[r] for r in rows]
-            groups = [asked.group[r] for r in rows]
-            pair = items[0][:, None] == items[1]  # (A, B)
+        for a, b in itertools.combinations(range(len(self.modalities)), 2):
+            rows = [(targets.modality == modality).nonzero()[:, 0] for modality in (a, b)]
+            samples = [targets.sample[r] for r in rows]
+            groups = [targets.group[r] for r in rows]
+            pair = samples[0][:, None] == samples[1]  # (A, B)
             if not bool(pair.any()) or min(pair.shape) < 2:
                 continue
             left, right = (features.index_select(0, r) for r in rows)
             with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round cosines times 100 away
                 logits = left.float() @ right.float().T * self.log_scale.exp().clamp(max=100.0)
             ignored = (groups[0][:, None] == groups[1]) & ~pair
-            name = f"{self.kinds[a]}_{self.kinds[b]}"
+            name = f"{self.modalities[a]}_{self.modalities[b]}"
             weights.append(self.config.pairs.get(name, 1.0))
             losses.append(weights[-1] * self._loss(logits, pair, ignored))
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Copies: what is equal, what is nearly equal, and what two items share.
+"""Copies: what is equal, what is nearly equal, and what two samples share.
 
 Near copies are found by bands: two hashes that differ in few places agree in at least one of the bands that they are
 cut into, so only what shares a band is compared. For pictures that finds every pair; for text every pair whose
@@ -17,13 +17,13 @@ import numpy as np
 
 SMALLEST = 64  # pixels of the shorter side: smaller pictures have no perceptual hash
 BITS = 4  # perceptual hashes (64 bits) that differ in no more are near
-SHADE = 24  # and no sixteenth of the pictures differs in a colour by more (of 255): else both are kept, on one side
+SHADE = 24  # and no sixteenth of the pictures differs in a color by more (of 255): else both are kept, on one side
 JACCARD = 0.8  # texts whose sets of shingles are this similar are near copies
 TIED = 0.65  # and those that are this similar stay on one side of the split: an estimate has an error
 SHINGLE = 5  # characters
 WORDS, BANDS = 128, 32  # of a MinHash signature
 WINDOW = 2000  # where more share a band, each is compared with so many that follow it
-TEXTS = 64  # of an item that are compared one by one
+TEXTS = 64  # of a sample that are compared one by one
 
 
 def digest(*parts: bytes) -> str:
@@ -46,8 +46,8 @@ def picture_hash(picture) -> str:
     return str(imagehash.phash(picture))
 
 
-def colours(picture) -> str:
-    """The mean colours of sixteen fields, 48 bytes as hexadecimal digits: a perceptual hash sees no colour."""
+def colors(picture) -> str:
+    """The mean colors of sixteen fields, 48 bytes as hexadecimal digits: a perceptual hash sees no color."""
     from PIL import Image
 
     return picture.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
@@ -65,7 +65,7 @@ def shingles(text: str) -> np.ndarray:
 
 
 def mixed(words: np.ndarray) -> np.ndarray:
-    """Well-mixed 64-bit numbers of `words` (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Well-mixed 64-bit numbers of `words` (the finalizer of splitmix64, Steele et al. 2014)."""
     words = words.astype(np.uint64)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Settling: which items are copies, which split each goes to, what every shard holds under which keys."""
+"""Settling: which samples are copies, which split each goes to, what every shard holds under which keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import UserError
 from ..reports import data_card
 from . import dedup, samples, split
 from .settings import SPLITS, Settings
@@ -19,15 +19,15 @@ from .state import Plan, Progress, data_of, line, publish, publishing, rows_of
 
 
 class Table:
-    """What settling needs of all items (N), in order: a few numbers each."""
+    """What settling needs of all samples (N), in order: a few numbers each."""
 
     def __init__(self, state: Path, plan: Plan, progress: Progress):
         near = plan.settings.dedup == "near"
         names = {family: i for i, family in enumerate(dict.fromkeys(place.family for place in plan.places))}
-        content, group, source, kinds = (array.array(kind) for kind in "QQIB")
-        image, audio, phash, doc = (array.array(kind) for kind in "QQQq")
+        content, group, source, modalities = (array.array(code) for code in "QQIB")
+        image, audio, phash, doc = (array.array(code) for code in "QQQq")
         ties, tied, texts, texts_of, hashes, hashes_of, signed, signed_of = (array.array("Q") for _ in range(8))
-        colours = bytearray()
+        colors = bytearray()
         words = open(state / "signatures", "wb") if near else None
         count, chunk_, file = 0, -1, None
         for chunk, row in rows_of(state, plan):
@@ -43,7 +43,7 @@ class Table:
             own = row["group"] or row["content"][:16]
             group.append(int(own, 16))
             source.append(names[plan.places[chunk.place].family])
-            kinds.append(bool(row["texts"]) | 2 * bool(row["image"]) | 4 * bool(row["audio"]))
+            modalities.append(bool(row["texts"]) | 2 * bool(row["image"]) | 4 * bool(row["audio"]))
             if row["group"]:
                 ties.append(int(own, 16) ^ 1)
                 tied.append(count)
@@ -60,8 +60,8 @@ class Table:
                 audio.append(_joint(row["audio"]))
                 single = len(found) == len(row["image"]) == 1
                 phash.append(int(found[0], 16) if single else 0)
-                colours += bytes.fromhex(facts["colours"][0]) if single else bytes(48)
-                kinds[-1] |= 8 * single
+                colors += bytes.fromhex(facts["colors"][0]) if single else bytes(48)
+                modalities[-1] |= 8 * single
                 for one in found:
                     hashes.append(int(one, 16))
                     hashes_of.append(count)
@@ -77,12 +77,12 @@ class Table:
         self.count = count
         self.content = np.array(content, np.uint64).reshape(-1, 2)
         self.group, self.source = np.array(group, np.uint64), np.array(source, np.int64)
-        self.kinds = np.array(kinds, np.uint8)
+        self.modalities = np.array(modalities, np.uint8)
         self.ties, self.tied = np.array(ties, np.uint64), np.array(tied, np.int64)
         self.texts, self.texts_of = np.array(texts, np.uint64), np.array(texts_of, np.int64)
         self.image, self.audio = np.array(image, np.uint64), np.array(audio, np.uint64)
         self.phash, self.doc = np.array(phash, np.uint64), np.array(doc, np.int64)
-        self.colours = np.frombuffer(bytes(colours), np.uint8).reshape(-1, 48)
+        self.colors = np.frombuffer(bytes(colors), np.uint8).reshape(-1, 48)
         self.hashes, self.hashes_of = np.array(hashes, np.uint64), np.array(hashes_of, np.int64)
         self.signed = np.array(signed, np.int64)
         self.words = np.zeros((0, dedup.WORDS), np.uint32)
@@ -98,21 +98,21 @@ def _joint(found: list[str]) -> int:
 
 
 def near_copies(table: Table) -> np.ndarray:
-    """Pairs (E, 2) of items whose parts are of the same kinds, and all nearly equal (sounds: equal)."""
-    kinds, doc, words = table.kinds, table.doc, table.words
+    """Pairs (E, 2) of samples whose parts are of the same modalities, and all nearly equal (sounds: equal)."""
+    modalities, doc, words = table.modalities, table.doc, table.words
 
     def near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        fits = (kinds[a] == kinds[b]) & (table.audio[a] == table.audio[b])
-        hashed = (kinds[a] & 8) > 0
+        fits = (modalities[a] == modalities[b]) & (table.audio[a] == table.audio[b])
+        hashed = (modalities[a] & 8) > 0
         alike = dedup.distance(table.phash[a], table.phash[b]) <= dedup.BITS
-        shade = np.abs(table.colours[a].astype(np.int16) - table.colours[b]).max(1) <= dedup.SHADE
+        shade = np.abs(table.colors[a].astype(np.int16) - table.colors[b]).max(1) <= dedup.SHADE
         fits &= np.where(hashed, alike & shade, table.image[a] == table.image[b])
         rows = np.flatnonzero(fits & (doc[a] >= 0))
         fits[rows] = dedup.similarity(words, doc[a[rows]], doc[b[rows]]) >= dedup.JACCARD
         return fits
 
-    pictured = np.flatnonzero(kinds & 8)
-    written = np.flatnonzero((doc >= 0) & ((kinds & 8) == 0))
+    pictured = np.flatnonzero(modalities & 8)
+    written = np.flatnonzero((doc >= 0) & ((modalities & 8) == 0))
     made = [np.zeros((0, 2), np.int64)]
     for rows, bands in (
         (pictured, dedup.picture_bands(table.phash[pictured])),
@@ -124,8 +124,8 @@ def near_copies(table: Table) -> np.ndarray:
 
 
 def tie(table: Table, settings: Settings) -> tuple[np.ndarray, list[str]]:
-    """Pairs (E, 2) of items that must stay on one side of a split, and the sources whose texts are labels."""
-    labels = split.label_sources(table.source, table.source[table.texts_of], table.texts, table.kinds >= 2)
+    """Pairs (E, 2) of samples that must stay on one side of a split, and the sources whose texts are labels."""
+    labels = split.label_sources(table.source, table.source[table.texts_of], table.texts, table.modalities >= 2)
     counts = ~np.isin(table.source[table.texts_of], labels)
     made = [
         dedup.equal_pairs(table.ties, table.tied),
@@ -165,7 +165,7 @@ def settle(state: Path, progress: Progress) -> None:
     table = Table(state, plan, progress)
     if not table.count:
         write_ledger(state.parent, _refusals(state, plan))
-        raise BadInput(f"nothing in the sources can be read: {state.parent}/quarantine.jsonl says why")
+        raise UserError(f"nothing in the sources can be read: {state.parent}/quarantine.jsonl says why")
     first = dedup.repeated(table.content) if settings.dedup != "none" else np.arange(table.count)
     reason = np.where(first == np.arange(table.count), 0, 1).astype(np.uint8)
     if settings.dedup == "near":
@@ -188,7 +188,7 @@ def settle(state: Path, progress: Progress) -> None:
             for one in listing.refused:
                 ledger.write(_ledger(place, **one))
                 facts.refuse(one["reason"])
-        item, chunk_ = -1, -1
+        sample, chunk_ = -1, -1
         for chunk, row in rows_of(state, plan):
             if chunk.number != chunk_:
                 chunk_ = chunk.number
@@ -200,15 +200,15 @@ def settle(state: Path, progress: Progress) -> None:
             if "members" not in row:
                 facts.lose(place.family)
                 continue
-            item += 1
-            if reason[item]:
-                why = ("", "copy", "near-copy")[reason[item]]
-                ledger.write(_ledger(place, row["key"], "", why, f"of {kept_keys.source_key(int(first[item]))}"))
+            sample += 1
+            if reason[sample]:
+                why = ("", "copy", "near-copy")[reason[sample]]
+                ledger.write(_ledger(place, row["key"], "", why, f"of {kept_keys.source_key(int(first[sample]))}"))
                 facts.refuse(why)
                 facts.duplicate(place.family, why)
                 continue
-            shelves[which[item]].add(kept_keys.key(item, row["key"]), chunk.number, row["members"])
-            facts.add(SPLITS[which[item]], place.family, row)
+            shelves[which[sample]].add(kept_keys.key(sample, row["key"]), chunk.number, row["members"])
+            facts.add(SPLITS[which[sample]], place.family, row)
     names = [name for shelf in shelves for name in shelf.close()]
     facts.rule(labels, largest)
     (state / "signatures").unlink(missing_ok=True)
@@ -239,14 +239,14 @@ class Keys:
     """Keys that are safe as names and unique in the whole pack; the second of a name is NAME~2."""
 
     def __init__(self, state: Path, plan: Plan, reason: np.ndarray, first: np.ndarray):
-        hashes, wanted, self.named, item = array.array("Q"), set(np.unique(first[reason > 0]).tolist()), {}, -1
+        hashes, wanted, self.named, sample = array.array("Q"), set(np.unique(first[reason > 0]).tolist()), {}, -1
         for chunk, row in rows_of(state, plan):
             if "members" in row:
-                item += 1
+                sample += 1
                 key = samples.safe_key(row["key"])
                 hashes.append(int(dedup.digest(key.encode())[:16], 16))
-                if item in wanted:
-                    self.named[item] = f"{row['key']} in {plan.places[chunk.place].name}"
+                if sample in wanted:
+                    self.named[sample] = f"{row['key']} in {plan.places[chunk.place].name}"
         keys = np.array(hashes, np.uint64)
         kept = np.flatnonzero(reason == 0)
         order = kept[np.argsort(keys[kept], kind="stable")]
@@ -256,16 +256,16 @@ class Keys:
         self.turn = np.zeros(len(keys), np.int64)
         self.turn[order] = np.arange(len(order)) - starts
 
-    def key(self, item: int, key: str) -> str:
-        turn = int(self.turn[item])
+    def key(self, sample: int, key: str) -> str:
+        turn = int(self.turn[sample])
         return f"{samples.safe_key(key)}~{turn + 1}" if turn else samples.safe_key(key)
 
-    def source_key(self, item: int) -> str:
-        return self.named[item]
+    def source_key(self, sample: int) -> str:
+        return self.named[sample]
 
 
 class Shelf:
-    """The shards of one split: each takes items until it is full. What it holds is written down, not yet its bytes."""
+    """The shards of one split: each takes samples until it is full. What it holds is written down, not yet its bytes."""
 
     def __init__(self, state: Path, split: str, size: int):
         self.state, self.split, self.most = state, split, size
@@ -278,7 +278,7 @@ class Shelf:
         if not self.file:
             self.names.append(f"{self.split}-{len(self.names):06d}")
             self.size = 0
-            self.opened = publishing(self.state / "shards" / f"{self.names[-1]}.items")
+            self.opened = publishing(self.state / "shards" / f"{self.names[-1]}.samples")
             self.file = self.opened.__enter__()
         self.file.write(line([key, chunk, members]))
         self.size += size

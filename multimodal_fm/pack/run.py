@@ -1,12 +1,12 @@
 """Packing, in three stages, each of which goes on where it was stopped: read, settle, write.
 
-    read    the sources are listed, cut into chunks of items, each chunk is read, checked and put aside (in parallel)
-    settle  copies and splits are decided, in order; every shard's items and keys are written down
+    read    the sources are listed, cut into chunks of samples, each chunk is read, checked and put aside (in parallel)
+    settle  copies and splits are decided, in order; every shard's samples and keys are written down
     write   the shards (in parallel), then quarantine.jsonl, card.md and croissant.json
 
 A file is whole or absent: it is written under another name, forced to the disk and renamed. What a stage makes depends
 on the sources and settings alone, not on the number of workers, so a pack that was killed and resumed gives the same
-bytes. Memory: an item for each worker, and for settling some 100 bytes an item. Disk: what was read is kept once more,
+bytes. Memory: a sample for each worker, and for settling some 100 bytes a sample. Disk: what was read is kept once more,
 until its shards are written.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..corpus import fields, index, shards
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 from ..reports import data_card
 from . import dedup, samples, sources
 from . import workers as pool
@@ -48,7 +48,7 @@ from .state import (
     publishing,
     rename,
     rows_in,
-    shard_items,
+    shard_samples,
 )
 
 FORMAT = 1  # of the state
@@ -57,18 +57,18 @@ FORMAT = 1  # of the state
 def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = False) -> dict:
     """Pack the sources into the folder `to`; returns what `data_card.facts` counts. workers 0: all in this process.
 
-    Raises BadInput where the sources hold nothing, or `to` holds anything but the same pack, finished or not.
+    Raises UserError where the sources hold nothing, or `to` holds anything but the same pack, finished or not.
     """
     if workers < 0:
-        raise BadInput("--workers is at least 0")
+        raise UserError("--workers is at least 0")
     missing = [name for name in ("imagehash", "datasketch") if not importlib.util.find_spec(name)]
     if settings.dedup == "near" and missing:
-        raise BadInput(f"--dedup near needs {' and '.join(missing)}: pip install multimodal_fm[pack]")
+        raise UserError(f"--dedup near needs {' and '.join(missing)}: pip install multimodal_fm[pack]")
     folder = Path(to).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{to}: {error.strerror}") from None
+        raise UserError(f"{to}: {error.strerror}") from None
     with locked(folder):
         state = folder / ".pack"
         if (done := _begin(folder, settings)) is not None:
@@ -91,18 +91,18 @@ def _begin(folder: Path, settings: Settings) -> dict | None:
     asked["sources"] = [os.path.abspath(s) if os.path.exists(s) else s for s in settings.sources]
     before = load(state / "settings.json")["asked"] if (state / "settings.json").exists() else None
     if before is None and (foreign := [p.name for p in folder.iterdir() if p.name != ".pack"]):
-        raise BadInput(f"{folder} holds other files ({foreign[0]}, ...): give a new or an empty folder")
+        raise UserError(f"{folder} holds other files ({foreign[0]}, ...): give a new or an empty folder")
     if before != asked:
         if (state / "plan.json").exists() or (state / "done.json").exists():
             names = ", ".join(sorted(k.replace("_", "-") for k in asked | before if asked.get(k) != before.get(k)))
-            raise BadInput(f"{folder} was packed with other settings ({names}): give another folder, or remove it")
+            raise UserError(f"{folder} was packed with other settings ({names}): give another folder, or remove it")
         _tidy(state)  # nothing was read yet: it may have stopped over one of the settings
         publish(state / "settings.json", json.dumps({"asked": asked}).encode())
     if (state / "done.json").exists():
         done = load(state / "done.json")
         for name, size in done["files"].items():
             if not (folder / name).exists() or (folder / name).stat().st_size != size:
-                raise BadInput(f"{folder}: {name} is missing or changed since it was packed; remove the folder")
+                raise UserError(f"{folder}: {name} is missing or changed since it was packed; remove the folder")
         _tidy(state)
         return done["facts"]
     for left in [*folder.glob(f"{TEMPORARY}*"), *state.rglob(f"{TEMPORARY}*")]:
@@ -113,19 +113,19 @@ def _begin(folder: Path, settings: Settings) -> dict | None:
 
 
 def _list(state: Path, settings: Settings, folder: Path, workers: int, progress: Progress) -> None:
-    """Number the items of all places; then the plan stands, whatever becomes of the sources."""
+    """Number the samples of all places; then the plan stands, whatever becomes of the sources."""
     if (state / "plan.json").exists():
         plan = Plan(state)
         for place, listing in zip(plan.places, plan.listings):
             if not (state / "settled.json").exists() and sources.changed(place, listing):
-                raise BadInput(f"{place.name} changed since the packing began: remove {folder} and start again")
+                raise UserError(f"{place.name} changed since the packing began: remove {folder} and start again")
         return
     found = sources.places(settings, folder)
     progress.stage("listing", len(found))
     waiting = [i for i in range(len(found)) if not listing_of(state, i).exists()]
     progress.advance(len(found) - len(waiting))
-    tasks = ((state, i, found[i], settings) for i in waiting)
-    pool.run(_prepare, tasks, min(workers, len(waiting)), lambda *_: progress.advance())
+    jobs = ((state, i, found[i], settings) for i in waiting)
+    pool.run(_prepare, jobs, min(workers, len(waiting)), lambda *_: progress.advance())
     listings = [Listing(**load(listing_of(state, i))) for i in range(len(found))]
     labels = sorted({word for place, one in zip(found, listings) if place.kind != "hub" for word in one.labels})
     data = {
@@ -136,8 +136,8 @@ def _list(state: Path, settings: Settings, folder: Path, workers: int, progress:
     publish(state / "plan.json", json.dumps(data).encode())
 
 
-def _prepare(task: tuple) -> None:
-    state, number, place, settings = task
+def _prepare(job: tuple) -> None:
+    state, number, place, settings = job
     listing = sources.prepare(place, settings, base_of(state, number))
     publish(listing_of(state, number), json.dumps(dataclasses.asdict(listing)).encode())
 
@@ -156,15 +156,15 @@ def _read(state: Path, workers: int, progress: Progress) -> None:
             else:
                 yield state, chunk
 
-    def died(task):
-        """A decoder that ended its process did it twice at this item: the next time it is left out."""
-        at = state / "read" / f"{task[1].number:06d}.at"
-        crashed = [*_crashed(state, task[1].number), int(at.read_text())]
+    def died(job):
+        """A decoder that ended its process did it twice at this sample: the next time it is left out."""
+        at = state / "read" / f"{job[1].number:06d}.at"
+        crashed = [*_crashed(state, job[1].number), int(at.read_text())]
         if len(set(crashed)) < len(crashed):
-            raise RuntimeError(f"a process died again over {at.name}, item {crashed[-1]}")
-        publish(_crashes(state, task[1].number), json.dumps(crashed).encode())
+            raise RuntimeError(f"a process died again over {at.name}, sample {crashed[-1]}")
+        publish(_crashes(state, job[1].number), json.dumps(crashed).encode())
 
-    pool.run(_survey, waiting(), workers, lambda task, _: progress.advance(task[1].stop - task[1].start), died)
+    pool.run(_survey, waiting(), workers, lambda job, _: progress.advance(job[1].stop - job[1].start), died)
 
 
 def _crashes(state: Path, chunk: int) -> Path:
@@ -176,11 +176,11 @@ def _crashed(state: Path, chunk: int) -> list[int]:
     return load(path) if path.exists() else []
 
 
-def _survey(task: tuple[Path, Chunk]) -> None:
-    """Read a chunk: its members to one file, and a row an item (a piece of a long text is an item) to another."""
+def _survey(job: tuple[Path, Chunk]) -> None:
+    """Read a chunk: its members to one file, and a row a sample (a piece of a long text is a sample) to another."""
     from .validate import check, is_something, part_of
 
-    state, chunk = task
+    state, chunk = job
     plan = plan_of(state)
     settings, place, listing = plan.settings, plan.places[chunk.place], plan.listings[chunk.place]
     crashed = _crashed(state, chunk.number)
@@ -205,7 +205,7 @@ def _survey(task: tuple[Path, Chunk]) -> None:
                         row["members"].append([ending, data.tell(), len(value)])
                         data.write(value)
                 elif not failed:
-                    failed = [("", Lost("empty", "no text, picture or sound in it"))]
+                    failed = [("", SampleError("empty", "no text, picture or sound in it"))]
                 if failed:
                     row["lost"] = [[part, error.reason, error.detail] for part, error in failed]
                 rows.write(line(row))
@@ -213,21 +213,21 @@ def _survey(task: tuple[Path, Chunk]) -> None:
 
 
 def _described(settings: Settings, members: dict[str, bytes], facts: dict, data) -> dict:
-    """What settling and the card need to know of an item."""
+    """What settling and the card need to know of a sample."""
     row = fields.parse_map(members.get("json"))
     texts = samples.all_texts(members, settings.text_column or samples.TABLE_TEXT[0])
     media = {"image": [], "audio": []}
     for ending in sorted(members):
-        for kind, endings in (("image", samples.IMAGE_FILES), ("audio", samples.AUDIO_FILES)):
+        for modality, endings in (("image", samples.IMAGE_FILES), ("audio", samples.AUDIO_FILES)):
             if ending in endings:
-                media[kind].append(dedup.digest(members[ending]))
-    content = [f"{kind} {one}".encode() for kind in media for one in media[kind]]
+                media[modality].append(dedup.digest(members[ending]))
+    content = [f"{modality} {one}".encode() for modality in media for one in media[modality]]
     content += [text.encode("utf-8", "replace") for text in texts]
     group = fields.lookup(row, settings.group) if settings.group else None
     made = {
         "content": dedup.digest(*content),
         "texts": sorted({dedup.digest(dedup.plain(text).encode("utf-8", "replace"))[:16] for text in texts}),
-        **{kind: [one[:16] for one in found] for kind, found in media.items()},
+        **{modality: [one[:16] for one in found] for modality, found in media.items()},
         "group": None if group is None else dedup.digest(json.dumps(group, sort_keys=True).encode())[:16],
         "bytes": sum(len(text.encode("utf-8", "replace")) for text in texts),
         "about": data_card.about(row, members),
@@ -250,13 +250,13 @@ def _write(state: Path, folder: Path, workers: int, progress: Progress) -> None:
         if (state / "shards" / f"{name}.json").exists():
             progress.advance()
             continue
-        by_name[name] = {chunk for _, chunk, _ in shard_items(state, name)}
+        by_name[name] = {chunk for _, chunk, _ in shard_samples(state, name)}
         needed.update(by_name[name])
         waiting.append(name)
     waiting.sort(key=lambda name: (max(by_name[name]), name))
 
-    def done(task, _):
-        for chunk in by_name[task[2]]:
+    def done(job, _):
+        for chunk in by_name[job[2]]:
             needed[chunk] -= 1
             if not needed[chunk]:
                 data_of(state, chunk).unlink(missing_ok=True)
@@ -265,8 +265,8 @@ def _write(state: Path, folder: Path, workers: int, progress: Progress) -> None:
     pool.run(_write_shard, ((state, folder, name) for name in waiting), workers, done)
 
 
-def _write_shard(task: tuple[Path, Path, str]) -> None:
-    state, folder, name = task
+def _write_shard(job: tuple[Path, Path, str]) -> None:
+    state, folder, name = job
     path = folder / f"{name}.tar"
     temporary = folder / f"{TEMPORARY}{os.getpid()}-{path.name}"
     shards.write(temporary, _members(state, name))
@@ -284,7 +284,7 @@ def _write_shard(task: tuple[Path, Path, str]) -> None:
 
 def _members(state: Path, name: str) -> Iterator[dict]:
     opened, file = None, None
-    for key, chunk, members in shard_items(state, name):
+    for key, chunk, members in shard_samples(state, name):
         if chunk != opened:
             if file:
                 file.close()

@@ -1,4 +1,4 @@
-"""An item as its source has it: members by ending, its JSON, its texts, the pieces of a long text."""
+"""A sample as its source has it: members by ending, its JSON, its texts, the pieces of a long text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..corpus import scan
 from ..corpus.fields import parse_map
-from ..errors import Lost
+from ..errors import SampleError
 from .settings import Settings
 
 IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -22,11 +22,11 @@ LARGEST = 200_000_000  # bytes of one member, file or download
 
 @dataclass
 class Raw:
-    """An item as its source has it."""
+    """A sample as its source has it."""
 
     key: str
     members: dict[str, bytes]
-    failed: list[tuple[str, Lost]] = field(default_factory=list)
+    failed: list[tuple[str, SampleError]] = field(default_factory=list)
 
 
 def dumped(row: dict) -> bytes:
@@ -42,7 +42,7 @@ def _plain(value):
 
 
 def all_texts(members: dict[str, bytes], column: str) -> list[str]:
-    """Every text of an item, translations too: its `txt`, and of its JSON the text column and the captions.
+    """Every text of a sample, translations too: its `txt`, and of its JSON the text column and the captions.
 
     Where it has none of them, the fields that hold more than one word.
     """
@@ -70,7 +70,7 @@ def cut(text: bytes, most: int) -> list[bytes]:
 
 
 def pieces(raw: Raw, settings: Settings) -> list[Raw]:
-    """The item, or where it is text alone and that is long, its pieces: each keeps the other fields."""
+    """The sample, or where it is text alone and that is long, its pieces: each keeps the other fields."""
     if any(ending in IMAGE_FILES or ending in AUDIO_FILES for ending in raw.members):
         return [raw]
     most, made = settings.piece_bytes, []
@@ -89,7 +89,7 @@ def pieces(raw: Raw, settings: Settings) -> list[Raw]:
 
 def safe_key(key: str) -> str:
     """Letters, digits, `_` and `-`, at most 60: a member's name before its ending, whatever the source called it."""
-    safe = re.sub(r"[^A-Za-z0-9_-]+", "_", key).strip("_-") or "item"
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "_", key).strip("_-") or "sample"
     if len(safe) > 60:
         safe = f"{safe[:47]}-{hashlib.blake2b(key.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
     return safe

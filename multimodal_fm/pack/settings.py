@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from ..errors import BadInput
+from ..errors import UserError
 
 DEDUP = ("none", "exact", "near")
 SPLITS = ("train", "validation", "test")
@@ -15,7 +15,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises BadInput where something cannot be."""
+    """Raises UserError where something cannot be."""
 
     sources: list[str]
     image_column: str = ""
@@ -33,19 +33,19 @@ class Settings:
 
     def __post_init__(self):
         if not self.sources:
-            raise BadInput("give at least one SOURCE to pack")
+            raise UserError("give at least one SOURCE to pack")
         if self.dedup not in DEDUP:
-            raise BadInput(f"--dedup is one of {', '.join(DEDUP)}, not {self.dedup!r}")
+            raise UserError(f"--dedup is one of {', '.join(DEDUP)}, not {self.dedup!r}")
         if not 1 <= len(self.split) <= 3 or min(self.split) <= 0 or not math.isclose(sum(self.split), 1, abs_tol=1e-6):
-            raise BadInput("--split is up to three shares above 0 that add up to 1, as in 0.9,0.05,0.05")
+            raise UserError("--split is up to three shares above 0 that add up to 1, as in 0.9,0.05,0.05")
         if self.longest_side and not 16 <= self.longest_side <= 65_535:
-            raise BadInput("--longest-side is from 16 to 65535 pixels")
+            raise UserError("--longest-side is from 16 to 65535 pixels")
         if self.rate and not 1000 <= self.rate <= 384_000:
-            raise BadInput("--rate is from 1000 to 384000 samples a second")
+            raise UserError("--rate is from 1000 to 384000 samples a second")
         if self.shard_size < 10_240:
-            raise BadInput("--shard-size is at least 10KB, as in 256MB")
+            raise UserError("--shard-size is at least 10KB, as in 256MB")
         if self.piece_bytes < 16:
-            raise BadInput("--piece-bytes is at least 16")
+            raise UserError("--piece-bytes is at least 16")
 
     @property
     def columns(self) -> dict[str, str]:
@@ -55,19 +55,19 @@ class Settings:
 
 
 def parse_split(text: str) -> list[float]:
-    """[0.9, 0.05, 0.05] of `0.9,0.05,0.05`. Raises BadInput."""
+    """[0.9, 0.05, 0.05] of `0.9,0.05,0.05`. Raises UserError."""
     try:
         return [float(share) for share in text.split(",")]
     except ValueError:
-        raise BadInput(f"--split is shares as in 0.9,0.05,0.05, not {text!r}") from None
+        raise UserError(f"--split is shares as in 0.9,0.05,0.05, not {text!r}") from None
 
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `256MB`, `1.5GiB` or `1000000`. Raises BadInput."""
+    """Bytes of `256MB`, `1.5GiB` or `1000000`. Raises UserError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text.lower())
     if not found:
-        raise BadInput(f"--shard-size is bytes as in 256MB or 1GiB, not {text!r}")
+        raise UserError(f"--shard-size is bytes as in 256MB or 1GiB, not {text!r}")
     return int(float(found[1]) * UNITS[found[2]])

@@ -1,4 +1,4 @@
-"""Whatever holds items, read alike: `places` finds what there is, `prepare` numbers its items, `read` reads one.
+"""Whatever holds samples, read alike: `places` finds what there is, `prepare` numbers its samples, `read` reads one.
 
 Nothing that a source names is ever a path to write to. Links that lead out of a folder are not followed.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..corpus import index, shards
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 from . import tables
 from .samples import AUDIO_FILES, IMAGE_FILES, SIDE_CARS, Raw, dumped
 from .settings import Settings
@@ -33,7 +33,7 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,24}")  # the endings that a shard's member 
 
 @dataclass(frozen=True)
 class Place:
-    """Something that holds items: a file, a folder of media, a data set of the hub."""
+    """Something that holds samples: a file, a folder of media, a data set of the hub."""
 
     source: str  # as the user named it
     kind: str  # shard, packed, table, rows, folder, hub
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass
 class Listing:
-    """How many items a place has, what of it is refused, which words are its labels and which columns are read."""
+    """How many samples a place has, what of it is refused, which words are its labels and which columns are read."""
 
     count: int
     refused: list[dict] = field(default_factory=list)  # key, part, reason, detail
@@ -63,7 +63,7 @@ class Listing:
 
 
 def places(settings: Settings, out: Path) -> list[Place]:
-    """All that the sources name, in their order. Raises BadInput where one names nothing that can be read."""
+    """All that the sources name, in their order. Raises UserError where one names nothing that can be read."""
     found = []
     for source in settings.sources:
         found += _places(source, settings, out)
@@ -72,7 +72,7 @@ def places(settings: Settings, out: Path) -> list[Place]:
 
 def _places(source: str, settings: Settings, out: Path) -> list[Place]:
     if "://" in source or source.startswith("pipe:"):
-        raise BadInput(f"{source}: copy it here first; only the columns of a table may hold URLs")
+        raise UserError(f"{source}: copy it here first; only the columns of a table may hold URLs")
     path = Path(source)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
@@ -85,13 +85,13 @@ def _places(source: str, settings: Settings, out: Path) -> list[Place]:
     if not files:
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             return _hub(source, local=False)
-        raise BadInput(f"{source}: no such file or folder")
+        raise UserError(f"{source}: no such file or folder")
     made = []
     for file in files:
         kind = _kind(file, settings)
         if kind is None or not os.path.isfile(file):
             known = ", ".join((*shards.SHARDS, *PACKED, *TABLES))
-            raise BadInput(f"{file}: not a folder of media, a data set, or a file of {known}")
+            raise UserError(f"{file}: not a folder of media, a data set, or a file of {known}")
         made.append(Place(source, "shard" if kind == "text" else kind, file))
     return made
 
@@ -127,7 +127,7 @@ def _hub(source: str, local: bool) -> list[Place]:
 
 
 def prepare(place: Place, settings: Settings, base: str) -> Listing:
-    """Count a place's items, and write beside `base` whatever reading one of them at random needs."""
+    """Count a place's samples, and write beside `base` whatever reading one of them at random needs."""
     stamp = _stamp(place.path) if place.kind not in ("folder", "hub") else []
     listing = _PREPARE[place.kind](place, settings, base)
     listing.stamp = stamp
@@ -138,7 +138,7 @@ def _stamp(path: str) -> list:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     return [found.st_size, found.st_mtime_ns]
 
 
@@ -155,7 +155,7 @@ def _linked(place: Place, base: str) -> str:
 
 
 def _open_shard(path: str, piece: int) -> tuple[shards.Corpus | None, list[dict]]:
-    """The corpus of one file (None where it holds no item) and what of it is refused."""
+    """The corpus of one file (None where it holds no sample) and what of it is refused."""
     found = index.opened(path, piece)
     refused = [_refusal(r.key, r.part, r.reason, r.detail) for r in found.refused]
     return shards.Corpus(shards.Config(shards=[path], piece=piece), path) if len(found) else None, refused
@@ -173,7 +173,7 @@ def _prepare_shard(place: Place, settings: Settings, base: str) -> Listing:
 def _prepare_packed(place: Place, settings: Settings, base: str) -> Listing:
     try:
         unpack(place.path, f"{base}.tar")
-    except Lost as error:
+    except SampleError as error:
         corpus, refused = _open_shard(f"{base}.tar", settings.piece_bytes)
         broken = [_refusal("", "", error.reason, error.detail)]
         return Listing(len(corpus) if corpus else 0, broken + [one for one in refused if one["key"]])
@@ -182,7 +182,7 @@ def _prepare_packed(place: Place, settings: Settings, base: str) -> Listing:
 
 
 def unpack(path: str, to: str) -> None:
-    """Decompress; what came before damage is kept. Raises Lost where it is damaged or grows beyond the limits."""
+    """Decompress; what came before damage is kept. Raises SampleError where it is damaged or grows beyond the limits."""
     most = min(UNPACKED, max(FREE, RATIO * os.path.getsize(path)))
     size = 0
     with open(to, "wb") as sink:
@@ -191,15 +191,15 @@ def unpack(path: str, to: str) -> None:
                 while block := packed.read1(1 << 20):
                     size += len(block)
                     if size > most:
-                        raise Lost("byte-limit", f"{os.path.getsize(path)} bytes become more than {most}")
+                        raise SampleError("byte-limit", f"{os.path.getsize(path)} bytes become more than {most}")
                     sink.write(block)
                 os.fsync(sink.fileno())
         except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-            raise Lost("shard", f"cannot be decompressed after {size} bytes: {error}"[:200]) from None
+            raise SampleError("shard", f"cannot be decompressed after {size} bytes: {error}"[:200]) from None
         except Exception as error:  # zlib and zstandard have errors of their own
-            if isinstance(error, (Lost, BadInput)):
+            if isinstance(error, (SampleError, UserError)):
                 raise
-            raise Lost("shard", f"cannot be decompressed after {size} bytes: {error}"[:200]) from None
+            raise SampleError("shard", f"cannot be decompressed after {size} bytes: {error}"[:200]) from None
 
 
 def _opener(path: str):
@@ -216,12 +216,12 @@ def _opener(path: str):
         try:
             import zstandard as zstd
         except ImportError:
-            raise BadInput(f"{path}: .zst needs `pip install zstandard`, or Python 3.14") from None
+            raise UserError(f"{path}: .zst needs `pip install zstandard`, or Python 3.14") from None
     return lambda file: zstd.open(file, "rb")
 
 
 def _prepare_folder(place: Place, settings: Settings, base: str) -> Listing:
-    """Files of one stem are an item. Where all are media alone, one folder down, the folders' names are labels."""
+    """Files of one stem are a sample. Where all are media alone, one folder down, the folders' names are labels."""
     root, out = Path(place.path), Path(base).parents[2]
     true_root = os.path.realpath(root)
     lines, refused = tables.Lines(base), []
@@ -351,7 +351,7 @@ _PREPARE = {
 
 
 def read(place: Place, settings: Settings, listing: Listing, base: str, labels: list[str], number: int) -> Raw:
-    """Item `number` of a place; `labels` are all words that stand for classes, in order."""
+    """Sample `number` of a place; `labels` are all words that stand for classes, in order."""
     if place.kind in ("shard", "packed"):
         return _from_shard(_corpus(_linked(place, base), settings.piece_bytes, tuple(listing.stamp)), number, place)
     if place.kind == "folder":
@@ -361,7 +361,7 @@ def read(place: Place, settings: Settings, listing: Listing, base: str, labels: 
         row, folder = corpus.json(number), os.path.dirname(place.path)
         key = corpus.key(number)
         if not row:
-            return Raw(f"{_stem(place.path)}-{key}", {}, [("text", Lost("json", "not a JSON object"))])
+            return Raw(f"{_stem(place.path)}-{key}", {}, [("text", SampleError("json", "not a JSON object"))])
     elif place.kind == "hub":
         key, row, folder = number, tables.hub_part(place.path, place.part)[number], os.path.abspath(place.path)
     elif place.path.lower().endswith(".parquet"):
@@ -384,7 +384,7 @@ def _from_shard(corpus: shards.Corpus, number: int, place: Place) -> Raw:
     members, failed = corpus.read(number)
     for ending in [ending for ending in members if not NAME.fullmatch(ending)]:
         del members[ending]
-        failed.append(("", Lost("name", f"the ending {ending[:80]!r}")))
+        failed.append(("", SampleError("name", f"the ending {ending[:80]!r}")))
     return Raw(f"{_stem(place.path)}-{key}" if numbered else key, members, failed)
 
 
@@ -399,7 +399,7 @@ def _from_folder(place: Place, row: list, labels: list[str]) -> Raw:
     for ending, name in files.items():
         try:
             raw.members[ending] = tables.local(os.path.join(place.path, name))
-        except Lost as error:
+        except SampleError as error:
             raw.failed.append((ending, error))
     if labels and raw.members:
         label = os.path.dirname(stem)

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BadInput
+from ..errors import UserError
 from .settings import Settings
 from .sources import Listing, Place
 
-CHUNK = 512  # items read by one task
+CHUNK = 512  # samples read by one task
 TEMPORARY = ".packing-"  # how the names of unfinished files begin
 
 
@@ -56,13 +56,13 @@ def locked(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BadInput(f"{folder}: another mmfm pack is writing there") from None
+            raise UserError(f"{folder}: another mmfm pack is writing there") from None
         yield
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Items `start:stop` of a place."""
+    """Samples `start:stop` of a place."""
 
     number: int
     place: int
@@ -125,8 +125,8 @@ def line(row: dict) -> bytes:
     return json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
 
 
-def shard_items(state: Path, name: str) -> Iterator[tuple[str, int, list]]:
-    with open(state / "shards" / f"{name}.items", "rb") as file:
+def shard_samples(state: Path, name: str) -> Iterator[tuple[str, int, list]]:
+    with open(state / "shards" / f"{name}.samples", "rb") as file:
         yield from map(json.loads, file)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 from .samples import AUDIO_FILES, IMAGE_FILES, LARGEST, TABLE_TEXT, Raw, dumped
 from .settings import Settings
 
@@ -57,17 +57,17 @@ def _starts(base: str, stamp: int) -> np.ndarray:
 
 
 def choose(path: str, settings: Settings, names: list[str], found: dict | None = None) -> dict[str, str]:
-    """Which column holds what: those that were named, and a usual name for the text. Raises BadInput."""
+    """Which column holds what: those that were named, and a usual name for the text. Raises UserError."""
     columns = dict(settings.columns if found is None else found)
     for what, name in columns.items():
         if name not in names:
             shown = ", ".join(map(str, names[:20]))
-            raise BadInput(f"{path}: no column {name!r} (--{what}-column); there are: {shown}")
+            raise UserError(f"{path}: no column {name!r} (--{what}-column); there are: {shown}")
     usual = [name for name in TABLE_TEXT if name in names]
     if "text" not in columns and usual:
         columns["text"] = usual[0]
     if not columns.keys() & {"image", "text", "audio"}:
-        raise BadInput(
+        raise UserError(
             f"{path}: name what its columns hold with --image-column, --audio-column, --text-column; "
             f"there are: {', '.join(map(str, names[:20]))}"
         )
@@ -78,7 +78,7 @@ def label_words(values) -> list[str]:
     """The distinct labels in order; none where all are whole numbers, which stand for themselves."""
     words = {str(value) for value in values if value is not None and value != ""}
     if len(words) > LABELS:
-        raise BadInput(f"--label-column has more than {LABELS} different values: it names no classes")
+        raise UserError(f"--label-column has more than {LABELS} different values: it names no classes")
     return [] if all(map(_is_index, words)) else sorted(words)
 
 
@@ -105,7 +105,7 @@ def parquet(path: str):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise BadInput(f"{path}: Parquet needs `pip install multimodal_fm[pack]`") from None
+        raise UserError(f"{path}: Parquet needs `pip install multimodal_fm[pack]`") from None
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError):
@@ -117,13 +117,13 @@ def load_hub(source: str):
     try:
         import datasets
     except ImportError:
-        raise BadInput(f"{source}: Hugging Face data sets need `pip install multimodal_fm[hub]`") from None
+        raise UserError(f"{source}: Hugging Face data sets need `pip install multimodal_fm[hub]`") from None
     try:
         return datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
     except Exception as error:  # whatever the hub's library, the network and the builder raise
         first = str(error).strip().partition("\n")[0][:200]
         what = "cannot be loaded" if os.path.isdir(source) else "no such file or folder, and no data set of the hub"
-        raise BadInput(f"{source}: {what}: {type(error).__name__}: {first}") from None
+        raise UserError(f"{source}: {what}: {type(error).__name__}: {first}") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,7 +158,7 @@ def parquet_row(path: str, number: int) -> dict:
 
 
 def from_row(row: dict, columns: dict[str, str], folder: str, key: str, labels: list[str]) -> Raw:
-    """The item of a table's row: media by path, URL or as bytes, text, label; all other columns are its JSON."""
+    """The sample of a table's row: media by path, URL or as bytes, text, label; all other columns are its JSON."""
     raw = Raw(f"{key if 'key' not in columns else row.get(columns['key'], key)}", {})
     rest = {name: value for name, value in row.items() if not isinstance(value, (bytes, bytearray))}
     for what in ("image", "audio"):
@@ -169,10 +169,10 @@ def from_row(row: dict, columns: dict[str, str], folder: str, key: str, labels: 
                 value = value.get("bytes") or value.get("path")
             try:
                 if value in (None, "", b""):
-                    raise Lost("empty", f"nothing in column {columns[what]}")
+                    raise SampleError("empty", f"nothing in column {columns[what]}")
                 data = bytes(value) if isinstance(value, (bytes, bytearray)) else fetch(str(value), folder)
                 raw.members[sniff(data, what, str(value)[-16:])] = data
-            except Lost as error:
+            except SampleError as error:
                 raw.failed.append((what, error))
     if "text" in columns:
         text = rest.get(columns["text"])
@@ -207,21 +207,21 @@ def local(path: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read(LARGEST + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise Lost("missing", f"{path}: not there"[:200]) from None
+        raise SampleError("missing", f"{path}: not there"[:200]) from None
     except (OSError, ValueError) as error:
-        raise Lost("read", f"{path}: {error}"[:200]) from None
+        raise SampleError("read", f"{path}: {error}"[:200]) from None
     if len(data) > LARGEST:
-        raise Lost("byte-limit", f"more than {LARGEST} bytes")
+        raise SampleError("byte-limit", f"more than {LARGEST} bytes")
     return data
 
 
 def fetch(name: str, folder: str) -> bytes:
-    """The bytes at a path (from `folder` on) or URL, at most `LARGEST`. No scheme runs a program. Raises Lost."""
+    """The bytes at a path (from `folder` on) or URL, at most `LARGEST`. No scheme runs a program. Raises SampleError."""
     scheme, colon, _ = name.partition(":")
     if not colon or "/" in scheme or len(scheme) < 2:
         return local(os.path.join(folder, name))
     if scheme not in SCHEMES or "://" not in name or "::" in name:
-        raise Lost("name", f"not a path, nor a URL of {', '.join(SCHEMES)}: {name}"[:200])
+        raise SampleError("name", f"not a path, nor a URL of {', '.join(SCHEMES)}: {name}"[:200])
     if scheme == "file":
         return local(name.removeprefix("file://"))
     import fsspec
@@ -231,7 +231,7 @@ def fetch(name: str, folder: str) -> bytes:
         try:
             import aiohttp
         except ImportError:
-            raise BadInput(f"{name}: URLs need `pip install multimodal_fm[pack]`") from None
+            raise UserError(f"{name}: URLs need `pip install multimodal_fm[pack]`") from None
         options["client_kwargs"] = {
             "timeout": aiohttp.ClientTimeout(total=600, sock_connect=PATIENCE, sock_read=PATIENCE)
         }
@@ -247,18 +247,18 @@ def fetch(name: str, folder: str) -> bytes:
                     data.append(block)
                     size += len(block)
             if size > LARGEST:
-                raise Lost("byte-limit", f"more than {LARGEST} bytes")
+                raise SampleError("byte-limit", f"more than {LARGEST} bytes")
             return b"".join(data)
-        except Lost:
+        except SampleError:
             raise
         except FileNotFoundError:
-            raise Lost("missing", f"{name}: not there"[:200]) from None
+            raise SampleError("missing", f"{name}: not there"[:200]) from None
         except ImportError as error:
-            raise BadInput(f"{name}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
         except Exception as error:  # every filesystem has its own
             last = f"{type(error).__name__}: {error}"
             time.sleep(PAUSE * 2**attempt if attempt + 1 < ATTEMPTS else 0)
-    raise Lost("read", f"{name}: {last} ({ATTEMPTS} attempts)"[:200])
+    raise SampleError("read", f"{name}: {last} ({ATTEMPTS} attempts)"[:200])
 
 
 MAGIC = (

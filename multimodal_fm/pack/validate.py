@@ -1,4 +1,4 @@
-"""The parts of an item: read in full as training would, measured, and made smaller where that is asked for."""
+"""The parts of a sample: read in full as training would, measured, and made smaller where that is asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torchaudio
 from PIL import Image
 
 from ..corpus.fields import parse
-from ..errors import Lost
+from ..errors import SampleError
 from ..tokenizers import audio, image, text
 from . import dedup
 from .samples import AUDIO_FILES, IMAGE_FILES, TABLE_TEXT, all_texts
@@ -24,10 +24,10 @@ LOUDEST = 1e15  # of a float sound: beyond it the spectrum overflows
 IMAGE, AUDIO, TEXT = image.Config(), audio.Config(), text.Config()
 
 
-def check(settings: Settings, members: dict[str, bytes]) -> tuple[dict, dict, list[tuple[str, Lost]]]:
-    """What of an item's members is whole, what it measures, and which parts are left out.
+def check(settings: Settings, members: dict[str, bytes]) -> tuple[dict, dict, list[tuple[str, SampleError]]]:
+    """What of a sample's members is whole, what it measures, and which parts are left out.
 
-    Facts: `image` [width, height, patches], `audio` [seconds, rate, channels], `text` bytes, `phash`, `colours`.
+    Facts: `image` [width, height, patches], `audio` [seconds, rate, channels], `text` bytes, `phash`, `colors`.
     """
     kept, facts, failed = {}, {}, []
     for ending, data in members.items():
@@ -41,12 +41,12 @@ def check(settings: Settings, members: dict[str, bytes]) -> tuple[dict, dict, li
             elif ending == "json":
                 parse(data)
             kept[ending] = data
-        except Lost as error:
+        except SampleError as error:
             failed.append((part_of(ending), error))
     if "json" in kept and "txt" not in kept:
         try:
-            text.things(TEXT, {"json": kept["json"]})
-        except Lost as error:  # a caption that is blank
+            text.Tokenizer(TEXT).split_inputs({"json": kept["json"]})
+        except SampleError as error:  # a caption that is blank
             failed.append(("text", error))
     return kept, facts, failed
 
@@ -66,20 +66,20 @@ def is_something(settings: Settings, members: dict[str, bytes]) -> bool:
 
 
 def utf8(data: bytes) -> str:
-    """Raises Lost."""
+    """Raises SampleError."""
     try:
         found = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Lost("text-decode", f"not UTF-8 at byte {error.start}") from None
+        raise SampleError("text-decode", f"not UTF-8 at byte {error.start}") from None
     if not found.strip():
-        raise Lost("empty", "no text in it")
+        raise SampleError("empty", "no text in it")
     return found
 
 
 def picture(settings: Settings, ending: str, data: bytes, facts: dict) -> tuple[str, bytes]:
-    """The picture's ending and bytes. Formats that training does not read become PNG. Raises Lost."""
+    """The picture's ending and bytes. Formats that training does not read become PNG. Raises SampleError."""
     if not data:
-        raise Lost("empty", "no bytes")
+        raise SampleError("empty", "no bytes")
     jpeg = image._jpeg(IMAGE, data)  # as training reads it: what Pillow lets pass may be refused
     found = (
         Image.fromarray(jpeg.decode(IMAGE, jpeg.height, jpeg.width, fast=False)) if jpeg else image.decode(IMAGE, data)
@@ -89,41 +89,41 @@ def picture(settings: Settings, ending: str, data: bytes, facts: dict) -> tuple[
         scale = most / max(found.size)
         found = found.resize([max(1, round(n * scale)) for n in found.size], Image.Resampling.LANCZOS)
         ending, data = "jpg", _saved(found, "JPEG", quality=95)
-    elif ending not in image.extensions:
+    elif ending not in image.EXTENSIONS:
         ending, data = "png", _saved(found, "PNG")
     width, height = found.size
     facts.setdefault("image", []).append([width, height, math.ceil(width / 16) * math.ceil(height / 16)])
     if settings.dedup == "near" and min(width, height) >= dedup.SMALLEST:
         facts.setdefault("phash", []).append(dedup.picture_hash(found))
-        facts.setdefault("colours", []).append(dedup.colours(found))
+        facts.setdefault("colors", []).append(dedup.colors(found))
     return ending, data
 
 
-def _saved(found: Image.Image, kind: str, **options) -> bytes:
+def _saved(found: Image.Image, modality: str, **options) -> bytes:
     data = io.BytesIO()
-    found.save(data, kind, **options)
+    found.save(data, modality, **options)
     return data.getvalue()
 
 
 def sound(settings: Settings, ending: str, data: bytes, facts: dict) -> tuple[str, bytes]:
-    """The sound's ending and bytes; all of it is decoded, a block at a time. Raises Lost."""
+    """The sound's ending and bytes; all of it is decoded, a block at a time. Raises SampleError."""
     if not data:
-        raise Lost("empty", "no bytes")
+        raise SampleError("empty", "no bytes")
     if len(data) > AUDIO.bytes:
-        raise Lost("byte-limit", f"{len(data)} bytes, the limit is {AUDIO.bytes}")
+        raise SampleError("byte-limit", f"{len(data)} bytes, the limit is {AUDIO.bytes}")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, channels, frames = file.samplerate, file.channels, file.frames
             audio.check_header(AUDIO, rate, frames)
             same = (file.format, file.subtype, rate, channels) == ("FLAC", "PCM_16", settings.rate, 1)
             change = settings.rate and not same
-            if change or ending not in audio.extensions:
+            if change or ending not in audio.EXTENSIONS:
                 ending, data = "flac", _converted(file, settings.rate or rate, mono=bool(settings.rate))
             else:
                 for _ in _blocks(file, frames):
                     pass
     except (soundfile.LibsndfileError, TypeError, ValueError, RuntimeError) as error:
-        raise Lost("decode", str(error)[:100]) from None
+        raise SampleError("decode", str(error)[:100]) from None
     if change:
         rate, channels = settings.rate, 1
     facts.setdefault("audio", []).append([round(frames / file.samplerate, 3), rate, channels])
@@ -131,18 +131,18 @@ def sound(settings: Settings, ending: str, data: bytes, facts: dict) -> tuple[st
 
 
 def _blocks(file: soundfile.SoundFile, frames: int, size: int = BLOCK):
-    """Blocks (T, C) of float32 until the end. Raises Lost for NaN, infinity, fewer samples than announced."""
+    """Blocks (T, C) of float32 until the end. Raises SampleError for NaN, infinity, fewer samples than announced."""
     read = 0
     while True:
         block = file.read(size, dtype="float32", always_2d=True)
         if not len(block):
             break
         if not np.abs(block).max() <= LOUDEST:
-            raise Lost("not-finite", "NaN, infinity or a number near it among the samples")
+            raise SampleError("not-finite", "NaN, infinity or a number near it among the samples")
         read += len(block)
         yield block
     if read < 0.99 * frames - 5000:  # an MP3's header may be a few frames off
-        raise Lost("decode", f"the header announces {frames} samples, {read} are there")
+        raise SampleError("decode", f"the header announces {frames} samples, {read} are there")
 
 
 def _converted(file: soundfile.SoundFile, rate: int, mono: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""Work in other processes. One that dies (a decoder's crash, no memory left) takes only its own task with it."""
+"""Work in other processes. One that dies (a decoder's crash, no memory left) takes only its own job with it."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from concurrent.futures.process import BrokenProcessPool
 
 def run(
     function: Callable,
-    tasks: Iterable,
+    jobs: Iterable,
     workers: int,
-    done: Callable = lambda task, result: None,
+    done: Callable = lambda job, result: None,
     died: Callable | None = None,
 ) -> None:
-    """`function(task)` for every task, `done(task, result)` here for each in any order. workers 0: in this process.
+    """`function(job)` for every job, `done(job, result)` here for each in any order. workers 0: in this process.
 
-    Where a process dies, the tasks that were under way are done once more, each alone; `died(task)` is called when one
+    Where a process dies, the jobs that were under way are done once more, each alone; `died(job)` is called when one
     dies alone too, and then it is tried again: it must have changed something, or raise.
     """
     if not workers:
-        for task in tasks:
-            done(task, function(task))
+        for job in jobs:
+            done(job, function(job))
         return
-    waiting = iter(tasks)
+    waiting = iter(jobs)
     while (suspects := _together(function, waiting, workers, done)) is not None:
-        for task in suspects:
-            while not _alone(function, task, done):
+        for job in suspects:
+            while not _alone(function, job, done):
                 if died is None:
-                    raise RuntimeError(f"a process died twice over {task}")
-                died(task)
+                    raise RuntimeError(f"a process died twice over {job}")
+                died(job)
 
 
 def _together(function, waiting, workers: int, done) -> list | None:
-    """None when all is done; the tasks under way where a process died."""
+    """None when all is done; the jobs under way where a process died."""
     under_way = {}
     with _executor(workers) as executor:
         try:
             while True:
-                while len(under_way) < 2 * workers and (task := next(waiting, None)) is not None:
+                while len(under_way) < 2 * workers and (job := next(waiting, None)) is not None:
                     try:
-                        under_way[executor.submit(function, task)] = task
+                        under_way[executor.submit(function, job)] = job
                     except BrokenProcessPool:
-                        return [*under_way.values(), task]
+                        return [*under_way.values(), job]
                 if not under_way:
                     return None
                 for one in futures.wait(under_way, return_when=futures.FIRST_COMPLETED).done:
@@ -59,13 +59,13 @@ def _together(function, waiting, workers: int, done) -> list | None:
             raise
 
 
-def _alone(function, task, done) -> bool:
+def _alone(function, job, done) -> bool:
     with _executor(1) as executor:
         try:
-            result = executor.submit(function, task).result()
+            result = executor.submit(function, job).result()
         except BrokenProcessPool:
             return False
-    done(task, result)
+    done(job, result)
     return True
 
 

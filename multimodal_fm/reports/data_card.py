@@ -22,11 +22,11 @@ FIELDS = {
     "source": ("source", "original_data.source"),
     "label": ("label",),
 }
-"""Where an item's JSON has what the card counts."""
+"""Where a sample's JSON has what the card counts."""
 
 
 def about(row: dict, members: dict[str, bytes]) -> dict:
-    """What of an item's JSON the card counts: a value, or a list of them, a field."""
+    """What of a sample's JSON the card counts: a value, or a list of them, a field."""
     made = {}
     for name, places in FIELDS.items():
         value = next((v for v in (lookup(row, place) for place in places) if isinstance(v, (str, int))), None)
@@ -40,7 +40,7 @@ def about(row: dict, members: dict[str, bytes]) -> dict:
 
 
 class Facts:
-    """What the card says, counted item by item; `data()` is plain."""
+    """What the card says, counted sample by sample; `data()` is plain."""
 
     def __init__(self, settings: Settings, sources: list[str]):
         self.settings = settings
@@ -69,8 +69,8 @@ class Facts:
 
     def add(self, name: str, source: str, row: dict) -> None:
         counts, facts = self.splits.setdefault(name, Counter()), row.get("facts", {})
-        self.sources[source]["items"] += 1
-        counts["items"] += 1
+        self.sources[source]["samples"] += 1
+        counts["samples"] += 1
         counts["text"] += bool(row["texts"])
         counts["image"] += bool(row["image"])
         counts["audio"] += bool(row["audio"])
@@ -149,7 +149,7 @@ def markdown(facts: dict, shards: list[dict]) -> str:
         total.update(counts)
     lines = ["# Data card", "", _opening(total, shards), ""]
     lines += _table(
-        ["split", "items", "share", "with text", "with picture", "with sound", "shards", "bytes"],
+        ["split", "samples", "share", "with text", "with picture", "with sound", "shards", "bytes"],
         [_split_row(name, counts, total, shards) for name, counts in splits.items()],
     )
     lines += ["## Size in tokens, roughly", ""]
@@ -174,27 +174,27 @@ def markdown(facts: dict, shards: list[dict]) -> str:
     lines += ["Members: " + ", ".join(f"{_n(n)} .{e}" for e, n in facts["endings"].items()) + ".", ""]
     lines += ["## Sources", ""]
     lines += _table(
-        ["source", "items kept", "copies", "near copies", "nothing readable"],
+        ["source", "samples kept", "copies", "near copies", "nothing readable"],
         [
-            [f"`{name}`", *(_n(c.get(k, 0)) for k in ("items", "copy", "near-copy", "lost"))]
+            [f"`{name}`", *(_n(c.get(k, 0)) for k in ("samples", "copy", "near-copy", "lost"))]
             for name, c in list(facts["sources"].items())[:LISTED]
         ],
     )
     if (more := len(facts["sources"]) - LISTED) > 0:
         lines += [f"And {_n(more)} more.", ""]
     for name, title in (
-        ("source", "Where items say they come from"),
+        ("source", "Where samples say they come from"),
         ("license", "Licences"),
         ("language", "Languages"),
         ("translations", "Languages of captions"),
         ("label", "Labels, of all sources together"),
     ):
-        lines += _values(facts, name, title, total["items"])
+        lines += _values(facts, name, title, total["samples"])
     lines += ["## What was done", "", *_done(facts), ""]
     lines += ["## Left out", ""]
     if facts["refused"]:
         lines += _table(["reason", "count"], [[why, _n(count)] for why, count in facts["refused"].items()])
-        lines += ["`quarantine.jsonl` names each: an item, or a part of one whose other parts were kept.", ""]
+        lines += ["`quarantine.jsonl` names each: a sample, or a part of one whose other parts were kept.", ""]
     else:
         lines += ["Nothing.", ""]
     lines += ["## Known gaps", "", *_gaps(facts, total), ""]
@@ -203,9 +203,9 @@ def markdown(facts: dict, shards: list[dict]) -> str:
 
 def _opening(total: Counter, shards: list[dict]) -> str:
     size = sum(one["bytes"] for one in shards)
-    what = [f"{_n(total[kind])} with {name}" for kind, name in _KINDS if total[kind]]
+    what = [f"{_n(total[modality])} with {name}" for modality, name in _KINDS if total[modality]]
     many = "1 shard" if len(shards) == 1 else f"{_n(len(shards))} shards"
-    return f"{_n(total['items'])} items ({', '.join(what)}) in {many}, {_bytes(size)}."
+    return f"{_n(total['samples'])} samples ({', '.join(what)}) in {many}, {_bytes(size)}."
 
 
 _KINDS = (("text", "text"), ("image", "a picture"), ("audio", "a sound"))
@@ -213,12 +213,12 @@ _KINDS = (("text", "text"), ("image", "a picture"), ("audio", "a sound"))
 
 def _split_row(name: str, counts: dict, total: Counter, shards: list[dict]) -> list[str]:
     own = [one for one in shards if one["name"].startswith(f"{name}-")]
-    parts = [_n(counts.get(kind, 0)) for kind, _ in _KINDS]
-    share = f"{100 * counts['items'] / total['items']:.1f} %"
-    return [name, _n(counts["items"]), share, *parts, _n(len(own)), _bytes(sum(one["bytes"] for one in own))]
+    parts = [_n(counts.get(modality, 0)) for modality, _ in _KINDS]
+    share = f"{100 * counts['samples'] / total['samples']:.1f} %"
+    return [name, _n(counts["samples"]), share, *parts, _n(len(own)), _bytes(sum(one["bytes"] for one in own))]
 
 
-def _values(facts: dict, name: str, title: str, items: int) -> list[str]:
+def _values(facts: dict, name: str, title: str, samples: int) -> list[str]:
     values = facts["fields"][name]
     if not values:
         return []
@@ -226,7 +226,7 @@ def _values(facts: dict, name: str, title: str, items: int) -> list[str]:
     shown = ", ".join(f"{_plain(value)} ({_n(count)})" for value, count in values.items())
     beyond = "at least " if facts["beyond"].get(name) else ""
     rest = f", and {beyond}{_n(more)} more" if more > 0 else ""
-    silent = items - facts["said"].get(name, items)
+    silent = samples - facts["said"].get(name, samples)
     none = f" Not said: {_n(silent)}." if silent and name != "translations" else ""
     return [f"## {title}", "", f"{shown}{rest}.{none}", ""]
 
@@ -244,8 +244,8 @@ def _done(facts: dict) -> list[str]:
         lines.append("- Copies (equal pictures, sounds and texts): the first was kept.")
     if settings["dedup"] == "near":
         lines.append(
-            "- Near copies: of items whose parts are all nearly equal the first was kept. Pictures: perceptual hashes "
-            f"of 64 bits that differ in at most {dedup.BITS}, and mean colours of sixteen fields by at most "
+            "- Near copies: of samples whose parts are all nearly equal the first was kept. Pictures: perceptual hashes "
+            f"of 64 bits that differ in at most {dedup.BITS}, and mean colors of sixteen fields by at most "
             f"{dedup.SHADE} of 255; pictures below {dedup.SMALLEST} pixels must be equal. Text: a similarity "
             f"(Jaccard, runs of {dedup.SHINGLE} characters, MinHash) of at least {dedup.JACCARD}. Sounds: equal."
         )
@@ -259,11 +259,11 @@ def _done(facts: dict) -> list[str]:
             else ""
         )
         lines.append(
-            f"- Split {shares} by a hash of {by}. Items that share a picture, a sound, a text or a translation are on "
-            f"one side{near}. The largest such cluster has {_n(facts['largest'])} items."
+            f"- Split {shares} by a hash of {by}. Samples that share a picture, a sound, a text or a translation are on "
+            f"one side{near}. The largest such cluster has {_n(facts['largest'])} samples."
         )
         for source in facts["labels"]:
-            lines.append(f"- The texts of `{source}` are few and shared by many: labels. They tie no items together.")
+            lines.append(f"- The texts of `{source}` are few and shared by many: labels. They tie no samples together.")
     lines.append(
         "- Every picture and sound was decoded in full, every text read as UTF-8, under the limits that training has."
     )
@@ -271,7 +271,7 @@ def _done(facts: dict) -> list[str]:
         lines.append(f"- Pictures larger than {settings['longest_side']} pixels were made smaller (JPEG, quality 95).")
     if settings["rate"]:
         lines.append(f"- Sounds are FLAC, 16 bits, mono, {settings['rate']} samples a second.")
-    lines.append(f"- Items that are text alone were cut into pieces of at most {_n(settings['piece_bytes'])} bytes.")
+    lines.append(f"- Samples that are text alone were cut into pieces of at most {_n(settings['piece_bytes'])} bytes.")
     return lines
 
 
@@ -279,19 +279,19 @@ def _gaps(facts: dict, total: Counter) -> list[str]:
     lines = []
     for name, what in (("license", "licence"), ("language", "language"), ("source", "source")):
         if not facts["fields"][name] and not (name == "language" and facts["fields"]["translations"]):
-            lines.append(f"- No item's JSON says its {what}.")
-    if total["items"] and facts["largest"] > 0.1 * total["items"]:
-        share = 100 * facts["largest"] / total["items"]
-        lines.append(f"- One cluster is {share:.0f} % of all items: the split's shares cannot be exact.")
+            lines.append(f"- No sample's JSON says its {what}.")
+    if total["samples"] and facts["largest"] > 0.1 * total["samples"]:
+        share = 100 * facts["largest"] / total["samples"]
+        lines.append(f"- One cluster is {share:.0f} % of all samples: the split's shares cannot be exact.")
     wanted = facts["settings"]["split"]
     for (name, counts), share in zip(facts["splits"].items(), wanted):
-        has = counts["items"] / total["items"]
+        has = counts["samples"] / total["samples"]
         if abs(has - share) > 0.02 + 0.1 * share:
             lines.append(f"- {name} was to have {100 * share:g} % and has {100 * has:.1f} %.")
     missing = len(wanted) - len(facts["splits"])
     if missing:
-        lines.append(f"- {missing} of the splits got no item: there are too few, or too few that share nothing.")
-    lines.append("- What the items say and show was not looked at: nothing was filtered by content.")
+        lines.append(f"- {missing} of the splits got no sample: there are too few, or too few that share nothing.")
+    lines.append("- What the samples say and show was not looked at: nothing was filtered by content.")
     return lines
 
 
@@ -361,8 +361,8 @@ FORMATS = {
 def croissant(facts: dict, shards: list[dict], name: str) -> dict:
     """Croissant 1.0: every shard with its size and SHA-256, a file set and a record set for each kind of member."""
     licences = list(facts["fields"]["license"])
-    total = sum(counts["items"] for counts in facts["splits"].values())
-    splits = ", ".join(f"{split_} {_n(counts['items'])}" for split_, counts in facts["splits"].items())
+    total = sum(counts["samples"] for counts in facts["splits"].values())
+    splits = ", ".join(f"{split_} {_n(counts['samples'])}" for split_, counts in facts["splits"].items())
     files = [
         {
             "@type": "cr:FileObject",
@@ -380,7 +380,7 @@ def croissant(facts: dict, shards: list[dict], name: str) -> dict:
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "name": name,
-        "description": f"{_n(total)} items in webdataset shards ({splits}); card.md beside them says more.",
+        "description": f"{_n(total)} samples in webdataset shards ({splits}); card.md beside them says more.",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         **({"license": licences[0] if len(licences) == 1 else licences} if licences else {}),
         "distribution": files + [_file_set(ending, files) for ending in endings],
@@ -401,16 +401,16 @@ def _file_set(ending: str, files: list[dict]) -> dict:
 
 
 def _record_set(ending: str) -> dict:
-    kind = "sc:ImageObject" if ending in IMAGE_FILES else "sc:AudioObject" if ending in AUDIO_FILES else "sc:Text"
+    modality = "sc:ImageObject" if ending in IMAGE_FILES else "sc:AudioObject" if ending in AUDIO_FILES else "sc:Text"
     fields = (
         (
             "key",
             "sc:Text",
-            "The item's key.",
+            "The sample's key.",
             {"fileProperty": "filename"},
             {"transform": {"regex": "^(.*/)?([^/.]+)"}},
         ),
-        ("content", kind, f"What KEY.{ending} holds.", {"fileProperty": "content"}, {}),
+        ("content", modality, f"What KEY.{ending} holds.", {"fileProperty": "content"}, {}),
     )
     return {
         "@type": "cr:RecordSet",

@@ -33,12 +33,12 @@ class Media:
     def __init__(self, picture: int, sound: int):
         self.picture, self.sound, self.known = picture, sound, {}
 
-    def uri(self, kind: str, extensions: tuple, raw: dict) -> str:
+    def uri(self, modality: str, extensions: tuple, raw: dict) -> str:
         data = next(raw[ending] for ending in extensions if ending in raw)
-        if (kind, data) not in self.known:
-            mime, small = self._image(data) if kind == "image" else self._audio(data)
-            self.known[kind, data] = f"data:{mime};base64,{base64.b64encode(small).decode()}"
-        return self.known[kind, data]
+        if (modality, data) not in self.known:
+            mime, small = self._image(data) if modality == "image" else self._audio(data)
+            self.known[modality, data] = f"data:{mime};base64,{base64.b64encode(small).decode()}"
+        return self.known[modality, data]
 
     def _image(self, data: bytes) -> tuple[str, bytes]:
         from PIL import Image
@@ -81,7 +81,7 @@ STYLE = {
 
 
 def inline(svg: str, prefix: str, said: str) -> Markup:
-    """matplotlib's SVG as a part of a page: ids of its own, the page's colours, a title, as wide as there is room."""
+    """matplotlib's SVG as a part of a page: ids of its own, the page's colors, a title, as wide as there is room."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
@@ -91,6 +91,6 @@ def inline(svg: str, prefix: str, said: str) -> Markup:
     box = re.search(r'viewBox="[^"]*"', head[0])[0]
     start = f'<svg {box} role="img" aria-labelledby="{prefix}-title"><title id="{prefix}-title">{escape(said)}</title>'
     svg = start + svg[head.end() :]
-    for stands, colour in ((INK, "currentColor"), *((c, f"var(--line{i})") for i, c in enumerate(LINES))):
-        svg = svg.replace(stands, colour)
+    for stands, color in ((INK, "currentColor"), *((c, f"var(--line{i})") for i, c in enumerate(LINES))):
+        svg = svg.replace(stands, color)
     return Markup(svg)  # matplotlib has escaped its texts

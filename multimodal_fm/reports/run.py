@@ -26,14 +26,14 @@ from .. import __version__
 from ..config import Evaluation
 from ..corpus.fields import lookup
 from ..corpus.storage import put
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 from ..evals import retrieval
 from ..evals.embed_corpus import Encoded, things_in
 from ..evals.run import evaluate, render, table
 from ..model import Model, load
 from ..run_dir import checkpoint
+from ..run_dir.records import Skipped, rows_of
 from ..tokenizers.text import USUAL_FIELDS
-from ..train.monitor import Skipped, rows_of
 from . import page
 from .page import DASHES, LINES, STYLE, Media, inline
 
@@ -48,14 +48,14 @@ FITS = ((6, 30_000, 300_000), (6, 10_000, 40_000), (3, 10_000, 40_000))  # queri
 def write(run: str | Path, device: str = "auto") -> Path:
     """Measure the run's newest checkpoint and write RUN/report.html, RUN/evaluation.json and RUN/config.yaml.
 
-    Prints each table, then the page's path and three commands to try. Raises BadInput where the run's configuration has
+    Prints each table, then the page's path and three commands to try. Raises UserError where the run's configuration has
     no `evaluate`.
     """
     run = Path(run)
     folder = checkpoint.newest(run)
     model = load(folder, device=device)
     if not model.evaluations:
-        raise BadInput(f"{run}: its config has no `evaluate`, so nothing to report on; try `mmfm evaluate` with --on")
+        raise UserError(f"{run}: its config has no `evaluate`, so nothing to report on; try `mmfm evaluate` with --on")
     measured = {}
     for name, evaluation in model.evaluations.items():
         figures, encoded = measured[name] = evaluate(model, evaluation)
@@ -112,7 +112,7 @@ def _section(name: str, model: Model, figures: dict, encoded: Encoded, count: in
         "evaluation": evaluation,
         "on": [evaluation.on] if isinstance(evaluation.on, str) else evaluation.on,
         "count": len(encoded.held),
-        "kinds": {kind: len(things.raw) for kind, things in encoded.things.items()},
+        "modalities": {modality: len(things.raw) for modality, things in encoded.things.items()},
         "gallery": gallery(model, encoded, evaluation, count, media),
         "retrieval": table(found) if found else [],
         "bars": [(row[0], found[key]) for row, key in zip(table(found)[1:], _tens(found), strict=True)],
@@ -135,7 +135,7 @@ def facts(model: Model, rows: list[dict], step: int) -> dict[str, str]:
     cuda = model.device.type == "cuda"
     found = {
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
-        "kinds": ", ".join(model.kinds),
+        "modalities": ", ".join(model.modalities),
         "steps": f"{step:,}",
     }
     if rows:
@@ -170,10 +170,10 @@ def _clock(seconds: float) -> str:
 
 def gallery(model: Model, encoded: Encoded, evaluation: Evaluation, count: int, media: Media) -> list[dict]:
     """For each direction that the data has: random queries with their nearest things, searched as the eval searches."""
-    kinds = encoded.things
-    directions = DIRECTIONS if "image" in kinds else WITHOUT_IMAGES
+    modalities = encoded.things
+    directions = DIRECTIONS if "image" in modalities else WITHOUT_IMAGES
     shown = []
-    for ask, answer in (pair for pair in directions if pair[0] in kinds and pair[1] in kinds):
+    for ask, answer in (pair for pair in directions if pair[0] in modalities and pair[1] in modalities):
         pool = _pool(encoded, evaluation, ask, answer)
         drawn = random.Random(f"{SEED} {ask} {answer}").sample(pool, min(count, len(pool)))
         if drawn:
@@ -183,26 +183,26 @@ def gallery(model: Model, encoded: Encoded, evaluation: Evaluation, count: int, 
 
 
 def _pool(encoded: Encoded, evaluation: Evaluation, ask: str, answer: str) -> list[tuple]:
-    """All queries that have a right answer: the thing, its groups, its gallery's things with theirs, its items."""
+    """All queries that have a right answer: the thing, its groups, its gallery's things with theirs, its samples."""
     pool = []
-    for items in retrieval.shares(encoded, evaluation.within):
-        asks = retrieval.grouped(encoded, evaluation.group, ask, items)
-        answers = retrieval.grouped(encoded, evaluation.group, answer, items)
+    for samples in retrieval.shares(encoded, evaluation.within):
+        asks = retrieval.grouped(encoded, evaluation.group, ask, samples)
+        answers = retrieval.grouped(encoded, evaluation.group, answer, samples)
         known = set().union(*answers.values())
-        pool += [(thing, groups, answers, set(items)) for thing, groups in asks.items() if groups & known]
+        pool += [(thing, groups, answers, set(samples)) for thing, groups in asks.items() if groups & known]
     return pool
 
 
-def _query(model, encoded, evaluation, ask, answer, media, thing, groups, answers, items) -> dict:
+def _query(model, encoded, evaluation, ask, answer, media, thing, groups, answers, samples) -> dict:
     """One query with its nearest answers and the rank of its first right one; ties count against it, as in the eval."""
     scores = encoded.things[answer].vectors[list(answers)].double() @ encoded.things[ask].vectors[thing].double()
     scored = zip(scores.tolist(), answers, strict=True)
     ranked = sorted((-score, bool(answers[t] & groups), t) for score, t in scored)
 
-    def show(kind: str, t: int) -> dict:
-        holders = [item for item in encoded.things[kind].items[t] if item in items]
-        item = next((i for i in holders if encoded.groups(i, evaluation.group) & groups), holders[0])
-        return _show(model, encoded, kind, t, item, media)
+    def show(modality: str, t: int) -> dict:
+        holders = [sample for sample in encoded.things[modality].samples[t] if sample in samples]
+        sample = next((i for i in holders if encoded.groups(i, evaluation.group) & groups), holders[0])
+        return _show(model, encoded, modality, t, sample, media)
 
     return {
         "query": show(ask, thing),
@@ -212,27 +212,27 @@ def _query(model, encoded, evaluation, ask, answer, media, thing, groups, answer
     }
 
 
-def _show(model: Model, encoded: Encoded, kind: str, thing: int, item: int, media: Media) -> dict:
+def _show(model: Model, encoded: Encoded, modality: str, thing: int, sample: int, media: Media) -> dict:
     """A thing for the page: its text or caption, and the picture or sound."""
-    raw = encoded.things[kind].raw[thing]
-    text = raw if kind == "text" else _caption(model, encoded, item)
-    source = "" if kind == "text" else media.uri(kind, model.tokenizers[kind].module.extensions, raw)
-    return {"kind": kind, "text": text, "language": _language(encoded.rows[item], text), "source": source}
+    raw = encoded.things[modality].raw[thing]
+    text = raw if modality == "text" else _caption(model, encoded, sample)
+    source = "" if modality == "text" else media.uri(modality, model.tokenizers[modality].extensions, raw)
+    return {"modality": modality, "text": text, "language": _language(encoded.rows[sample], text), "source": source}
 
 
-def _caption(model: Model, encoded: Encoded, item: int) -> str:
-    """The item's first text, whether or not the evaluation reads texts; its key where it has none."""
-    texts = encoded.texts(item)
+def _caption(model: Model, encoded: Encoded, sample: int) -> str:
+    """The sample's first text, whether or not the evaluation reads texts; its key where it has none."""
+    texts = encoded.texts(sample)
     if not texts and "text" in model.tokenizers:
         try:
-            texts = things_in(model.tokenizers["text"], encoded.corpus.raw(item))
-        except Lost:
+            texts = things_in(model.tokenizers["text"], encoded.corpus.raw(sample))
+        except SampleError:
             texts = []
-    return next((text for text in texts if isinstance(text, str)), encoded.key(item))
+    return next((text for text in texts if isinstance(text, str)), encoded.key(sample))
 
 
 def _language(row: dict, text: str) -> str:
-    """The text's language as far as the item's JSON says: by its key in a map of texts, or by a field."""
+    """The text's language as far as the sample's JSON says: by its key in a map of texts, or by a field."""
     for name in USUAL_FIELDS:
         if isinstance(row.get(name), dict):
             tags = dict.fromkeys(re.split("[_@-]", tag)[0] for tag, value in row[name].items() if value == text)
@@ -269,13 +269,13 @@ def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
     with matplotlib.rc_context(STYLE):
         figure = Figure((3.7, 2.1), layout="constrained")
         axes = figure.subplots()
-        for name, colour, dash in zip(names, LINES * len(names), DASHES * len(names)):
+        for name, color, dash in zip(names, LINES * len(names), DASHES * len(names)):
             values = np.array([row.get(name, math.nan) for row in rows], dtype=float)
             line = values if name == "lr" else smooth(values)
             if len(names) == 1:
-                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             label = name.rpartition("/")[2].removesuffix("_accuracy").replace("_", " – ")
-            axes.plot(steps, line, dash, color=colour, linewidth=1.6, label=label)
+            axes.plot(steps, line, dash, color=color, linewidth=1.6, label=label)
             last.append(_tick(line[-1]) if len(names) == 1 else f"{label} {_tick(line[-1])}")
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7)
@@ -320,9 +320,9 @@ def _config(run: Path, folder: Path) -> str:
     """The checkpoint's configuration as YAML, its run and its tokenizers' files where they now lie."""
     data = checkpoint.read_data(folder, "config")
     data["run"] = str(run)
-    for kind, settings in data["tokenizers"].items():
+    for modality, settings in data["tokenizers"].items():
         if settings.get("file"):
-            places = (checkpoint.tokenizer_file(where, kind, settings["file"]) for where in (run, folder))
+            places = (checkpoint.tokenizer_file(where, modality, settings["file"]) for where in (run, folder))
             settings["file"] = str(next((place for place in places if place.exists()), settings["file"]))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
@@ -339,17 +339,17 @@ def commands(run: Path, folder: Path, model: Model, measured: dict) -> list[str]
         if (value := getattr(evaluation, flag))
         for part in (f"--{flag}", value)
     ]
-    kinds = ["--parts", *evaluation.parts] if evaluation.parts else []
+    modalities = ["--modalities", *evaluation.modalities] if evaluation.modalities else []
     settings = checkpoint.read_data(folder, "config")
     step = checkpoint.read_data(folder, "state")["step"]
     on = [] if step < settings["steps"] else [f"steps={2 * step}"]
     python = f"from multimodal_fm.model import load; print(load({str(run)!r}))"
     tries = [
-        [program, "evaluate", str(run), "--on", *shards, *where, *flags, *kinds],
+        [program, "evaluate", str(run), "--on", *shards, *where, *flags, *modalities],
         [program, "pretrain", f"{run}/config.yaml", *on, "--resume"],
         [shlex.quote(_near(sys.executable)), "-c", python],
     ]
-    if "text" in model.kinds:
+    if "text" in model.modalities:
         word = _caption(model, encoded, random.Random(SEED).randrange(len(encoded.held)))
         word = " ".join(word[:60].encode("utf-8", "replace").decode().split())
         tries.insert(0, [program, "search", str(run), "--in", *shards, *where, "--", word])

@@ -1,6 +1,6 @@
 """Checkpoints: a folder that is published whole or not at all, without a pickle in it.
 
-`RUN/checkpoints/step-00000100/`: model.safetensors, ema.safetensors, optimiser.safetensors, state.json, config.json,
+`RUN/checkpoints/step-00000100/`: model.safetensors, ema.safetensors, optimizer.safetensors, state.json, config.json,
 the tokenizers' files, and MANIFEST.json with the size and SHA-256 of each. It is written beside, synced and renamed.
 """
 
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import BadInput
+from ..errors import UserError
 
 MANIFEST = "MANIFEST.json"
 
@@ -27,25 +27,25 @@ def folder_of(run: str | Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
-def tokenizer_file(folder: str | Path, kind: str, file: str) -> Path:
-    """Where a run's folder, or a checkpoint's, keeps the file of the tokenizer of a kind."""
-    return Path(folder) / f"tokenizer-{kind}{Path(file).suffix}"
+def tokenizer_file(folder: str | Path, modality: str, file: str) -> Path:
+    """Where a run's folder, or a checkpoint's, keeps the file of the tokenizer of a modality."""
+    return Path(folder) / f"tokenizer-{modality}{Path(file).suffix}"
 
 
 def save(
     folder: Path, tensors: dict[str, dict[str, torch.Tensor]], data: dict[str, dict], files: dict[str, str]
 ) -> Path:
     """Publish `folder`: each of `tensors` as NAME.safetensors, each of `data` as NAME.json, copies of the tokenizers'
-    `files` by kind.
+    `files` by modality.
 
-    Raises BadInput where it cannot be written, as on a full disk; what was there before is left as it was.
+    Raises UserError where it cannot be written, as on a full disk; what was there before is left as it was.
     """
     try:
         return _save(folder, tensors, data, files)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", "") or str(error)
         mend = "make room, and --resume goes on from the last one that is whole"
-        raise BadInput(f"{folder}: the checkpoint cannot be written: {said}; {mend}") from None
+        raise UserError(f"{folder}: the checkpoint cannot be written: {said}; {mend}") from None
 
 
 def _save(
@@ -59,8 +59,8 @@ def _save(
             save_file({k: v.detach().contiguous() for k, v in values.items()}, work / f"{name}.safetensors")
         for name, value in data.items():
             (work / f"{name}.json").write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-        for kind, file in files.items():
-            shutil.copyfile(file, tokenizer_file(work, kind, file))
+        for modality, file in files.items():
+            shutil.copyfile(file, tokenizer_file(work, modality, file))
         listing = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps(listing, indent=1), encoding="utf-8")
         for path in (*work.iterdir(), work):
@@ -113,20 +113,20 @@ def _warn(text: str) -> None:
 
 
 def newest(run: str | Path, warn=_warn) -> Path:
-    """The newest checkpoint that is whole; damaged ones are named and passed over. Raises BadInput."""
+    """The newest checkpoint that is whole; damaged ones are named and passed over. Raises UserError."""
     run = Path(run)
     try:
         found = [run] if (run / MANIFEST).exists() else steps(run)  # a checkpoint's own folder, or a run's
         if not run.is_dir():
-            raise BadInput(f"{run}: no such run folder")
+            raise UserError(f"{run}: no such run folder")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{str(run)[:80]}: {getattr(error, 'strerror', error)}") from None
+        raise UserError(f"{str(run)[:80]}: {getattr(error, 'strerror', error)}") from None
     for folder in reversed(found):
         wrong = verify(folder)
         if not wrong:
             return folder
         warn(f"warning: {wrong}; trying the checkpoint before it")
-    raise BadInput(f"{run}: no {'whole ' if found else ''}checkpoint in it")
+    raise UserError(f"{run}: no {'whole ' if found else ''}checkpoint in it")
 
 
 def retain(run: str | Path, keep: int) -> None:
@@ -145,20 +145,20 @@ def read_data(folder: Path, name: str) -> dict:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def optimiser_tensors(optimisers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """All state of the optimisers as named tensors."""
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """All state of the optimizers as named tensors."""
     tensors = {}
-    for place, optimiser in enumerate(optimisers):
-        for index, state in optimiser.state_dict()["state"].items():
+    for place, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 tensors[f"{place}.{index}.{name}"] = torch.as_tensor(value)
     return tensors
 
 
-def restore_optimisers(optimisers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
-    states = [{} for _ in optimisers]
+def restore_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    states = [{} for _ in optimizers]
     for path, value in tensors.items():
         place, index, name = path.split(".", 2)
         states[int(place)].setdefault(int(index), {})[name] = value
-    for optimiser, state in zip(optimisers, states, strict=True):
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,17 +9,17 @@ from ..model import Model
 
 
 def search(model: Model, given: dict, shards: list[str], where: dict[str, str], top: int = 5) -> None:
-    """Print the `top` nearest things of every kind to the one thing given, with their items."""
-    query = next(iter(model.embed(**{kind: [value] for kind, value in given.items()}).values()))[0].cpu()
+    """Print the `top` nearest things of every modality to the one thing given, with their samples."""
+    query = next(iter(model.embed(**{modality: [value] for modality, value in given.items()}).values()))[0].cpu()
     encoded = encode(model, Corpus(Source(shards, where=where), "in"))
-    for kind, things in encoded.things.items():
+    for modality, things in encoded.things.items():
         scores, found = (things.vectors @ query).topk(min(top, len(things.raw)))
-        print(f"\n{kind}")
+        print(f"\n{modality}")
         for score, thing in zip(scores.tolist(), found.tolist(), strict=True):
-            item = things.items[thing][0]
-            text = things.raw[thing] if kind == "text" else next(iter(encoded.texts(item)), "")
-            more = f"  (and {len(things.items[thing]) - 1} more)" if len(things.items[thing]) > 1 else ""
-            print(f"  {score:6.3f}  {encoded.key(item)}  {_short(text)}{more}")
+            sample = things.samples[thing][0]
+            text = things.raw[thing] if modality == "text" else next(iter(encoded.texts(sample)), "")
+            more = f"  (and {len(things.samples[thing]) - 1} more)" if len(things.samples[thing]) > 1 else ""
+            print(f"  {score:6.3f}  {encoded.key(sample)}  {_short(text)}{more}")
 
 
 def _short(text: str, most: int = 80) -> str:

@@ -1,4 +1,4 @@
-"""Which items are being read right now, so that a decoder that ends the program can be told by its item."""
+"""Which samples are being read right now, so that a decoder that ends the program can be told by its sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..corpus.shards import Corpus
 
 
 class Journal:
-    """Which items are being read right now, so that a decoder that ends the program can be told by its item.
+    """Which samples are being read right now, so that a decoder that ends the program can be told by its sample.
 
     A file with a slot for each reader, mapped into memory; writing to it outlives the process. `faulthandler` says
     beside it whether the program was ended by a fault of its own or by somebody else.
@@ -28,7 +28,7 @@ class Journal:
         self.times: collections.Counter[str] = collections.Counter()
         self.told: list[str] = []  # lines for a person
         if self.rows.exists():
-            self.times.update(row["item"] for row in map(json.loads, self.rows.read_bytes().splitlines()))
+            self.times.update(row["sample"] for row in map(json.loads, self.rows.read_bytes().splitlines()))
         if self.trace.exists() and self.trace.stat().st_size:
             self.blame(self._slots())
             self.told.append(f"the run before was ended by a fault while it read: {self.named(self._slots())}")
@@ -68,8 +68,8 @@ class Journal:
         return self._local.slot * self.SLOT
 
     def note(self, corpus: Corpus, index: int) -> None:
-        """This thread, or worker process, begins to read an item."""
-        text = _item(corpus, index).encode()
+        """This thread, or worker process, begins to read a sample."""
+        text = _sample(corpus, index).encode()
         place = self._place()
         self._map[place : place + len(text) + 1] = text + b"\0"
 
@@ -84,27 +84,27 @@ class Journal:
         return [text for i, text in enumerate(texts) if text and which in (None, i)]
 
     @staticmethod
-    def named(items: list[str]) -> str:
-        return ", ".join(item.replace("\t", " ") for item in items) or "no item that could be told"
+    def named(samples: list[str]) -> str:
+        return ", ".join(sample.replace("\t", " ") for sample in samples) or "no sample that could be told"
 
-    def blame(self, items: list[str]) -> None:
+    def blame(self, samples: list[str]) -> None:
         """Write down that the program ended while these were read."""
         with open(self.rows, "a", encoding="utf-8") as file:
-            for item in items:
-                self.times[item] += 1
-                file.write(json.dumps({"item": item, "times": self.times[item]}) + "\n")
+            for sample in samples:
+                self.times[sample] += 1
+                file.write(json.dumps({"sample": sample, "times": self.times[sample]}) + "\n")
 
     def blame_worker(self, worker: int) -> list[str]:
-        items = self._slots(worker)
-        self.blame(items)
-        return items
+        samples = self._slots(worker)
+        self.blame(samples)
+        return samples
 
     def blocks(self, corpus: Corpus, index: int) -> bool:
-        """Whether reading the item ended the program twice."""
-        return bool(self.times) and self.times[_item(corpus, index)] >= 2
+        """Whether reading the sample ended the program twice."""
+        return bool(self.times) and self.times[_sample(corpus, index)] >= 2
 
 
-def _item(corpus: Corpus, index: int) -> str:
-    """The item's full name, or of a very long one the end, which tells it from others best."""
+def _sample(corpus: Corpus, index: int) -> str:
+    """The sample's full name, or of a very long one the end, which tells it from others best."""
     name = f"{corpus.name}\t{corpus.shard(index)}\t{corpus.key(index)}"
     return name.encode()[1 - Journal.SLOT :].decode(errors="ignore")

@@ -1,8 +1,8 @@
-"""The order of the stream: which item is read when. A pure function of (seed, phases, position), reached at once.
+"""The order of the stream: which sample is read when. A pure function of (seed, phases, position), reached at once.
 
-Each section has its own sequence of positions 0, 1, 2, ...; step s takes `[s * take, (s + 1) * take)` of it. A block of
+Each task has its own sequence of positions 0, 1, 2, ...; step s takes `[s * batch_size, (s + 1) * batch_size)` of it. A block of
 `BLOCK` positions is shared out among the sources by their weights, exactly, in pseudo-random order; within a source
-every epoch is a pseudo-random permutation of its items (a Feistel network, so that there is nothing to keep in memory
+every epoch is a pseudo-random permutation of its samples (a Feistel network, so that there is nothing to keep in memory
 or to save). Where the weights change a new *phase* begins, in which each source goes on from where it was.
 """
 
@@ -23,7 +23,7 @@ _FULL = 2**64 - 1
 
 
 def mix(*words: int) -> int:
-    """A well-mixed 64-bit number of the words (the finaliser of splitmix64, Steele et al. 2014)."""
+    """A well-mixed 64-bit number of the words (the finalizer of splitmix64, Steele et al. 2014)."""
     state = 0
     for word in words:
         state = (state + word + _STEP) & _FULL
@@ -63,10 +63,10 @@ def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def place_of(item: int, size: int, key: int) -> int:
-    """The place that `permute` sends to `item`: the network backwards."""
+def place_of(sample: int, size: int, key: int) -> int:
+    """The place that `permute` sends to `sample`: the network backwards."""
     half, low, keys = _network(size, key)
-    found = np.array([item], dtype=np.uint64)
+    found = np.array([sample], dtype=np.uint64)
     while True:
         left, right = found >> half, found & low
         for round_key in reversed(keys):
@@ -82,10 +82,10 @@ def _network(size: int, key: int) -> tuple[np.uint64, np.uint64, list[int]]:
 
 
 def shuffle(places: np.ndarray, size: int, chunk: int, key: int) -> np.ndarray:
-    """The items (N,) at `places` (N,) of one epoch over `size` items, each item at one place.
+    """The samples (N,) at `places` (N,) of one epoch over `size` samples, each sample at one place.
 
-    With chunk 1 any item may stand anywhere. Else runs of `chunk` neighbours are permuted, the short last one among
-    them, and the items of `WINDOW` places among themselves: what is read at a time lies in few ranges of the shards.
+    With chunk 1 any sample may stand anywhere. Else runs of `chunk` neighbours are permuted, the short last one among
+    them, and the samples of `WINDOW` places among themselves: what is read at a time lies in few ranges of the shards.
     """
     if chunk == 1:
         return permute(places, size, key)
@@ -131,13 +131,13 @@ class Draws:
     position: np.ndarray
     source: np.ndarray  # which of the mixture's
     epoch: np.ndarray  # how many times the source has been gone through before
-    item: np.ndarray
+    sample: np.ndarray
 
 
 class Mixture:
-    """The stream of one section.
+    """The stream of one task.
 
-    phases: (first position, weight of each source), in order; there is nothing before the first. drawn: how many items
+    phases: (first position, weight of each source), in order; there is nothing before the first. drawn: how many samples
     of each source were read before it.
     """
 
@@ -162,7 +162,7 @@ class Mixture:
         return source, rank
 
     def drawn(self, position: int) -> np.ndarray:
-        """How many items of each source stand before `position`."""
+        """How many samples of each source stand before `position`."""
         phase = max(int(np.searchsorted(self.starts, position, "left")) - 1, 0)
         block, place = divmod(position - int(self.starts[phase]), BLOCK)
         before = self._drawn[phase] + block * np.array(self.shares[phase])
@@ -192,13 +192,13 @@ class Mixture:
             drawn[here] = base[whose[place]] + rank[place]
         sizes = np.array([one.size for one in self.sources])
         epoch, place = np.divmod(drawn, sizes[source])
-        item = np.empty_like(place)
+        sample = np.empty_like(place)
         for which, turn in dict.fromkeys(zip(source.tolist(), epoch.tolist(), strict=True)):
             here = (source == which) & (epoch == turn)
             own = self.sources[which]
-            item[here] = shuffle(place[here], own.size, own.chunk, mix(self.seed, number(own.name), turn))
-        return Draws(positions, source, epoch, item)
+            sample[here] = shuffle(place[here], own.size, own.chunk, mix(self.seed, number(own.name), turn))
+        return Draws(positions, source, epoch, sample)
 
     def substitute(self, source: int, position: int, attempt: int) -> int:
-        """Another item of the same source, for a position whose own cannot be used."""
+        """Another sample of the same source, for a position whose own cannot be used."""
         return mix(self.seed, position, attempt) % self.sources[source].size

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from ..corpus.index import Refused
 from ..corpus.shards import Corpus
-from ..errors import Lost
+from ..errors import SampleError
 
 
-def ledger_row(corpus: Corpus, index: int, part: str, error: Lost, step: int | None) -> dict:
+def ledger_row(corpus: Corpus, index: int, part: str, error: SampleError, step: int | None) -> dict:
     return {
         "source": corpus.name,
         "shard": corpus.shard(index),
@@ -36,7 +36,7 @@ def strict_line(row: dict) -> str:
 class Bad:
     """Counts how much of each source is bad, and says when it is too much.
 
-    Fewer than `LEAST` bad items say little. Until the whole source has been seen, what counts is the lower end of an
+    Fewer than `LEAST` bad samples say little. Until the whole source has been seen, what counts is the lower end of an
     interval around the share (Wilson 1927, four standard errors).
     """
 
@@ -44,20 +44,20 @@ class Bad:
 
     def __init__(self, limit: float, corpora: dict[str, Corpus], lost: Iterable[dict]):
         self.limit, self.corpora = limit, corpora
-        self.items: dict[str, set[int]] = {name: set() for name in corpora}  # a number each, which take little room
+        self.samples: dict[str, set[int]] = {name: set() for name in corpora}  # a number each, which take little room
         self.add(row for row in lost if row["step"])
 
     def add(self, lost: Iterable[dict]) -> None:
         for row in lost:
-            self.items[row["source"]].add(hash((row["shard"], row["key"])))
+            self.samples[row["source"]].add(hash((row["shard"], row["key"])))
 
     def line(self, drawn: dict[str, int]) -> str:
-        """What a run that must end says; empty where it may go on. drawn: items read so far, by source."""
+        """What a run that must end says; empty where it may go on. drawn: samples read so far, by source."""
         for name, corpus in self.corpora.items():
             refused = sum(one.head["refused_count"] for one in corpus.indexes)
             seen = min(len(corpus), drawn.get(name, 0))
-            bad = len(self.items[name])
-            for count, of, what in ((refused, len(corpus) + refused, "parts refused"), (bad, seen, "items bad")):
+            bad = len(self.samples[name])
+            for count, of, what in ((refused, len(corpus) + refused, "parts refused"), (bad, seen, "samples bad")):
                 if (
                     count >= self.LEAST
                     and count > self.limit * of

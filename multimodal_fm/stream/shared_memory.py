@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import UserError
 from .dataset import Step, Steps
 
 ALIGNED = 64  # bytes
@@ -46,7 +46,7 @@ class Shelves(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> bytes:
         try:
             return self._put(step)
-        except BadInput as error:  # PyTorch would make it a traceback
+        except UserError as error:  # PyTorch would make it a traceback
             return pickle.dumps(error)
 
     def _put(self, step: int) -> bytes:
@@ -66,7 +66,7 @@ class Shelves(torch.utils.data.Dataset):
     def taken(self, parcel: bytes) -> Step:
         """The step. Raises what the worker raised for bad input."""
         found = pickle.loads(parcel)
-        if isinstance(found, BadInput):
+        if isinstance(found, UserError):
             raise found
         (step, places, where, end), data = found, None
         if where is not None:

@@ -1,4 +1,4 @@
-"""What the config's sections become: the stream that feeds them, the tokenizers that learn, the losses' weights."""
+"""What the config's tasks become: the stream that feeds them, the tokenizers that learn, the losses' weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from ..config import Config, Plugin
 from ..corpus.shards import Corpus
-from ..train.parallel import ALONE, Ranks
+from ..tokenizers.base import Tokenizer
 from .crash_log import Journal
-from .dataset import Section, Steps
+from .dataset import Steps, Task
 from .mixture import permute
 
 
@@ -30,52 +30,53 @@ START = Origin()
 def steps_of(
     config: Config,
     corpora: dict[str, Corpus],
-    ranks: Ranks = ALONE,
+    rank: int = 0,
+    ranks: int = 1,
     origin: Origin = START,
     journal: Journal | None = None,
     tokenizers: bool = True,
 ) -> Steps:
     """The config's stream. tokenizers False: they are not there yet, and only the sources are looked at."""
-    sections = sections_of(config, corpora, origin)
+    tasks = tasks_of(config, corpora, origin)
     if not tokenizers:
-        sections = [dataclasses.replace(section, by="item") for section in sections]
+        tasks = [dataclasses.replace(task, by="sample") for task in tasks]
     return Steps(
-        sections,
+        tasks,
         config.tokenizers,
         config.seed,
         config.microbatches,
         config.round_to,
-        ranks.rank,
-        ranks.size,
+        rank,
+        ranks,
         journal,
     )
 
 
-def sections_of(config: Config, corpora: dict[str, Corpus], origin: Origin = START) -> list[Section]:
+def tasks_of(config: Config, corpora: dict[str, Corpus], origin: Origin = START) -> list[Task]:
     found = []
-    for name, section in config.sections.items():
-        phases = section.phases()
+    for name, task in config.tasks.items():
+        phases = task.phases()
         now = [weights for step, weights in phases if step <= origin.step][-1]
         later = [(step, weights) for step, weights in phases if step > origin.step]
         found.append(
-            Section(
+            Task(
                 name,
-                section.take,
-                section.parts,
-                [corpora[source] for source in section.sources],
+                task.batch_size,
+                task.modalities,
+                [corpora[source] for source in task.sources],
                 [(step, list(weights.values())) for step, weights in ((origin.step, now), *later)],
-                _Arrange(section.objective),
-                section.by,
-                section.temperature,
-                any(getattr(o.module.Objective, "whole_step", False) for o in _objectives(section)),
-                [origin.drawn.get(name, {}).get(source, 0) for source in section.sources],
+                _Arrange(task.objective),
+                task.by,
+                task.temperature,
+                any(getattr(o.module.Objective, "whole_step", False) for o in _objectives(task)),
+                [origin.drawn.get(name, {}).get(source, 0) for source in task.sources],
             )
         )
     return found
 
 
-def _objectives(section) -> list[Plugin]:
-    return [section.objective, *(also.objective for also in section.also.values())]
+def _objectives(task) -> list[Plugin]:
+    return [task.objective, *(also.objective for also in task.also.values())]
 
 
 class _Arrange:
@@ -84,35 +85,34 @@ class _Arrange:
     def __init__(self, objective: Plugin):
         self.objective = objective
 
-    def __call__(self, item, generator):
-        return self.objective.module.arrange(self.objective.settings, item, generator)
+    def __call__(self, sample, generator):
+        return self.objective.module.arrange(self.objective.settings, sample, generator)
 
 
 def weights_of(config: Config) -> dict[str, float]:
     """The weight of each objective, by the name it has in the model and the metrics."""
     weights = {}
-    for name, section in config.sections.items():
-        weights[name] = section.weight
-        weights |= {f"{name}+{other}": also.weight for other, also in section.also.items()}
+    for name, task in config.tasks.items():
+        weights[name] = task.weight
+        weights |= {f"{name}+{other}": also.weight for other, also in task.also.items()}
     return weights
 
 
-def fit(config: Config, corpora: dict[str, Corpus], run: Path) -> dict[str, Plugin]:
-    """Let the tokenizers that learn (BPE) learn from the training data of the sections that read them."""
+def fit(config: Config, corpora: dict[str, Corpus], run: Path) -> dict[str, Tokenizer]:
+    """Let the tokenizers that learn (BPE) learn from the training data of the tasks that read them."""
     fitted = {}
-    for kind, tokenizer in config.tokenizers.items():
-        readers = [s for s in config.sections.values() if kind in s.parts]
-        if hasattr(tokenizer.module, "fit") and not tokenizer.settings.file and readers:
-            names = dict.fromkeys(name for section in readers for name in section.sources)
-            raws = _shuffled([corpora[name] for name in names], config.seed, tokenizer.module.extensions)
-            settings = tokenizer.module.fit(tokenizer.settings, raws, run / f"tokenizer-{kind}")
-            tokenizer = dataclasses.replace(tokenizer, settings=settings)
-        fitted[kind] = tokenizer
+    for modality, tokenizer in config.tokenizers.items():
+        readers = [s for s in config.tasks.values() if modality in s.modalities]
+        if tokenizer.learns and readers:
+            names = dict.fromkeys(name for task in readers for name in task.sources)
+            raws = _shuffled([corpora[name] for name in names], config.seed, tokenizer.extensions)
+            tokenizer = tokenizer.fit(raws, run / f"tokenizer-{modality}")
+        fitted[modality] = tokenizer
     return fitted
 
 
 def _shuffled(corpora: list[Corpus], seed: int, endings: tuple):
-    """The wanted members of all items, in an order that mixes the corpora."""
+    """The wanted members of all samples, in an order that mixes the corpora."""
     bounds = np.cumsum([0, *map(len, corpora)])
     for start in range(0, int(bounds[-1]), 4096):
         for place in permute(np.arange(start, min(start + 4096, bounds[-1])), int(bounds[-1]), seed):

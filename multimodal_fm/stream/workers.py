@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import BadInput
+from ..errors import UserError
 from .crash_log import Journal
 from .dataset import Steps
 from .shared_memory import Shelves
@@ -104,7 +104,7 @@ class Loader:
                 reading += self.steps.journal.blame_worker(worker)
         names = Journal.named(reading)
         if deaths > RESTARTS:
-            raise BadInput(f"step {step + 1}: its reader ended {deaths} times (exit {codes[0]}) at {names}") from error
+            raise UserError(f"step {step + 1}: its reader ended {deaths} times (exit {codes[0]}) at {names}") from error
         print(f"step {step + 1}: a reader ended (exit {codes[0]}) at {names}; started again", flush=True)
 
     def _data_loader(self, shelves: Shelves, start: int):
@@ -122,7 +122,7 @@ class Loader:
 
 
 def _started(loader: torch.utils.data.DataLoader):
-    """An iterator of the loader, whose workers run. Raises BadInput where the system refuses one of them."""
+    """An iterator of the loader, whose workers run. Raises UserError where the system refuses one of them."""
     others = set(torch.multiprocessing.active_children())
     try:
         return iter(loader)
@@ -137,7 +137,7 @@ def _started(loader: torch.utils.data.DataLoader):
             child.kill()
             child.join()
         why = getattr(error, "strerror", None) or error
-        raise BadInput(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
+        raise UserError(f"readers=processes: they cannot be started: {why}; take readers=threads") from None
 
 
 class _Deaths:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import Lost
+from ..errors import SampleError
 from ..tokens import Tokens, sequence_of
+from . import base
 
-extensions = ("flac", "wav", "ogg", "mp3")
+EXTENSIONS = ("flac", "wav", "ogg", "mp3")
 
 
 @dataclass
@@ -53,34 +54,10 @@ class Config:
         return self.limit // (self.bands // self.high) * self.frames * self.hop
 
 
-def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
-    """Sequences of log-mel patches, content (N, frames * high) float32, position (time, band, 0).
-
-    raw: the item's members, a path, bytes, or (waveform (T,) or (C, T), rate). With a generator one random window, else
-    the windows that cover the sound. Raises Lost.
-    """
-    raw = next((raw[e] for e in extensions if e in raw), None) if isinstance(raw, dict) else raw
-    if raw is None:
-        return []
-    rate, total, take = _opened(config, raw)
-    if generator is None:
-        whole = -(-total * config.rate // rate)
-        starts = range(0, min(whole, config.windows * config.samples), config.samples)
-        waves = [_wave(config, rate, take, start, config.samples) for start in starts]
-        if len(waves) > 1 and len(waves[-1]) < config.frames * config.hop:
-            waves.pop()  # less than a patch is left over
-        return [_patches(config, wave) for wave in waves]
-    speed, where = generator.random(), generator.random()
-    rate = round(rate * (1 + config.gain * (2 * speed - 1)))
-    whole = -(-total * config.rate // rate)
-    wave = _wave(config, rate, take, int(where * max(whole - config.samples, 0)), config.samples)
-    return [_patches(config, wave, generator)]
-
-
 def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndarray]]:
     """Samples a second, how many, and a reader of `n` mono samples from `first` on that decodes no others.
 
-    Raises Lost, where the header announces too much before anything is decoded.
+    Raises SampleError, where the header announces too much before anything is decoded.
     """
     if isinstance(raw, tuple):
         wave, rate = torch.as_tensor(raw[0], dtype=torch.float32).numpy(), int(raw[1])
@@ -91,12 +68,12 @@ def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndar
 
         if isinstance(raw, (bytes, bytearray, memoryview)):
             if len(raw) > config.bytes:
-                raise Lost("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
             raw = io.BytesIO(raw)
         try:
             file = soundfile.SoundFile(raw)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-            raise Lost("decode", str(error)[:100]) from None
+            raise SampleError("decode", str(error)[:100]) from None
         rate, total, channels = file.samplerate, file.frames, file.channels
 
         def take(first: int, n: int) -> np.ndarray:
@@ -104,7 +81,7 @@ def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndar
                 file.seek(first)
                 data = file.read(n, dtype="float32", always_2d=True)  # (T, C)
             except (soundfile.LibsndfileError, ValueError, RuntimeError) as error:
-                raise Lost("decode", str(error)[:100]) from None
+                raise SampleError("decode", str(error)[:100]) from None
             return data[:, 0] if channels == 1 else data @ np.full(channels, 1 / channels, np.float32)
 
     check_header(config, rate, total)
@@ -112,23 +89,23 @@ def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndar
 
 
 def check_header(config: Config, rate: int, total: int) -> None:
-    """Raises Lost where no sound of `total` samples, `rate` a second, may be decoded."""
+    """Raises SampleError where no sound of `total` samples, `rate` a second, may be decoded."""
     if not 100 <= rate <= 1_000_000:
-        raise Lost("decode", f"{rate} samples a second")
+        raise SampleError("decode", f"{rate} samples a second")
     if total <= 0:
-        raise Lost("empty", "no samples")
+        raise SampleError("empty", "no samples")
     if total > config.seconds * rate:
-        raise Lost("duration-limit", f"{total / rate:.0f} seconds, the limit is {config.seconds:g}")
+        raise SampleError("duration-limit", f"{total / rate:.0f} seconds, the limit is {config.seconds:g}")
 
 
 def _wave(config: Config, rate: int, take: Callable, start: int, count: int) -> Tensor:
     """At most `count` samples at the config's rate from its sample `start` on; `take` gives those at `rate`."""
     wave = take(start * rate // config.rate, -(-count * rate // config.rate))
     if not len(wave):
-        raise Lost("decode", "the header announces samples that are not there")
+        raise SampleError("decode", "the header announces samples that are not there")
     wave = torch.from_numpy(np.ascontiguousarray(wave))
     if not math.isfinite(float(wave.sum())):  # fifty times faster than to look at each
-        raise Lost("not-finite", "NaN or infinity among the samples")
+        raise SampleError("not-finite", "NaN or infinity among the samples")
     return _resample(wave, rate, config.rate)[:count]
 
 
@@ -181,7 +158,7 @@ def _transforms(rate: int, window: int, hop: int, bands: int):
 
 
 def _patches(config: Config, wave: Tensor, generator: Random | None = None) -> Tokens:
-    """log-mel of one window (at most `limit` patches), normalised over the window, cut into patches."""
+    """log-mel of one window (at most `limit` patches), normalized over the window, cut into patches."""
     span = config.frames * config.hop
     columns = max(1, min(round(len(wave) / span), config.samples // span))
     wave = F.pad(wave[: columns * span], (0, max(0, columns * span - len(wave))))
@@ -194,7 +171,7 @@ def _patches(config: Config, wave: Tensor, generator: Random | None = None) -> T
     mel = mel.clamp(min=mel.max() - 8)  # eighty decibels of range
     mel = (mel - mel.mean()) / (mel.std() + 1e-3)
     if not torch.isfinite(mel).all():
-        raise Lost("not-finite", "too loud: its spectrum overflows")
+        raise SampleError("not-finite", "too loud: its spectrum overflows")
     if generator is not None and config.blank:
         mel = _blank(config, mel, generator)
     rows = config.bands // config.high
@@ -237,7 +214,7 @@ class Embed(nn.Module):
 
 
 class Predict(nn.Module):
-    """Mean squared error a patch, each patch normalised to zero mean and unit variance: (M,)."""
+    """Mean squared error a patch, each patch normalized to zero mean and unit variance: (M,)."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -250,33 +227,71 @@ class Predict(nn.Module):
         return (self.levels(vectors).float() - target).square().mean(-1)
 
 
-def measure(data: bytes, length: int) -> tuple[int, int]:
-    """Milliseconds and samples a second, from the header."""
-    import soundfile
+class Tokenizer(base.Tokenizer):
+    Config, extensions = Config, EXTENSIONS
 
-    found = soundfile.info(io.BytesIO(data))
-    return round(1000 * found.frames / found.samplerate), found.samplerate
+    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
+        """Sequences of log-mel patches, content (N, frames * high) float32, position (time, band, 0).
 
+        raw: the sample's members, a path, bytes, or (waveform (T,) or (C, T), rate). With a generator one random window, else
+        the windows that cover the sound. Raises SampleError.
+        """
+        raw = next((raw[e] for e in EXTENSIONS if e in raw), None) if isinstance(raw, dict) else raw
+        if raw is None:
+            return []
+        rate, total, take = _opened(self.config, raw)
+        if generator is None:
+            whole = -(-total * self.config.rate // rate)
+            starts = range(0, min(whole, self.config.windows * self.config.samples), self.config.samples)
+            waves = [_wave(self.config, rate, take, start, self.config.samples) for start in starts]
+            if len(waves) > 1 and len(waves[-1]) < self.config.frames * self.config.hop:
+                waves.pop()  # less than a patch is left over
+            return [_patches(self.config, wave) for wave in waves]
+        speed, where = generator.random(), generator.random()
+        rate = round(rate * (1 + self.config.gain * (2 * speed - 1)))
+        whole = -(-total * self.config.rate // rate)
+        wave = _wave(self.config, rate, take, int(where * max(whole - self.config.samples, 0)), self.config.samples)
+        return [_patches(self.config, wave, generator)]
 
-def describe(config: Config, raw: dict) -> dict | None:
-    """Decodes all of the sound, a window at a time: its channels, seconds and rate. Raises Lost."""
-    import soundfile
+    def measure(self, data: bytes, length: int) -> tuple[int, int]:
+        """Milliseconds and samples a second, from the header."""
+        import soundfile
 
-    data = next((raw[e] for e in extensions if e in raw), None)
-    if data is None:
-        return None
-    rate, total, take = _opened(config, data)
-    whole, patch = -(-total * config.rate // rate), config.frames * config.hop
-    for start in range(0, max(whole - patch, 1), config.samples):
-        left = whole - start
-        _patches(config, _wave(config, rate, take, start, left if left <= config.samples + patch else config.samples))
-    channels = soundfile.info(io.BytesIO(data)).channels
-    return {"channels": channels, "seconds": round(total / rate, 3), "rate": rate}
+        found = soundfile.info(io.BytesIO(data))
+        return round(1000 * found.frames / found.samplerate), found.samplerate
 
+    def describe(self, raw: dict) -> dict | None:
+        """Decodes all of the sound, a window at a time: its channels, seconds and rate. Raises SampleError."""
+        import soundfile
 
-def count(config: Config, length, milliseconds, rate) -> np.ndarray:
-    """Patches (N,) of training windows of sounds of these lengths; `limit` where a length is not known."""
-    column = config.bands // config.high
-    columns = np.maximum(milliseconds * config.rate // (1000 * config.hop * config.frames), 1)
-    whole = config.limit // column * column
-    return np.where(rate > 0, np.minimum(columns * column, whole), whole)
+        data = next((raw[e] for e in EXTENSIONS if e in raw), None)
+        if data is None:
+            return None
+        rate, total, take = _opened(self.config, data)
+        whole, patch = -(-total * self.config.rate // rate), self.config.frames * self.config.hop
+        for start in range(0, max(whole - patch, 1), self.config.samples):
+            left = whole - start
+            _patches(
+                self.config,
+                _wave(
+                    self.config, rate, take, start, left if left <= self.config.samples + patch else self.config.samples
+                ),
+            )
+        channels = soundfile.info(io.BytesIO(data)).channels
+        return {"channels": channels, "seconds": round(total / rate, 3), "rate": rate}
+
+    def count_tokens(self, length, milliseconds, rate) -> np.ndarray:
+        """Patches (N,) of training windows of sounds of these lengths; `limit` where a length is not known."""
+        column = self.config.bands // self.config.high
+        columns = np.maximum(milliseconds * self.config.rate // (1000 * self.config.hop * self.config.frames), 1)
+        whole = self.config.limit // column * column
+        return np.where(rate > 0, np.minimum(columns * column, whole), whole)
+
+    def toy(self) -> Tokenizer:
+        return self.replace(limit=min(self.config.limit, 32))
+
+    def embedder(self, width: int) -> nn.Module:
+        return Embed(self.config, width)
+
+    def predictor(self, width: int) -> nn.Module:
+        return Predict(self.config, width)

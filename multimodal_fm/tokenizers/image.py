@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from ..errors import Lost
+from ..errors import SampleError
 from ..tokens import Tokens, sequence_of
+from . import base
 
-warnings.filterwarnings("ignore", module="PIL")  # once for all threads: what matters becomes Lost
+warnings.filterwarnings("ignore", module="PIL")  # once for all threads: what matters becomes SampleError
 
-extensions = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # whatever the ending says
 LONGEST = 65_535  # pixels a side
 
@@ -35,7 +36,7 @@ class Config:
     area: float = 1.0  # training: the smallest share of the picture that a random crop keeps; 1 is no crop
     flip: float = 0.0  # training: the probability of a mirror image
     rotate: float = 0.0  # training: at most so many degrees either way
-    colour: float = 0.0  # training: brightness, contrast and saturation change by at most this share
+    color: float = 0.0  # training: brightness, contrast and saturation change by at most this share
     pixels: int = 50_000_000  # a header that announces more is refused before anything is decoded
     bytes: int = 50_000_000  # so is a longer member
 
@@ -44,21 +45,6 @@ class Config:
             raise ValueError("patch and limit are at least 1")
         if not 0 < self.area <= 1:
             raise ValueError("area is a share above 0, at most 1")
-
-
-def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
-    """One sequence of patches in rows, content (N, patch * patch * 3) uint8, position (0, row, column).
-
-    raw: the item's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
-    Raises Lost.
-    """
-    if isinstance(raw, dict):
-        ending = next(filter(raw.__contains__, extensions), None)
-        if ending is None:
-            return []
-        raw = raw[ending]
-    content, rows, columns = _patches(config, view(config, raw, generator))
-    return [sequence_of(content, _positions(rows, columns))]
 
 
 def _patches(config: Config, pixels: np.ndarray) -> tuple[Tensor, int, int]:
@@ -76,7 +62,7 @@ def _patches(config: Config, pixels: np.ndarray) -> tuple[Tensor, int, int]:
 def view(config: Config, raw, generator: Random | None = None) -> np.ndarray:
     """The pixels (rows * patch, columns * patch, 3) uint8 of a random part of a picture, without a generator of all.
 
-    The part is drawn first, then a JPEG is decoded at the least scale that this part needs. Raises Lost.
+    The part is drawn first, then a JPEG is decoded at the least scale that this part needs. Raises SampleError.
     """
     jpeg = _jpeg(config, raw)
     if jpeg is None:
@@ -151,7 +137,7 @@ class _Jpeg:
     def decode(self, config: Config, height: float, width: float, fast: bool) -> np.ndarray:
         """(H, W, 3) uint8, upright: the whole at 1/1, 1/2, 1/4 or 1/8, the least that gives that size or more.
 
-        Other eighths are slower than the next of these. `fast` errs by a level or two of 255. Raises Lost.
+        Other eighths are slower than the next of these. `fast` errs by a level or two of 255. Raises SampleError.
         """
         part = next((n for n in (8, 4, 2) if self.height >= n * height and self.width >= n * width), 1)
         size = -(-self.height // part), -(-self.width // part)
@@ -160,7 +146,7 @@ class _Jpeg:
             pixels = simplejpeg.decode_jpeg(self.data, fastdct=fast, fastupsample=fast, **least)
         except ValueError as error:  # warnings too: without them a cut file has grey rows
             if re.search(DAMAGE, str(error)):
-                raise Lost("decode", str(error)[:100]) from None
+                raise SampleError("decode", str(error)[:100]) from None
             return np.asarray(decode(config, self.data))
         return UPRIGHT[self.turn](pixels)
 
@@ -170,7 +156,7 @@ DAMAGE = r"remature end|Huffman|instead of RST|data: \d\d+ extraneous bytes befo
 
 
 def _jpeg(config: Config, raw) -> _Jpeg | None:
-    """The header of a plain JPEG in memory; None for all else, which `decode` reads or refuses. Raises Lost."""
+    """The header of a plain JPEG in memory; None for all else, which `decode` reads or refuses. Raises SampleError."""
     if not isinstance(raw, bytes) or raw[:3] != b"\xff\xd8\xff" or len(raw) > config.bytes:
         return None
     try:
@@ -214,13 +200,13 @@ UPRIGHT = {
 
 def _check_size(config: Config, width: int, height: int) -> None:
     if width * height > config.pixels or max(width, height) > LONGEST:
-        raise Lost("pixel-limit", f"{width} x {height}, the limit is {config.pixels}")
+        raise SampleError("pixel-limit", f"{width} x {height}, the limit is {config.pixels}")
 
 
 def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
     """An upright RGB picture: EXIF orientation applied, transparency over white, 16 bits scaled to 8.
 
-    A JPEG much larger than `side` pixels is decoded at a reduced scale. Raises Lost.
+    A JPEG much larger than `side` pixels is decoded at a reduced scale. Raises SampleError.
     """
     if isinstance(raw, Image.Image):
         return _rgb(raw)
@@ -229,7 +215,7 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
     try:
         if isinstance(raw, (bytes, bytearray, memoryview)):
             if len(raw) > config.bytes:
-                raise Lost("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
             _check_png(bytes(raw))
             raw = io.BytesIO(raw)
         with Image.open(raw, formats=FORMATS) as picture:
@@ -241,31 +227,31 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
-        raise Lost("decode", "no known picture format") from None
+        raise SampleError("decode", "no known picture format") from None
     except Image.DecompressionBombError as error:
-        raise Lost("pixel-limit", str(error)[:100]) from None
-    except Lost:
+        raise SampleError("pixel-limit", str(error)[:100]) from None
+    except SampleError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
-        raise Lost("decode", f"{type(error).__name__}: {error}"[:100]) from None
+        raise SampleError("decode", f"{type(error).__name__}: {error}"[:100]) from None
 
 
 def _check_png(data: bytes) -> None:
-    """Raises Lost where a chunk of pixels does not fit its checksum, which Pillow does not look at."""
+    """Raises SampleError where a chunk of pixels does not fit its checksum, which Pillow does not look at."""
     place = 8 if data[:8] == b"\x89PNG\r\n\x1a\n" else len(data)
     while place + 12 <= len(data):
         end = place + 8 + int.from_bytes(data[place : place + 4])
-        kind = data[place + 4 : place + 8]
-        if kind in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(data[place + 4 : end]) != int.from_bytes(
+        modality = data[place + 4 : place + 8]
+        if modality in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(data[place + 4 : end]) != int.from_bytes(
             data[end : end + 4]
         ):
-            raise Lost("decode", f"the checksum of a chunk {kind.decode()} is wrong")
+            raise SampleError("decode", f"the checksum of a chunk {modality.decode()} is wrong")
         place = end + 4
 
 
 def _from_tensor(pixels: Tensor) -> Image.Image:
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
-        raise Lost("decode", f"a picture is a tensor (3, H, W), got {tuple(pixels.shape)}")
+        raise SampleError("decode", f"a picture is a tensor (3, H, W), got {tuple(pixels.shape)}")
     if pixels.is_floating_point():
         pixels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -314,10 +300,10 @@ def _between(draw: float, low: float, high: float) -> float:
 
 
 def _vary(config: Config, pixels: np.ndarray, draws: list[float]) -> np.ndarray:
-    """A random mirror image, turn and change of colour of (H, W, 3) pixels, as the config allows them."""
+    """A random mirror image, turn and change of color of (H, W, 3) pixels, as the config allows them."""
     if draws[3] < config.flip:
         pixels = pixels[:, ::-1]
-    if not config.rotate and not config.colour:
+    if not config.rotate and not config.color:
         return pixels
     from torchvision.transforms.v2 import functional as T
 
@@ -325,9 +311,9 @@ def _vary(config: Config, pixels: np.ndarray, draws: list[float]) -> np.ndarray:
     if config.rotate:
         angle = _between(draws[4], -config.rotate, config.rotate)
         picture = T.rotate(picture, angle, interpolation=T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
-    if config.colour:
+    if config.color:
         for change, draw in zip((T.adjust_brightness, T.adjust_contrast, T.adjust_saturation), draws[5:], strict=True):
-            picture = change(picture, _between(draw, 1 - config.colour, 1 + config.colour))
+            picture = change(picture, _between(draw, 1 - config.color, 1 + config.color))
     return np.asarray(picture)
 
 
@@ -350,7 +336,7 @@ class Embed(nn.Module):
 
 
 class Predict(nn.Module):
-    """Mean squared error a patch, each patch normalised to zero mean and unit variance (MAE, He et al. 2022): (M,)."""
+    """Mean squared error a patch, each patch normalized to zero mean and unit variance (MAE, He et al. 2022): (M,)."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -364,31 +350,55 @@ class Predict(nn.Module):
         return (self.pixels(vectors).float() - target).square().mean(-1)
 
 
-def measure(data: bytes, length: int) -> tuple[int, int]:
-    """Width and height in pixels, from the header."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+class Tokenizer(base.Tokenizer):
+    Config, extensions = Config, EXTENSIONS
+
+    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
+        """One sequence of patches in rows, content (N, patch * patch * 3) uint8, position (0, row, column).
+
+        raw: the sample's members, a path, bytes, a PIL picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
+        Raises SampleError.
+        """
+        if isinstance(raw, dict):
+            ending = next(filter(raw.__contains__, EXTENSIONS), None)
+            if ending is None:
+                return []
+            raw = raw[ending]
+        content, rows, columns = _patches(self.config, view(self.config, raw, generator))
+        return [sequence_of(content, _positions(rows, columns))]
+
+    def measure(self, data: bytes, length: int) -> tuple[int, int]:
+        """Width and height in pixels, from the header."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                return picture.size
+
+    def describe(self, raw: dict) -> dict | None:
+        """Decodes the whole picture: its upright width and height, and its mode in the file. Raises SampleError."""
+        data = next((raw[e] for e in EXTENSIONS if e in raw), None)
+        if data is None:
+            return None
+        view(self.config, data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return picture.size
+            try:
+                turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            except Exception:  # a damaged note beside the pixels, which are fine
+                turned = False
+            width, height = picture.size[::-1] if turned else picture.size
+            return {"width": width, "height": height, "mode": picture.mode}
 
+    def count_tokens(self, length, width, height) -> np.ndarray:
+        """Patches (N,) of pictures of these sizes; `limit` where a size is not known."""
+        sizes, which = np.unique(np.stack([height, width], 1), axis=0, return_inverse=True)
+        patches = [math.prod(grid(self.config, int(h), int(w))) if h and w else self.config.limit for h, w in sizes]
+        return np.array(patches, dtype=np.int64)[which.ravel()]
 
-def describe(config: Config, raw: dict) -> dict | None:
-    """Decodes the whole picture: its upright width and height, and its mode in the file. Raises Lost."""
-    data = next((raw[e] for e in extensions if e in raw), None)
-    if data is None:
-        return None
-    view(config, data)
-    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        try:
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        except Exception:  # a damaged note beside the pixels, which are fine
-            turned = False
-        width, height = picture.size[::-1] if turned else picture.size
-        return {"width": width, "height": height, "mode": picture.mode}
+    def toy(self) -> Tokenizer:
+        return self.replace(limit=min(self.config.limit, 32))
 
+    def embedder(self, width: int) -> nn.Module:
+        return Embed(self.config, width)
 
-def count(config: Config, length, width, height) -> np.ndarray:
-    """Patches (N,) of pictures of these sizes; `limit` where a size is not known."""
-    sizes, which = np.unique(np.stack([height, width], 1), axis=0, return_inverse=True)
-    patches = [math.prod(grid(config, int(h), int(w))) if h and w else config.limit for h, w in sizes]
-    return np.array(patches, dtype=np.int64)[which.ravel()]
+    def predictor(self, width: int) -> nn.Module:
+        return Predict(self.config, width)

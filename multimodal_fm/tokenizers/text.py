@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..corpus import storage
 from ..corpus.fields import lookup, parse
-from ..errors import BadInput, Lost
+from ..errors import SampleError, UserError
 from ..tokens import Tokens, sequence_of
+from . import base
 
-extensions = ("txt", "json")
+EXTENSIONS = ("txt", "json")
 USUAL_FIELDS = ("txt", "caption", "captions", "text")
 BEGIN, END = 0, 1  # ids that no text can spell: the merges start behind them
 
@@ -31,8 +32,8 @@ class Config:
     vocabulary: int = 4096  # ids, the two special ones and the 256 bytes among them
     limit: int = 256  # tokens a sequence; training draws a window of longer text, evaluation covers it
     fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
-    """Where an item's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
-    string, a list or a map of strings). A list: the first that the item has. A map: training draws by these weights."""
+    """Where a sample's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
+    string, a list or a map of strings). A list: the first that the sample has. A map: training draws by these weights."""
     file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: a run learns one and keeps it in its folder
     fit_bytes: int = 20_000_000  # how much training text the merges are learned from
 
@@ -44,50 +45,11 @@ class Config:
             raise ValueError("fields names at least one field, with weights from 0 up")
 
 
-def fit(config: Config, raws, stem: Path) -> Config:
-    """Learn the merges from at most `fit_bytes` of text and save them as `STEM.json`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary - 2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        limit_alphabet=256,
-    )
-
-    def texts():
-        left = config.fit_bytes
-        for raw in raws:
-            for text in _readable(config, raw):
-                text = _whole(text[: 1 + left // 4])
-                left -= len(text.encode())
-                yield text
-            if left <= 0:
-                return
-
-    tokenizer.train_from_iterator(texts(), trainer)
-    path = f"{stem}.json"
-    storage.put(Path(path), tokenizer.to_str(pretty=True).encode())  # at once: another process may be reading it
-    return replace(config, file=path)
-
-
 def _readable(config: Config, raw: dict) -> list[str]:
     try:
         return [text for found in _fields(config, raw).values() for text in found]
-    except Lost:
+    except SampleError:
         return []
-
-
-def check(config: Config) -> None:
-    """Raises BadInput where the trained file is missing or holds more ids than the model has."""
-    held = bpe(config.file).n_vocab + 2
-    if held > config.vocabulary:
-        raise BadInput(
-            f"{config.file} holds {held} ids: set tokenizers.text.vocabulary to that, not {config.vocabulary}"
-        )
 
 
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -96,17 +58,17 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 
 @functools.cache
 def bpe(file: str):
-    """The trained merges in `file`, a `tiktoken.Encoding`. Raises BadInput where there are none."""
+    """The trained merges in `file`, a `tiktoken.Encoding`. Raises UserError where there are none."""
     import tiktoken
 
     if not file:
-        raise BadInput("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
+        raise UserError("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
     try:
         with open(file, encoding="utf-8") as opened:
             ranks, split = _ranks(json.load(opened))
         return tiktoken.Encoding(file, pat_str=split, mergeable_ranks=ranks, special_tokens={})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__})") from None
+        raise UserError(f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__})") from None
 
 
 def _ranks(saved: dict) -> tuple[dict[bytes, int], str]:
@@ -149,11 +111,6 @@ def _whole(text: str) -> str:
 CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
 
 
-def encode(config: Config, text: str, limit: int | None = None) -> list[int]:
-    """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
-    return (_encoded(config, _whole(text), limit) + 2).tolist()
-
-
 def _encoded(config: Config, text: str, limit: int | None) -> np.ndarray:
     """The merges' own ids of a text without halves of surrogate pairs."""
     ids, merges = [], bpe(config.file)
@@ -165,57 +122,17 @@ def _encoded(config: Config, text: str, limit: int | None) -> np.ndarray:
     return np.fromiter(ids, np.int64, len(ids))
 
 
-def decode(config: Config, ids: list[int]) -> str:
-    """The text that `encode` made `ids` of."""
-    return bpe(config.file).decode([i - 2 for i in ids if i > END])
-
-
-def count_bytes(config: Config, ids: list[int]) -> int:
-    """How many bytes of text `ids` stand for."""
-    return len(bpe(config.file).decode_bytes([i - 2 for i in ids if i > END]))
-
-
-def read(config: Config, raw, generator: Random | None = None) -> list[Tokens]:
-    """Sequences BEGIN ids END of at most `limit` tokens, content (N,) int64. raw: the item's members, or a string.
-
-    With a generator one text is drawn, and of a long one a window; without, the item's first text, cut into at most
-    `MOST_WINDOWS` windows. Raises Lost.
-    """
-    found = _offered(config, raw)
-    if not found:
-        return []
-    if generator is None:
-        return _windows(config, next(iter(found.values()))[0])
-    draws = [generator.random() for _ in range(4)]
-    text, room = _draw(config, found, draws), config.limit - 2
-    reach = room * 8  # characters: far more than there is room for of nearly any text
-    start = _pick(draws[2], max(len(text) - reach, 0) + 1)
-    ids = _encoded(config, _whole(text[start : start + reach]), None)
-    start = _pick(draws[3], max(len(ids) - room, 0) + 1)
-    return [_sequence(ids[start : start + room])]
-
-
 def _pick(draw: float, count: int) -> int:
     """A draw from [0, 1) as one of `count` numbers."""
     return min(int(draw * count), count - 1)
 
 
-def things(config: Config, raw) -> list[str]:
-    """Each text of the first field that the item has: what evaluation and search take one by one."""
-    return next(iter(_offered(config, raw).values()), [])
-
-
-def describe(config: Config, raw: dict) -> str | None:
-    """The item's first text; None where it has none. Raises Lost."""
-    return next(iter(things(config, raw)), None)
-
-
 def _offered(config: Config, raw) -> dict[str, list[str]]:
-    """The texts that may be read, by field; empty where the item has none. Raises Lost where all are blank."""
+    """The texts that may be read, by field; empty where the sample has none. Raises SampleError where all are blank."""
     found = {"given": [raw]} if isinstance(raw, str) else _fields(config, raw)
     texts = {name: kept for name, texts in found.items() if (kept := list(filter(str.strip, texts)))}
     if found and not texts:
-        raise Lost("empty", "no text in it")
+        raise SampleError("empty", "no text in it")
     return texts
 
 
@@ -259,7 +176,7 @@ def _draw(config: Config, found: dict[str, list[str]], draws: list[float]) -> st
 
 
 def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
-    """The item's texts by field. Raises Lost where bytes are no UTF-8 or no JSON."""
+    """The sample's texts by field. Raises SampleError where bytes are no UTF-8 or no JSON."""
     found, row = {}, None
     for name in config.fields:
         if name == "txt":
@@ -281,7 +198,7 @@ def _utf8(data: bytes) -> str:
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise Lost("text-decode", f"not UTF-8 at byte {error.start}") from None
+        raise SampleError("text-decode", f"not UTF-8 at byte {error.start}") from None
 
 
 class Embed(nn.Embedding):
@@ -306,3 +223,101 @@ class Predict(nn.Module):
 
     def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(vectors).float(), content, reduction="none")
+
+
+class Tokenizer(base.Tokenizer):
+    Config, extensions = Config, EXTENSIONS
+
+    @property
+    def learns(self) -> bool:
+        return not self.config.file
+
+    @property
+    def file(self) -> str:
+        return self.config.file
+
+    def toy(self) -> Tokenizer:
+        smaller = {} if self.file else {"vocabulary": min(self.config.vocabulary, 512)}
+        return self.replace(limit=min(self.config.limit, 32), fit_bytes=min(self.config.fit_bytes, 200_000), **smaller)
+
+    def fit(self, raws, stem: Path) -> Tokenizer:
+        """Learn the merges from at most `fit_bytes` of text and save them as `STEM.json`."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.config.vocabulary - 2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+            limit_alphabet=256,
+        )
+
+        def texts():
+            left = self.config.fit_bytes
+            for raw in raws:
+                for text in _readable(self.config, raw):
+                    text = _whole(text[: 1 + left // 4])
+                    left -= len(text.encode())
+                    yield text
+                if left <= 0:
+                    return
+
+        tokenizer.train_from_iterator(texts(), trainer)
+        path = f"{stem}.json"
+        storage.put(Path(path), tokenizer.to_str(pretty=True).encode())  # at once: another process may be reading it
+        return self.replace(file=path)
+
+    def check(self) -> None:
+        """Raises UserError where the trained file is missing or holds more ids than the model has."""
+        held = bpe(self.config.file).n_vocab + 2
+        if held > self.config.vocabulary:
+            raise UserError(
+                f"{self.config.file} holds {held} ids: set tokenizers.text.vocabulary to that, not {self.config.vocabulary}"
+            )
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
+        return (_encoded(self.config, _whole(text), limit) + 2).tolist()
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that `encode` made `ids` of."""
+        return bpe(self.config.file).decode([i - 2 for i in ids if i > END])
+
+    def count_bytes(self, ids: list[int]) -> int:
+        """How many bytes of text `ids` stand for."""
+        return len(bpe(self.config.file).decode_bytes([i - 2 for i in ids if i > END]))
+
+    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
+        """Sequences BEGIN ids END of at most `limit` tokens, content (N,) int64. raw: the sample's members, or a string.
+
+        With a generator one text is drawn, and of a long one a window; without, the sample's first text, cut into at most
+        `MOST_WINDOWS` windows. Raises SampleError.
+        """
+        found = _offered(self.config, raw)
+        if not found:
+            return []
+        if generator is None:
+            return _windows(self.config, next(iter(found.values()))[0])
+        draws = [generator.random() for _ in range(4)]
+        text, room = _draw(self.config, found, draws), self.config.limit - 2
+        reach = room * 8  # characters: far more than there is room for of nearly any text
+        start = _pick(draws[2], max(len(text) - reach, 0) + 1)
+        ids = _encoded(self.config, _whole(text[start : start + reach]), None)
+        start = _pick(draws[3], max(len(ids) - room, 0) + 1)
+        return [_sequence(ids[start : start + room])]
+
+    def split_inputs(self, raw) -> list[str]:
+        """Each text of the first field that the sample has: what evaluation and search take one by one."""
+        return next(iter(_offered(self.config, raw).values()), [])
+
+    def describe(self, raw: dict) -> str | None:
+        """The sample's first text; None where it has none. Raises SampleError."""
+        return next(iter(self.split_inputs(raw)), None)
+
+    def embedder(self, width: int) -> nn.Module:
+        return Embed(self.config, width)
+
+    def predictor(self, width: int) -> nn.Module:
+        return Predict(self.config, width)

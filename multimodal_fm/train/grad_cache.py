@@ -35,16 +35,16 @@ def forward_backward(
         with cast:
             output, total = model(batch), 0.0
             for name, weight in weights.items():
-                objective, asked = model.objectives[name], batch.sections.get(_section_of(name))
-                if asked is None:
+                objective, targets = model.objectives[name], batch.tasks.get(_task_of(name))
+                if targets is None:
                     continue
                 if name in returned:
-                    total = total + (objective.features(output, asked) * returned[name].pop(0)).sum()
+                    total = total + (objective.features(output, targets) * returned[name].pop(0)).sum()
                     continue
                 if name in whole:
-                    loss, numbers = objective.compare(objective.features(output, asked), asked)
+                    loss, numbers = objective.compare(objective.features(output, targets), targets)
                 else:
-                    loss, numbers = objective.loss(output, asked)
+                    loss, numbers = objective.loss(output, targets)
                 report.add(name, loss, numbers)
                 total = total + weight * loss
         total.backward()
@@ -66,20 +66,20 @@ class _Report:
             self.numbers[key] = self.numbers.get(key, 0.0) + value
 
 
-def _section_of(name: str) -> str:
-    """The section whose items an objective reads."""
+def _task_of(name: str) -> str:
+    """The task whose samples an objective reads."""
     return name.split("+")[0]
 
 
 def _features(model: Model, names: list[str], batches: list[Batch], cast) -> dict[str, list[tuple]]:
-    """Each objective's features, without gradients, of each microbatch that has its section, and what they are of."""
+    """Each objective's features, without gradients, of each microbatch that has its task, and what they are of."""
     found: dict[str, list] = {name: [] for name in names}
     with torch.no_grad(), cast:
         for batch in batches:
             output = model(batch)
             for name in names:
-                if asked := batch.sections.get(_section_of(name)):
-                    found[name].append((model.objectives[name].features(output, asked), asked))
+                if targets := batch.tasks.get(_task_of(name)):
+                    found[name].append((model.objectives[name].features(output, targets), targets))
     return found
 
 
@@ -88,12 +88,12 @@ def _compared(
 ) -> list[Tensor]:
     """Compare one objective's features over all microbatches of all ranks: the gradients of each of this rank's."""
     own = [features for features, _ in pairs]
-    tables = [table for told in ranks.tell([asked.table() for _, asked in pairs]) for table in told]
+    tables = [table for told in ranks.all_gather_objects([targets.table() for _, targets in pairs]) for table in told]
     if not tables:
         return []
     device = model.device
-    width = max(ranks.tell(own[0].shape[1] if own else 0))
-    every = ranks.gather(torch.cat(own) if own else torch.zeros(0, width, device=device))
+    width = max(ranks.all_gather_objects(own[0].shape[1] if own else 0))
+    every = ranks.all_gather(torch.cat(own) if own else torch.zeros(0, width, device=device))
     leaf = torch.cat(every).detach().requires_grad_()
     with cast:
         loss, numbers = model.objectives[name].compare(leaf, table_of(tables, device))

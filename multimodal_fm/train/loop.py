@@ -16,7 +16,7 @@ import torch
 from ..batch import Batch, with_counts
 from ..config import Config
 from ..corpus.shards import Corpus, find
-from ..errors import BadInput
+from ..errors import UserError
 from ..model import pick_device
 from ..run_dir import checkpoint
 from ..stream.crash_log import Journal
@@ -39,18 +39,18 @@ def pretrain(config: Config, resume: bool = False, allow_data_change: bool = Fal
 
     Same config, data, machine and number of threads: the same losses, bit for bit, interrupted or not. The first
     SIGINT, SIGTERM or SIGHUP saves and raises SystemExit(130, 143 or 129), a second leaves at once. Under `torchrun`
-    each process takes some of every step's microbatches; the items and their order stay the same. Raises BadInput.
+    each process takes some of every step's microbatches; the samples and their order stay the same. Raises UserError.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     ranks = parallel.join(device)
     try:
-        folder = ranks.share(lambda: resuming.start(Path(config.run), resume))
-        corpora = ranks.in_turn(lambda: _corpora(config))
-        steps_of(config, corpora, tokenizers=False)  # before anything is written: a source may offer a section nothing
+        folder = ranks.broadcast(lambda: resuming.start(Path(config.run), resume))
+        corpora = ranks.first_rank_first(lambda: _corpora(config))
+        steps_of(config, corpora, tokenizers=False)  # before anything is written: a source may offer a task nothing
         with contextlib.ExitStack() as stack:
-            ranks.share(lambda: stack.enter_context(resuming.alone(Path(config.run))))
+            ranks.broadcast(lambda: stack.enter_context(resuming.alone(Path(config.run))))
             config, origin = _settled(config, corpora, ranks, folder, allow_data_change)
             learner = Learner(config, device, ranks, folder)
             return _Run(config, corpora, origin, learner, ranks, folder).to_its_end()
@@ -59,28 +59,27 @@ def pretrain(config: Config, resume: bool = False, allow_data_change: bool = Fal
 
 
 def _corpora(config: Config) -> dict[str, Corpus]:
-    """The sources, opened. Raises BadInput where shards of them, or of the evaluations, are missing."""
+    """The sources, opened. Raises UserError where shards of them, or of the evaluations, are missing."""
     corpora = {name: Corpus(source, name) for name, source in config.sources.items()}
     for name, evaluation in config.evaluate.items():
         find(evaluation.on, f"evaluate.{name}")
     for name, corpus in corpora.items():
         if config.strict and corpus.refused:
-            raise BadInput(strict_line(refused_row(name, corpus.refused[0])))
+            raise UserError(strict_line(refused_row(name, corpus.refused[0])))
     return corpora
 
 
 def _settled(config: Config, corpora, ranks: Ranks, folder: Path | None, allow: bool) -> tuple[Config, Origin]:
-    """The config with tokenizers that have learned, and since when its mixture holds. Raises BadInput."""
+    """The config with tokenizers that have learned, and since when its mixture holds. Raises UserError."""
     if folder:
         config, origin = resuming.resumed(config, folder, corpora, allow)
     else:
         run = Path(config.run)
         run.mkdir(parents=True, exist_ok=True)
-        fitted = ranks.in_turn(lambda: fit(config, corpora, run))
+        fitted = ranks.first_rank_first(lambda: fit(config, corpora, run))
         config, origin = dataclasses.replace(config, tokenizers=fitted), Origin()
     for tokenizer in config.tokenizers.values():
-        if hasattr(tokenizer.module, "check"):
-            tokenizer.module.check(tokenizer.settings)
+        tokenizer.check()
     return config, origin
 
 
@@ -115,7 +114,7 @@ class _Run:
         self.journal = Journal(self.folder / f"reading-{ranks.rank}", config.workers)
         if config.readers == "threads":
             self.journal.watch()
-        self.steps = steps_of(config, corpora, ranks, origin, self.journal)
+        self.steps = steps_of(config, corpora, ranks.rank, ranks.size, origin, self.journal)
         self.loader = Loader(self.steps, self.start, config.steps, config.workers, config.readers)
         self.monitor = Monitor(self.folder, self.start, config.steps) if ranks.first else Silent()
         if not folder and not self.monitor.skipped:  # else a start that never reached a checkpoint has said it
@@ -159,10 +158,10 @@ class _Run:
         pace = {"seconds": seconds, "tokens_per_second": read.tokens / seconds}
         self.monitor.log({"step": self.done, **report, **counts, **pace})
         if self.config.trace:
-            self.monitor.trace({"step": self.done, "items": _items(self.steps, read.keys)})
+            self.monitor.trace({"step": self.done, "samples": _samples(self.steps, read.keys)})
         self.failed = self.failed + 1 if report["skipped"] else 0
         if self.failed >= PATIENCE:
-            raise BadInput(
+            raise UserError(
                 f"{self.folder}: {PATIENCE} steps in a row without a finite gradient (the last is {self.done}); "
                 "lower optim.lr, or look into the data"
             )
@@ -172,9 +171,11 @@ class _Run:
         return True
 
     def _next(self, stream) -> _Read | None:
-        """What the next step reads; None where a signal has come to any rank. Raises BadInput."""
+        """What the next step reads; None where a signal has come to any rank. Raises UserError."""
         data: Step | None = None if self.leaving.signal else next(stream)
-        told = self.ranks.tell((self.leaving.signal, data and (data.lost, data.counts, data.keys, _tokens(data))))
+        told = self.ranks.all_gather_objects(
+            (self.leaving.signal, data and (data.lost, data.counts, data.keys, _tokens(data)))
+        )
         self.leaving.signal = max(signal for signal, _ in told)
         if self.leaving.signal:
             return None
@@ -184,32 +185,34 @@ class _Run:
         if lost and self.config.strict:
             self._end(f"{strict_line(lost[0])}.")
         if not keys:
-            self._end(f"{self.folder}: not one item of step {self.done + 1} could be read.")
+            self._end(f"{self.folder}: not one sample of step {self.done + 1} could be read.")
         batches = [with_counts(batch, _sum_counts(counts)) for batch in data.batches]
         return _Read(batches, lost, keys, sum(n for n, _ in tokens), sum(filler for _, filler in tokens))
 
     def _stop_if_bad(self) -> None:
-        line = self.ranks.share(lambda: self.bad.line(self.steps.drawn(self.done)))  # the first alone read the ledger
+        line = self.ranks.broadcast(
+            lambda: self.bad.line(self.steps.drawn(self.done))
+        )  # the first alone read the ledger
         if line:
             self._end(line)
 
     def _end(self, line: str) -> NoReturn:
-        """Saves what was done, and raises BadInput."""
+        """Saves what was done, and raises UserError."""
         if self.done != self.start and self.saved != checkpoint.folder_of(self.folder, self.done):
             self._save()
         saved = f"; checkpoint: {self.saved}" if self.saved else ""
-        raise BadInput(f"{line} See {self.folder}/quarantine.jsonl{saved}")
+        raise UserError(f"{line} See {self.folder}/quarantine.jsonl{saved}")
 
     def _save(self) -> None:
         self.saved = checkpoint.folder_of(self.folder, self.done)
         if self.ranks.first:
-            drawn = self.steps.drawn_by_section(self.done)
+            drawn = self.steps.drawn_by_task(self.done)
             state = resuming.state_of(self.config, self.done, self.corpora, self.origin, drawn)
-            held = {kind: getattr(t.settings, "file", "") for kind, t in self.config.tokenizers.items()}
-            files = {kind: file for kind, file in held.items() if file}
+            held = {modality: t.file for modality, t in self.config.tokenizers.items()}
+            files = {modality: file for modality, file in held.items() if file}
             checkpoint.save(self.saved, self.learner.tensors(), state, files)
             checkpoint.retain(self.folder, self.config.keep)
-        self.ranks.wait()
+        self.ranks.barrier()
 
 
 class _Leaving:
@@ -241,29 +244,29 @@ def _tokens(data: Step) -> list[tuple[int, int]]:
     return [(len(batch.tokens) - filler, filler) for batch, filler in zip(data.batches, fillers, strict=True)]
 
 
-def _items(steps: Steps, keys: list[tuple[str, int, str]]) -> list[str]:
-    """The step's items in the stream's order, whoever read them."""
-    order = {section.name: number for number, section in enumerate(steps.sections)}
-    rows = sorted((order[section], place, name) for section, place, name in keys)
+def _samples(steps: Steps, keys: list[tuple[str, int, str]]) -> list[str]:
+    """The step's samples in the stream's order, whoever read them."""
+    order = {task.name: number for number, task in enumerate(steps.tasks)}
+    rows = sorted((order[task], place, name) for task, place, name in keys)
     return [name for _, _, name in rows]
 
 
 def _sum_counts(told) -> dict[str, dict[str, int]]:
-    """Asked tokens by section and kind, over all ranks."""
+    """Targets tokens by task and modality, over all ranks."""
     total: dict[str, dict[str, int]] = {}
     for counts in told:
         for name, own in counts.items():
-            kinds = total.setdefault(name, {})
-            for kind, count in own.items():
-                kinds[kind] = kinds.get(kind, 0) + count
+            modalities = total.setdefault(name, {})
+            for modality, count in own.items():
+                modalities[modality] = modalities.get(modality, 0) + count
     return total
 
 
 def _headline(config: Config, learner: Learner, corpora: dict[str, Corpus], start: int) -> list[str]:
     millions = sum(p.numel() for p in learner.model.parameters()) / 1e6
-    items = ", ".join(f"{name} {len(corpus):,}" for name, corpus in corpora.items())
+    samples = ", ".join(f"{name} {len(corpus):,}" for name, corpus in corpora.items())
     go_on = f", going on from step {start}" if start else ""
     return [
         f"{config.run}: {millions:.1f} M parameters on {learner.device}, {config.steps} steps{go_on}",
-        f"items: {items}",
+        f"samples: {samples}",
     ]

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-
-def rows_of(path: Path) -> Iterator[dict]:
-    """The rows of a JSON-lines file one at a time, none where there is no file; a half-written one is left out."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Keep the rows of a JSON-lines file up to `step` (rows without a step stay); a half-written last row goes."""
-    if not path.exists():
-        return
-    work = path.with_suffix(".tmp")
-    with open(work, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows_of(path) if (row.get("step") or 0) <= step)
-    os.replace(work, path)
+from ..run_dir.records import Skipped, cut_back, rows_of
 
 
 class Monitor:
@@ -48,8 +24,8 @@ class Monitor:
         self.skipped = Skipped(self.before())
         self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")
         self.ledger = open(run / "quarantine.jsonl", "a", encoding="utf-8")
-        cut_back(run / "items.jsonl", start)
-        self.items = None
+        cut_back(run / "samples.jsonl", start)
+        self.samples = None
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.bar = _bar(start, steps) if sys.stderr.isatty() else None
         self.said = 0.0
@@ -74,10 +50,10 @@ class Monitor:
         return rows_of(self.run / "quarantine.jsonl")
 
     def trace(self, row: dict) -> None:
-        """The items of one step."""
-        self.items = self.items or open(self.run / "items.jsonl", "a", encoding="utf-8")
-        self.items.write(json.dumps(row) + "\n")
-        self.items.flush()
+        """The samples of one step."""
+        self.samples = self.samples or open(self.run / "samples.jsonl", "a", encoding="utf-8")
+        self.samples.write(json.dumps(row) + "\n")
+        self.samples.flush()
 
     def _say(self, row: dict) -> None:
         losses = "  ".join(f"{k[5:]} {v:.3f}" for k, v in row.items() if k.startswith("loss/") and k.count("/") == 1)
@@ -104,8 +80,8 @@ class Monitor:
             self.bar.stop()
         self.metrics.close()
         self.ledger.close()
-        if self.items:
-            self.items.close()
+        if self.samples:
+            self.samples.close()
         self.board.close()
 
 
@@ -154,45 +130,3 @@ def _bar(start: int, steps: int):
     bar.add_task("train", total=steps, completed=start, said="")
     bar.start()
     return bar
-
-
-class Skipped:
-    """What was left out, as lines for a person: how much, by reason, and the first things by name.
-
-    A part that is met again counts once. Of each only a number is kept, so that a run's memory does not grow with it.
-    """
-
-    NAMED = 20
-
-    def __init__(self, lost: Iterable[dict] = ()):
-        self.seen: set[int] = set()
-        self.reasons: collections.Counter[str] = collections.Counter()
-        self.first: dict[tuple, list] = {}  # detail and how often
-        self.add(lost)
-
-    def __len__(self) -> int:
-        return len(self.seen)
-
-    def add(self, lost: Iterable[dict]) -> None:
-        for row in lost:
-            which = tuple(row[name] for name in ("source", "shard", "key", "part", "reason"))
-            if which in self.first:
-                self.first[which][1] += 1
-            elif hash(which) not in self.seen:
-                self.reasons[row["reason"]] += 1
-                if len(self.seen) < self.NAMED:
-                    self.first[which] = [row["detail"], 1]
-                self.seen.add(hash(which))
-
-    def lines(self) -> list[str]:
-        if not self:
-            return ["nothing was skipped"]
-        counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        lines = [f"skipped {len(self)} part{'s' * (len(self) > 1)}: {counted}"]
-        for (source, shard, key, part, reason), (detail, times) in self.first.items():
-            name = " ".join(filter(None, (shard, key, part)))
-            again = f"; {times} times" if times > 1 else ""
-            lines.append(f"  {source}: {name}: {reason} ({detail}{again})")
-        if len(self) > len(self.first):
-            lines.append(f"  and {len(self) - len(self.first)} more, see quarantine.jsonl")
-        return lines

@@ -1,4 +1,4 @@
-"""Optimisers and schedules: AdamW, Muon for the matrices (Jordan et al. 2024), warm-up, cosine or a late decay."""
+"""Optimizers and schedules: AdamW, Muon for the matrices (Jordan et al. 2024), warm-up, cosine or a late decay."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def factor(config: Config, step: int, steps: int) -> float:
 
 
 def build(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One optimiser, or two with Muon. Vectors, gains, embeddings and temperatures are not decayed."""
+    """One optimizer, or two with Muon. Vectors, gains, embeddings and temperatures are not decayed."""
     matrices, plain, decayed = [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -60,16 +60,16 @@ def build(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    optimisers = [torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)]
     if matrices:
-        optimisers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
+        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
-    return optimisers
+    return optimizers
 
 
-def set_rates(optimisers: list[torch.optim.Optimizer], share: float) -> None:
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
+def set_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * share

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import UserError
 
 PATIENCE = datetime.timedelta(minutes=30)  # for the first rank to make the indexes and the tokenizer
 
@@ -29,7 +29,7 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def tell(self, value) -> list:
+    def all_gather_objects(self, value) -> list:
         """What every rank has to say, in the ranks' order."""
         if self.size == 1:
             return [value]
@@ -37,29 +37,29 @@ class Ranks:
         dist.all_gather_object(told, value, group=_plain())
         return told
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=_plain())
 
-    def share(self, work):
+    def broadcast(self, work):
         """What `work()` gives the first rank, for all of them."""
         if not self.first:
-            return _raise_or(self.tell(None)[0])
+            return _raise_or(self.all_gather_objects(None)[0])
         try:
             made = work()
         except BaseException as error:
-            self.tell((f"{type(error).__name__}: {error}", None))
+            self.all_gather_objects((f"{type(error).__name__}: {error}", None))
             raise
-        self.tell(("", made))
+        self.all_gather_objects(("", made))
         return made
 
-    def in_turn(self, work):
+    def first_rank_first(self, work):
         """`work()`, by the first rank before the others: it makes what they then find."""
         made = []
-        self.share(lambda: made.append(work()))
+        self.broadcast(lambda: made.append(work()))
         return made[0] if self.first else work()
 
-    def add(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over the ranks, in place."""
         if self.size == 1 or not tensors:
             return
@@ -68,11 +68,11 @@ class Ranks:
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def gather(self, rows: Tensor) -> list[Tensor]:
+    def all_gather(self, rows: Tensor) -> list[Tensor]:
         """Each rank's rows (n, D), in the ranks' order; the ranks may have different n."""
         if self.size == 1:
             return [rows]
-        counts = self.tell(len(rows))
+        counts = self.all_gather_objects(len(rows))
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
@@ -83,7 +83,7 @@ class Ranks:
 def _raise_or(told):
     failed, made = told
     if failed:
-        raise BadInput(f"the first rank could not go on: {failed}")
+        raise UserError(f"the first rank could not go on: {failed}")
     return made
 
 

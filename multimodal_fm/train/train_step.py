@@ -1,4 +1,4 @@
-"""What learns: the model, its running average and the optimisers; one update at a time."""
+"""What learns: the model, its running average and the optimizers; one update at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..config import Config
-from ..errors import BadInput
+from ..errors import UserError
 from ..model import Model
 from ..run_dir import checkpoint
 from ..stream.mixture import mix
@@ -21,7 +21,7 @@ from .parallel import Ranks
 
 
 class Learner:
-    """Built of a config, from nothing or from a checkpoint's `folder`. Raises BadInput where no model can be built."""
+    """Built of a config, from nothing or from a checkpoint's `folder`. Raises UserError where no model can be built."""
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks, folder: Path | None):
         self.config, self.device, self.ranks = config, device, ranks
@@ -30,15 +30,15 @@ class Learner:
         try:
             self.model = Model(config).to(device)
             self.ema = Model(config).to(device).requires_grad_(False)
-            self.optimisers = optim.build(config.optim, self.model)
+            self.optimizers = optim.build(config.optim, self.model)
         except (ValueError, RuntimeError, TypeError, OverflowError) as error:
             said = str(error).splitlines()[0]
-            raise BadInput(f"{config.run}: no model can be built of this config: {said}") from None
+            raise UserError(f"{config.run}: no model can be built of this config: {said}") from None
         self.ema.load_state_dict(self.model.state_dict())
         if folder:
             self.model.load_state_dict(checkpoint.read_tensors(folder, "model"))
             self.ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
-            checkpoint.restore_optimisers(self.optimisers, checkpoint.read_tensors(folder, "optimiser"))
+            checkpoint.restore_optimizers(self.optimizers, checkpoint.read_tensors(folder, "optimizer"))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         for weight in self.parameters:
             weight.grad = torch.zeros_like(weight)  # what a step does not touch has a zero gradient, not none
@@ -52,19 +52,19 @@ class Learner:
         gradient were not finite and the weights are left as they were.
         """
         rate = optim.factor(self.config.optim, step, self.config.steps)
-        optim.set_rates(self.optimisers, rate)
+        optim.set_rates(self.optimizers, rate)
         torch.manual_seed(mix(self.config.seed, step))
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=False)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
         batches = [batch.to(self.device) for batch in batches]
         report = forward_backward(self.model, self.weights, batches, self.config.precision, self.ranks)
-        self.ranks.add([weight.grad for weight in self.parameters])
-        report = _sums(self.ranks.tell({name: float(value) for name, value in report.items()}))
+        self.ranks.all_reduce([weight.grad for weight in self.parameters])
+        report = _sums(self.ranks.all_gather_objects({name: float(value) for name, value in report.items()}))
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip or float("inf"))
         finite = bool(torch.isfinite(norm)) and math.isfinite(report["loss"])
         if finite:
-            for optimiser in self.optimisers:
-                optimiser.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             share = 1 - min(self.config.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), share)
         return {**report, "norm": float(norm), "lr": self.config.optim.lr * rate, "skipped": int(not finite)}
@@ -74,7 +74,7 @@ class Learner:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimiser": checkpoint.optimiser_tensors(self.optimisers),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizers),
         }
 
 
