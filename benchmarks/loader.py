@@ -32,9 +32,9 @@ RATE, SECONDS, WANTED = 44_100, 30, 10  # of the sounds
 CLIPS, TEXTS = 24, 2048
 CALLS = ("tokenizer", "tiktoken")  # Hugging Face's batched call, and that of the library that applies our merges
 TOKENIZERS = {
-    "text": {"vocabulary": 4096, "limit": 1024},
-    "image": {"patch": 16, "limit": 196, "area": 0.9},  # OpenCLIP's crop, to as many pixels
-    "audio": {"frames": 10, "limit": WANTED * 10},
+    "text": {"vocab_size": 4096, "max_tokens": 1024},
+    "image": {"patch": 16, "max_tokens": 196, "min_crop_scale": 0.9},  # OpenCLIP's crop, to as many pixels
+    "audio": {"patch_frames": 10, "max_tokens": WANTED * 10},
 }
 
 
@@ -402,7 +402,7 @@ def tokenizer_alone(folder: str, who: str, workers: int):
     settings = steps(folder, ["text"]).tokenizers["text"].config
     merges, given = Tokenizer.from_file(settings.file), [raw["txt"].decode() for raw in everything(folder)]
     counts = [len(found.ids) for found in merges.encode_batch_fast(given, add_special_tokens=False)]
-    assert max(counts) < settings.limit - 2, "ours would crop"
+    assert max(counts) < settings.max_tokens - 2, "ours would crop"
     if who == "tiktoken":
         call, how = text.bpe(settings.file).encode_ordinary_batch, {"num_threads": workers}
     else:

@@ -88,7 +88,7 @@ def recipe(sources: dict, small: bool) -> dict:
     for task in data["tasks"].values():
         task["batch_size"] = 8 if small else 4 * task["batch_size"]
         task["sources"] = dict.fromkeys(sources, 1)
-    data["tokenizers"]["image"]["limit"] = 36 if small else 144
+    data["tokenizers"]["image"]["max_tokens"] = 36 if small else 144
     data["optim"]["warmup"] = 2 if small else 100
     data |= {
         "model": {"width": 64, "depth": 2, "heads": 2} if small else {"width": 512, "depth": 8, "heads": 8},

@@ -127,20 +127,20 @@ def part(config: Config, modality: str, place: int, generator: torch.Generator) 
     """Captions of about 14 tokens, pictures of all aspect ratios, sounds of 2 to 10 seconds."""
     settings = config.tokenizers[modality].config
     if modality == "text":
-        length = min(max(4, round(14 + 4 * float(torch.randn((), generator=generator)))), settings.limit)
+        length = min(max(4, round(14 + 4 * float(torch.randn((), generator=generator)))), settings.max_tokens)
         position = torch.zeros(length, 3)
         position[:, 0] = torch.arange(length)
-        return sequence_of(torch.randint(2, settings.vocabulary, (length,), generator=generator), position, place)
+        return sequence_of(torch.randint(2, settings.vocab_size, (length,), generator=generator), position, place)
     if modality == "image":
         rows, columns = grid(settings, 300, int(torch.randint(200, 450, (), generator=generator)))
         position = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         content = torch.randint(0, 256, (len(position), 3 * settings.patch**2), generator=generator, dtype=torch.uint8)
         return sequence_of(content, position, place)
-    span = settings.frames * settings.hop / settings.rate
-    length = min(math.ceil(float(2 + 8 * torch.rand((), generator=generator)) / span), settings.limit)
+    span = settings.patch_frames * settings.hop_length / settings.sample_rate
+    length = min(math.ceil(float(2 + 8 * torch.rand((), generator=generator)) / span), settings.max_tokens)
     position = torch.zeros(length, 3)
     position[:, 0] = torch.arange(length)
-    return sequence_of(torch.randn(length, settings.frames * settings.high, generator=generator), position, place)
+    return sequence_of(torch.randn(length, settings.patch_frames * settings.patch_mels, generator=generator), position, place)
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def picture_peer(data: dict, small: bool, repeats: int) -> dict:
 def one_task(data: dict, name: str, task: dict) -> tuple[Trainer, list[Batch]]:
     """Our trainer and step for a single task, with BERT's vocabulary and plain AdamW as the peers have them."""
     source = {"any": {"shards": []}}
-    tokenizers = {**data["tokenizers"], "text": {**data["tokenizers"]["text"], "vocabulary": BERT_VOCABULARY}}
+    tokenizers = {**data["tokenizers"], "text": {**data["tokenizers"]["text"], "vocab_size": BERT_VOCABULARY}}
     changed = {**data, "sources": source, "tasks": {name: {**task, "sources": {"any": 1}}}, "microbatches": 1}
     config = build({**changed, "tokenizers": tokenizers, "optim": {"name": "adamw"}})
     return Trainer(config), [batch.to(device()) for batch in synthetic(config, 0)]

@@ -78,7 +78,10 @@ def settings(folder: Path, run: str, **changes) -> dict:
     return {
         "sources": corpora_of(folder),
         "tasks": {"words": words, "pairs": pairs},
-        "tokenizers": {"text": {"vocabulary": 300, "limit": 16}, "image": {"patch": 8, "limit": 6, "area": 0.5}},
+        "tokenizers": {
+            "text": {"vocab_size": 300, "max_tokens": 16},
+            "image": {"patch": 8, "max_tokens": 6, "min_crop_scale": 0.5},
+        },
         "model": {"width": 32, "depth": 1, "heads": 2},
         "embedding": 16,
         "optim": {"lr": 3e-3, "warmup": 5, "schedule": "constant"},
@@ -227,7 +230,7 @@ def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
         other = folder / f"seek-{number:05d}.tar"
         os.link(first, other)
         os.link(made.file, f"{other}.mmidx")
-    words = text.Tokenizer(text.Config(vocabulary=300, limit=16)).fit(
+    words = text.Tokenizer(text.Config(vocab_size=300, max_tokens=16)).fit(
         ({"txt": b"caption number"} for _ in range(1)), folder / "words"
     )
     tokenizers = {"text": words}

@@ -86,9 +86,9 @@ def tiny(corpus, **changes) -> dict:
             },
         },
         "tokenizers": {
-            "text": {"vocabulary": 300, "limit": 24},
-            "image": {"patch": 8, "limit": 12, "area": 0.6, "flip": 0.5},
-            "audio": {"frames": 8, "bands": 32, "high": 32, "limit": 8},
+            "text": {"vocab_size": 300, "max_tokens": 24},
+            "image": {"patch": 8, "max_tokens": 12, "min_crop_scale": 0.6, "hflip": 0.5},
+            "audio": {"patch_frames": 8, "n_mels": 32, "patch_mels": 32, "max_tokens": 8},
         },
         "model": {"width": 48, "depth": 2, "heads": 2},
         "embedding": 32,

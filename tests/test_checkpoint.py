@@ -124,7 +124,7 @@ def test_two_kinds_that_learn_one_tokenizer_each_keep_their_own(tmp_path, corpus
     data = tiny(corpus, steps=2, save_every=2, run=str(tmp_path / "run"))
     shards.write(tmp_path / "code.tar", [{"__key__": str(i), "txt": f"def f{i}(x): return x[{i}]"} for i in range(9)])
     data["sources"]["code"] = {"shards": f"{tmp_path}/code.tar"}
-    data["tokenizers"] |= {"code": {"tokenizer": "text", "vocabulary": 280, "limit": 24, "fields": ["txt"]}}
+    data["tokenizers"] |= {"code": {"tokenizer": "text", "vocab_size": 280, "max_tokens": 24, "fields": ["txt"]}}
     task = {"objective": "causal", "batch_size": 4}
     data["tasks"] = {
         "words": {**task, "modalities": ["text"], "sources": ["all"]},

@@ -815,7 +815,7 @@ def test_memory_and_open_files_stay_flat(tmp_path):
 
 SECONDS = 10
 MORE_MEMORY = 1024  # MB above what the process had before the first case
-FIXED = {"image": {"area": 1.0, "flip": 0.0}}  # views that do not hang on chance
+FIXED = {"image": {"min_crop_scale": 1.0, "hflip": 0.0}}  # views that do not hang on chance
 COMBINED = {
     "archives": ("cut-", "flip-", "size-", "header-", "two-", "rubbish", "no-end", "key-", "part-", "sorted"),
     "names": ("name-", "pax-", "gnu-", "pickle", "archive-", "directories", "file-"),

@@ -38,9 +38,9 @@ def model(tasks, **changes) -> Model:
                 "sources": {"all": {"shards": "none"}},
                 "tasks": tasks,
                 "tokenizers": {
-                    "text": {"vocabulary": 300},
+                    "text": {"vocab_size": 300},
                     "image": {"patch": 8},
-                    "audio": {"frames": 8, "bands": 32, "high": 32},
+                    "audio": {"patch_frames": 8, "n_mels": 32, "patch_mels": 32},
                 },
                 "model": {"width": 48, "depth": 2, "heads": 2},
                 "embedding": 16,

@@ -128,7 +128,7 @@ def test_microbatches_have_about_equal_tokens(tmp_path):
     shards.write(tmp_path / "a.tar", made)
     data = tiny(tmp_path, run=str(tmp_path / "run"), microbatches=4)
     data["sources"] = {"all": {"shards": f"{tmp_path}/a.tar"}}
-    data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 256}, "image": {"patch": 8, "limit": 24}}
+    data["tokenizers"] = {"text": {"vocab_size": 300, "max_tokens": 256}, "image": {"patch": 8, "max_tokens": 24}}
     task = {"objective": "contrastive", "modalities": ["text", "image"], "batch_size": 128, "sources": {"all": 1}}
     data["tasks"] = {"pairs": task}
     config, corpora = fitted(build(data))
@@ -283,7 +283,7 @@ def dying(tmp_path, monkeypatch, **changes):
     made = samples(40)
     made[7]["txt"] = "die, program"
     shards.write(tmp_path / "large-0.tar", made)
-    data["tokenizers"] = {"text": {"tokenizer": "modalities.dying", "vocabulary": 300, "limit": 24}, "image": {}}
+    data["tokenizers"] = {"text": {"tokenizer": "modalities.dying", "vocab_size": 300, "max_tokens": 24}, "image": {}}
     (tmp_path / "modalities").mkdir()
     (tmp_path / "modalities" / "__init__.py").write_text("")
     (tmp_path / "dying_text.py").rename(tmp_path / "modalities" / "dying.py")

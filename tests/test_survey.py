@@ -129,12 +129,12 @@ def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
 
 def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
     settings = (
-        text.Tokenizer(text.Config(vocabulary=300))
+        text.Tokenizer(text.Config(vocab_size=300))
         .fit([{"txt": b"a red square number"}] * 9, tmp_path / "words")
         .config
     )
     data = tiny(corpus)
-    data["tokenizers"]["text"] |= {"limit": 6, "file": settings.file}
+    data["tokenizers"]["text"] |= {"max_tokens": 6, "file": settings.file}
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(data))
     tokenizers = plugins(str(path))
@@ -392,7 +392,7 @@ def test_all_of_a_long_sound_is_read(tmp_path):
         soundfile.write(data, wave, 16_000, format="WAV", subtype="FLOAT")
         made.append({"__key__": key, "wav": data.getvalue()})
     shards.write(tmp_path / "a.tar", made)
-    tokenizers = {"audio": audio.Tokenizer(audio.Config(limit=16, windows=2))}
+    tokenizers = {"audio": audio.Tokenizer(audio.Config(max_tokens=16, max_windows=2))}
     rows = every_sample(open_all([str(tmp_path / "a.tar")], 2000), tokenizers)
     assert [(row["outcome"], row["lost"]) for row in rows] == [
         ("ok", {}), ("skip", {"audio": "not-finite"}), ("skip", {"audio": "not-finite"})

@@ -26,7 +26,7 @@ def generator(seed=0):
 def words(tmp_path_factory):
     raws = [{"txt": b"a red square and a blue circle"}, {"json": json.dumps({"caption": "ein rotes Quadrat"}).encode()}]
     return (
-        text.Tokenizer(text.Config(vocabulary=400, limit=32))
+        text.Tokenizer(text.Config(vocab_size=400, max_tokens=32))
         .fit(raws * 20, tmp_path_factory.mktemp("bpe") / "words")
         .config
     )
@@ -51,12 +51,12 @@ def test_any_text_round_trips(words, given_text):
 def test_odd_captions_are_learned_from_and_drawn(tmp_path):
     odd = {"json": json.dumps({"captions": {"en": "x \ud800 y", "fr": None, "de": 3}}).encode()}
     config = (
-        text.Tokenizer(text.Config(vocabulary=300, limit=32))
+        text.Tokenizer(text.Config(vocab_size=300, max_tokens=32))
         .fit([odd, {"json": b"[1]"}, {"json": b"3"}], tmp_path / "words")
         .config
     )
     assert len(text.Tokenizer(config).split_inputs(odd)) == 1
-    only = text.Config(vocabulary=300, limit=32, file=config.file, fields={"txt": 0, "captions": 1})
+    only = text.Config(vocab_size=300, max_tokens=32, file=config.file, fields={"txt": 0, "captions": 1})
     assert text.Tokenizer(only).read({"txt": b"word"}, generator())[0].content.numel() > 2
 
 
@@ -87,7 +87,9 @@ def test_long_text_is_covered_by_windows(words):
 def test_a_text_part_may_be_several_texts(words):
     row = {"caption": "one", "captions": {"en": "one", "fr": "un", "de": "eins"}, "meta": {"alt": ["first", "second"]}}
     raw = {"json": json.dumps(row).encode(), "txt": b"word"}
-    settings_ = text.Config(vocabulary=400, limit=32, file=words.file, fields={"txt": 1, "captions": 3, "meta.alt": 1})
+    settings_ = text.Config(
+        vocab_size=400, max_tokens=32, file=words.file, fields={"txt": 1, "captions": 3, "meta.alt": 1}
+    )
     seen = {
         text.Tokenizer(words).decode(text.Tokenizer(settings_).read(raw, generator(i))[0].content.tolist())
         for i in range(80)
@@ -113,7 +115,7 @@ def merges(tmp_path_factory):
     draw, folder = random.Random(0), tmp_path_factory.mktemp("merges")
     words = ["".join(draw.choices("aabc'é1 ", k=draw.randint(1, 30))) for _ in range(2000)]
     config = (
-        text.Tokenizer(text.Config(vocabulary=1000))
+        text.Tokenizer(text.Config(vocab_size=1000))
         .fit([{"txt": word.encode()} for word in words], folder / "words")
         .config
     )
@@ -137,7 +139,7 @@ def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
     def variant(name, **changes):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(saved | changes))
-        return text.Config(vocabulary=400, file=str(path))
+        return text.Config(vocab_size=400, file=str(path))
 
     regex = {"Regex": r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"}
     pattern = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
@@ -167,7 +169,7 @@ def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
 
 def test_every_part_of_a_long_text_is_drawn(words):
     long = " ".join(f"square {i}" for i in range(10))
-    config = text.Config(vocabulary=400, limit=12, file=words.file)
+    config = text.Config(vocab_size=400, max_tokens=12, file=words.file)
     drawn = [
         text.Tokenizer(config).decode(text.Tokenizer(config).read(long, generator(i))[0].content.tolist())
         for i in range(2000)
@@ -178,19 +180,19 @@ def test_every_part_of_a_long_text_is_drawn(words):
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (1, 1), (1000, 1), (3, 500), (97, 89), (640, 480)])
 def test_the_grid_keeps_the_shape_and_the_limit(size):
-    config = image.Config(patch=8, limit=50)
+    config = image.Config(patch=8, max_tokens=50)
     (tokens,) = image.Tokenizer(config).read({"jpg": jpeg((200, 10, 10), size)})
     rows, columns = tokens.position[:, 1].max() + 1, tokens.position[:, 2].max() + 1
-    assert len(tokens) == rows * columns <= config.limit
+    assert len(tokens) == rows * columns <= config.max_tokens
     if 1 / 8 <= size[0] / size[1] <= 8:
-        assert len(tokens) >= 0.6 * config.limit
+        assert len(tokens) >= 0.6 * config.max_tokens
         assert 0.7 < (columns / rows) / (size[0] / size[1]) < 1.4
 
 
 def test_patches_are_where_their_position_says():
     picture = torch.zeros(3, 32, 48, dtype=torch.uint8)
     picture[0, 8:16, 16:24] = 255  # row 1, column 2
-    (tokens,) = image.Tokenizer(image.Config(patch=8, limit=24)).read(picture)
+    (tokens,) = image.Tokenizer(image.Config(patch=8, max_tokens=24)).read(picture)
     bright = tokens.content.float().view(len(tokens), 3, -1)[:, 0].mean(1)
     assert tokens.position[bright.argmax()].tolist() == [0, 1, 2]
 
@@ -246,7 +248,7 @@ def test_pictures_that_cannot_be_read():
         with pytest.raises(SampleError):
             image.Tokenizer(image.Config()).read({"jpg": data})
     with pytest.raises(SampleError, match="pixel-limit"):
-        image.Tokenizer(image.Config(pixels=10_000)).read({"jpg": whole})
+        image.Tokenizer(image.Config(max_pixels=10_000)).read({"jpg": whole})
 
 
 def waves(size=(640, 480)) -> Image.Image:
@@ -280,7 +282,7 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize("size", [(640, 480), (481, 643), (1999, 777), (100, 80)])
 def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
-    config, picture = image.Config(patch=16, limit=64, area=0.4, flip=0.5), waves(size)
+    config, picture = image.Config(patch=16, max_tokens=64, min_crop_scale=0.4, hflip=0.5), waves(size)
     data = as_jpeg(picture)
     whole = Image.open(io.BytesIO(data)).convert("RGB")
     for seed in (None, 1, 2, 3, 4):
@@ -293,11 +295,11 @@ def test_a_reduced_picture_is_nearly_the_whole_one(decoded, size):
 
 
 def test_a_jpeg_is_decoded_as_small_as_its_part_allows(decoded):
-    config = image.Config(patch=16, limit=64)  # 128 pixels a side
+    config = image.Config(patch=16, max_tokens=64)  # 128 pixels a side
     for side, expected in ((127, 127), (255, 255), (256, 128), (511, 256), (512, 128), (1023, 256), (1024, 128)):
         image.Tokenizer(config).read({"jpg": as_jpeg(waves((side, side)))})
         assert decoded[-1] == (expected, expected)
-    cropped = image.Config(patch=16, limit=64, area=0.3)
+    cropped = image.Config(patch=16, max_tokens=64, min_crop_scale=0.3)
     data = as_jpeg(waves((400, 400)))
     for seed in range(10):
         image.Tokenizer(cropped).read({"jpg": data}, generator(seed))
@@ -310,7 +312,7 @@ def test_a_turned_jpeg_is_read_upright(decoded, turn, side):
     exif = Image.Exif()
     exif[0x0112] = turn
     data = as_jpeg(waves((200, 120)), exif=exif)
-    config = image.Config(patch=8, limit=side)
+    config = image.Config(patch=8, max_tokens=side)
     (fast,), (plain,) = (
         image.Tokenizer(config).read({"jpg": data}),
         image.Tokenizer(config).read(image.decode(config, data)),
@@ -320,7 +322,7 @@ def test_a_turned_jpeg_is_read_upright(decoded, turn, side):
 
 
 def test_grey_and_odd_jpegs(decoded):
-    config = image.Config(patch=8, limit=64)
+    config = image.Config(patch=8, max_tokens=64)
     for mode in ("L", "CMYK"):
         data = as_jpeg(waves().convert(mode))
         (read,), (plain,) = (
@@ -333,7 +335,7 @@ def test_grey_and_odd_jpegs(decoded):
 
 def test_a_cut_jpeg_is_lost_and_never_grey():
     data = as_jpeg(waves())
-    for config in (image.Config(), image.Config(patch=8, limit=16)):
+    for config in (image.Config(), image.Config(patch=8, max_tokens=16)):
         for share in (0.1, 0.5, 0.9, 0.99):
             for end in (b"", b"\xff\xd9"):
                 with pytest.raises(SampleError, match="decode"):
@@ -344,14 +346,17 @@ def test_a_cut_jpeg_is_lost_and_never_grey():
 
 def test_limits_hold_before_anything_is_decoded(decoded):
     data = as_jpeg(waves())
-    for config, reason in ((image.Config(pixels=307_199), "pixel-limit"), (image.Config(bytes=999), "byte-limit")):
+    for config, reason in (
+        (image.Config(max_pixels=307_199), "pixel-limit"),
+        (image.Config(max_bytes=999), "byte-limit"),
+    ):
         with pytest.raises(SampleError, match=reason):
             image.Tokenizer(config).read({"jpg": data})
     assert not decoded
 
 
 def test_a_picture_varies_only_by_its_generator():
-    config = image.Config(patch=8, limit=16, area=0.5, flip=0.5, rotate=10, color=0.3)
+    config = image.Config(patch=8, max_tokens=16, min_crop_scale=0.5, hflip=0.5, rotation_degrees=10, color_jitter=0.3)
     picture = torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     first, again, other = (image.Tokenizer(config).read(picture, generator(s))[0].content for s in (1, 1, 2))
     assert torch.equal(first, again) and (first.shape != other.shape or not torch.equal(first, other))
@@ -360,7 +365,7 @@ def test_a_picture_varies_only_by_its_generator():
     )
 
 
-SOUND = audio.Config(frames=8, bands=32, high=32, limit=10)
+SOUND = audio.Config(patch_frames=8, n_mels=32, patch_mels=32, max_tokens=10)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 44_099, 192_000])
@@ -422,7 +427,7 @@ def test_only_the_wanted_window_is_decoded(frames, modality):
     data = {modality.lower(): tone(440, 5, 44_100, modality, channels=2)}
     for seed in range(5):
         audio.Tokenizer(SOUND).read(data, generator(seed))
-    assert set(frames) == {SOUND.samples * 441 // 160}
+    assert set(frames) == {SOUND.window_samples * 441 // 160}
     frames.clear()
     audio.Tokenizer(SOUND).read(data)
     assert sum(frames) <= 5 * 44_100 + len(frames)  # inference: all of it, once
@@ -439,7 +444,7 @@ def test_the_resampler_is_torchaudios(rate):
 
 
 def test_too_long_a_sound_is_lost_by_its_header(frames):
-    config = audio.Config(frames=8, bands=32, high=32, limit=10, seconds=2.0)
+    config = audio.Config(patch_frames=8, n_mels=32, patch_mels=32, max_tokens=10, max_seconds=2.0)
     assert len(audio.Tokenizer(config).read({"flac": tone(440, 2.0)})[0]) == 10
     frames.clear()
     for raw in ({"flac": tone(440, 2.1)}, {"ogg": tone(440, 2.1, 44_100, "OGG")}, (torch.zeros(40_000), 16_000)):
@@ -450,7 +455,7 @@ def test_too_long_a_sound_is_lost_by_its_header(frames):
 
 
 def test_patches_in_frequency_have_rows():
-    config = audio.Config(frames=8, bands=32, high=8, limit=40)
+    config = audio.Config(patch_frames=8, n_mels=32, patch_mels=8, max_tokens=40)
     (tokens,) = audio.Tokenizer(config).read({"flac": tone(440)})
     assert set(tokens.position[:, 1].tolist()) == {0, 1, 2, 3}
     low, high = (audio.Tokenizer(config).read({"flac": tone(f)})[0] for f in (150, 6000))
@@ -491,11 +496,11 @@ def test_silence_and_a_click_are_finite():
 def test_the_trained_merges_replace_those_before_at_once(tmp_path, monkeypatch):
     """Another process reads either the old file or the new one, never a half."""
     raws = [{"txt": b"a red square and a blue circle"}]
-    path = text.Tokenizer(text.Config(vocabulary=300)).fit(raws, tmp_path / "words").file
+    path = text.Tokenizer(text.Config(vocab_size=300)).fit(raws, tmp_path / "words").file
     before, seen = Path(path).read_bytes(), []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(b).read_bytes()), replace(a, b)))
-    text.Tokenizer(text.Config(vocabulary=300)).fit(
+    text.Tokenizer(text.Config(vocab_size=300)).fit(
         [{"txt": b"something else altogether, altogether"}], tmp_path / "words"
     )
     assert seen == [before] != [Path(path).read_bytes()]

@@ -350,7 +350,7 @@ def test_a_fourth_kind_is_one_file_and_a_config(tmp_path, monkeypatch):
     shards.write(tmp_path / "loop.tar", made)
     data = tiny(tmp_path, steps=30, optim={"lr": 3e-3, "warmup": 2})
     data["sources"] = {"all": {"shards": f"{tmp_path}/loop.tar", "group": "color"}}
-    data["tokenizers"] = {"text": {"vocabulary": 300, "limit": 24}, "series": {"tokenizer": "modalities.series"}}
+    data["tokenizers"] = {"text": {"vocab_size": 300, "max_tokens": 24}, "series": {"tokenizer": "modalities.series"}}
     decoder = {"width": 32, "depth": 1, "heads": 2}
     data["tasks"] = {
         "shapes": {

@@ -87,7 +87,7 @@ def losses(modalities: dict) -> list[str]:
             by = f"counted as {found['tokens_by']}" if "/" in found["tokens_by"] else f"by {found['tokens_by']}"
             share = found["cropped_tokens"] / max(found["cropped_tokens"] + found["tokens"], 1)
             said.append(
-                f"text beyond {found['limit']} tokens: {found['cropped_tokens']:,} tokens ({_share(share)}) "
+                f"text beyond {found['max_tokens']} tokens: {found['cropped_tokens']:,} tokens ({_share(share)}) "
                 f"of {many(found['cropped_samples'], 'sample')}; {by}"
             )
         if "cropped_seconds" in found:
@@ -99,7 +99,7 @@ def losses(modalities: dict) -> list[str]:
         if "lost_pixels" in found:
             share = found["lost_pixels"] / max(found["pixels"], 1)
             said.append(
-                f"pictures made smaller, to {found['limit']} patches: {found['lost_pixels'] / 1e6:,.1f} megapixels "
+                f"pictures made smaller, to {found['max_tokens']} patches: {found['lost_pixels'] / 1e6:,.1f} megapixels "
                 f"({_share(share)}) of {many(found['scaled_samples'], 'sample')}"
             )
     return said

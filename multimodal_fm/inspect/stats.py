@@ -184,7 +184,7 @@ def quantiles(values: np.ndarray, weights: np.ndarray | None = None) -> dict[str
 
 def _of_text(settings, texts: _Texts, exact: bool, rate: float | None) -> dict:
     tokens = texts.mean * (rate if rate is not None else 0.25) + 2
-    kept = np.minimum(tokens, settings.limit)
+    kept = np.minimum(tokens, settings.max_tokens)
     at = quantiles(texts.mean, texts.weight)
     return {
         "samples": round(texts.weight.sum()),
@@ -194,8 +194,8 @@ def _of_text(settings, texts: _Texts, exact: bool, rate: float | None) -> dict:
         "length": {name: round(texts.mean[place]) for name, place in at.items()},
         "tokens": round((kept * texts.weight).sum()),
         "tokens_by": "bytes / 4" if rate is None else "the trained tokenizer",
-        "limit": settings.limit,
-        "cropped_samples": round(texts.weight[tokens > settings.limit].sum()),
+        "max_tokens": settings.max_tokens,
+        "cropped_samples": round(texts.weight[tokens > settings.max_tokens].sum()),
         "cropped_tokens": round(((tokens - kept) * texts.weight).sum()),
     }
 
@@ -219,7 +219,7 @@ def _of_image(tokenizer, own: np.ndarray) -> dict:
         "pixels": int(pixels.sum()),
         "resolution": {name: [int(sized["a"][p]), int(sized["b"][p])] for name, p in quantiles(pixels).items()},
         "tokens": int(_count(tokenizer, own).sum()),
-        "limit": settings.limit,
+        "max_tokens": settings.max_tokens,
         "scaled_samples": int((pixels > read).sum()),
         "lost_pixels": int(np.maximum(pixels - read, 0).sum()),
     }
@@ -228,7 +228,7 @@ def _of_image(tokenizer, own: np.ndarray) -> dict:
 def _of_audio(tokenizer, own: np.ndarray) -> dict:
     settings = tokenizer.config
     timed = own[own["b"] > 0]
-    seconds, window = timed["a"] / 1000, settings.samples / settings.rate
+    seconds, window = timed["a"] / 1000, settings.window_samples / settings.sample_rate
     rates, counts = np.unique(timed["b"], return_counts=True)
     return {
         "samples": len(own),
@@ -238,7 +238,7 @@ def _of_audio(tokenizer, own: np.ndarray) -> dict:
         "seconds": {name: round(float(seconds[place]), 3) for name, place in quantiles(seconds).items()},
         "rates": {str(rate): int(count) for rate, count in zip(rates, counts)},
         "tokens": int(_count(tokenizer, own).sum()),
-        "limit": settings.limit,
+        "max_tokens": settings.max_tokens,
         "window": round(window, 3),
         "cropped_samples": int((seconds > window).sum()),
         "cropped_seconds": round(float(np.maximum(seconds - window, 0).sum()), 1),

@@ -109,8 +109,8 @@ def sound(settings: Settings, ending: str, data: bytes, facts: dict) -> tuple[st
     """The sound's ending and bytes; all of it is decoded, a block at a time. Raises SampleError."""
     if not data:
         raise SampleError("empty", "no bytes")
-    if len(data) > AUDIO.bytes:
-        raise SampleError("byte-limit", f"{len(data)} bytes, the limit is {AUDIO.bytes}")
+    if len(data) > AUDIO.max_bytes:
+        raise SampleError("byte-limit", f"{len(data)} bytes, the limit is {AUDIO.max_bytes}")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, channels, frames = file.samplerate, file.channels, file.frames

@@ -48,7 +48,7 @@ class Media:
         with Image.open(io.BytesIO(data)) as picture:
             if len(data) <= self.picture and picture.format in self.PICTURES and max(picture.size) <= 1024:
                 return f"image/{picture.format.lower()}", data
-        small, out = decode(Config(pixels=10**9, bytes=10**9), data, self.SIDE), io.BytesIO()
+        small, out = decode(Config(max_pixels=10**9, max_bytes=10**9), data, self.SIDE), io.BytesIO()
         small.thumbnail((self.SIDE, self.SIDE))
         small.save(out, "JPEG", quality=80)
         return "image/jpeg", out.getvalue()

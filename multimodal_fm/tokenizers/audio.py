@@ -23,35 +23,45 @@ EXTENSIONS = ("flac", "wav", "ogg", "mp3")
 
 @dataclass
 class Config:
-    rate: int = 16_000  # samples a second
-    bands: int = 64  # mel bands
-    hop: int = 160  # samples a frame
-    window: int = 400  # samples that a frame's spectrum sees
-    frames: int = 16  # frames a patch
-    high: int = 64  # bands a patch; `bands` is one patch over all of them
-    limit: int = 128  # tokens a sequence: longer sound is cropped in training, cut into windows in inference
-    blank: float = 0.0  # training: at most this share of the bands, and of the frames, is blanked (SpecAugment)
-    gain: float = 0.0  # training: the rate of play changes by at most this share
-    windows: int = 64  # inference: at most so many windows of one sound
-    seconds: float = 3600.0  # a longer sound is refused, by its header
-    bytes: int = 200_000_000  # so is a longer member
+    sample_rate: int = 16_000  # samples a second
+    n_mels: int = 64  # mel bands
+    hop_length: int = 160  # samples a frame
+    win_length: int = 400  # samples that a frame's spectrum sees
+    patch_frames: int = 16  # frames a patch
+    patch_mels: int = 64  # mel bands a patch; `n_mels` is one patch over all of them
+    max_tokens: int = 128  # tokens a sequence: longer sound is cropped in training, cut into windows in inference
+    spec_augment: float = 0.0  # training: at most this share of the bands, and of the frames, is blanked (SpecAugment)
+    speed_jitter: float = 0.0  # training: the rate of play changes by at most this share
+    max_windows: int = 64  # inference: at most so many windows of one sound
+    max_seconds: float = 3600.0  # a longer sound is refused, by its header
+    max_bytes: int = 200_000_000  # so is a longer member
 
     def __post_init__(self):
-        if min(self.rate, self.bands, self.hop, self.window, self.frames, self.high, self.limit, self.windows) < 1:
-            raise ValueError("rate, bands, hop, window, frames, high, limit and windows are at least 1")
-        if not self.seconds > 0:
-            raise ValueError("seconds is above 0")
-        if not 0 <= self.blank <= 1 or not 0 <= self.gain < 1:
-            raise ValueError("blank and gain are shares from 0 to 1")
-        if self.bands % self.high:
-            raise ValueError(f"bands ({self.bands}) must be a multiple of high ({self.high})")
-        if self.limit < self.bands // self.high:
-            raise ValueError(f"limit ({self.limit}) must hold one column of patches ({self.bands // self.high})")
+        counts = (
+            "sample_rate",
+            "n_mels",
+            "hop_length",
+            "win_length",
+            "patch_frames",
+            "patch_mels",
+            "max_tokens",
+            "max_windows",
+        )
+        if min(getattr(self, name) for name in counts) < 1:
+            raise ValueError(f"{', '.join(counts)} are at least 1")
+        if not self.max_seconds > 0:
+            raise ValueError("max_seconds is above 0")
+        if not 0 <= self.spec_augment <= 1 or not 0 <= self.speed_jitter < 1:
+            raise ValueError("spec_augment and speed_jitter are shares from 0 to 1")
+        if self.n_mels % self.patch_mels:
+            raise ValueError(f"n_mels ({self.n_mels}) must be a multiple of patch_mels ({self.patch_mels})")
+        if self.max_tokens < (rows := self.n_mels // self.patch_mels):
+            raise ValueError(f"max_tokens ({self.max_tokens}) must hold one column of patches ({rows})")
 
     @property
-    def samples(self) -> int:
-        """Samples that `limit` tokens cover."""
-        return self.limit // (self.bands // self.high) * self.frames * self.hop
+    def window_samples(self) -> int:
+        """Samples that `max_tokens` tokens cover."""
+        return self.max_tokens // (self.n_mels // self.patch_mels) * self.patch_frames * self.hop_length
 
 
 def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndarray]]:
@@ -67,8 +77,8 @@ def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndar
         import soundfile
 
         if isinstance(raw, (bytes, bytearray, memoryview)):
-            if len(raw) > config.bytes:
-                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+            if len(raw) > config.max_bytes:
+                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.max_bytes}")
             raw = io.BytesIO(raw)
         try:
             file = soundfile.SoundFile(raw)
@@ -94,19 +104,19 @@ def check_header(config: Config, rate: int, total: int) -> None:
         raise SampleError("decode", f"{rate} samples a second")
     if total <= 0:
         raise SampleError("empty", "no samples")
-    if total > config.seconds * rate:
-        raise SampleError("duration-limit", f"{total / rate:.0f} seconds, the limit is {config.seconds:g}")
+    if total > config.max_seconds * rate:
+        raise SampleError("duration-limit", f"{total / rate:.0f} seconds, the limit is {config.max_seconds:g}")
 
 
 def _wave(config: Config, rate: int, take: Callable, start: int, count: int) -> Tensor:
     """At most `count` samples at the config's rate from its sample `start` on; `take` gives those at `rate`."""
-    wave = take(start * rate // config.rate, -(-count * rate // config.rate))
+    wave = take(start * rate // config.sample_rate, -(-count * rate // config.sample_rate))
     if not len(wave):
         raise SampleError("decode", "the header announces samples that are not there")
     wave = torch.from_numpy(np.ascontiguousarray(wave))
     if not math.isfinite(float(wave.sum())):  # fifty times faster than to look at each
         raise SampleError("not-finite", "NaN or infinity among the samples")
-    return _resample(wave, rate, config.rate)[:count]
+    return _resample(wave, rate, config.sample_rate)[:count]
 
 
 def _resample(wave: Tensor, rate: int, to: int) -> Tensor:
@@ -158,24 +168,26 @@ def _transforms(rate: int, window: int, hop: int, bands: int):
 
 
 def _patches(config: Config, wave: Tensor, generator: Random | None = None) -> Tokens:
-    """log-mel of one window (at most `limit` patches), normalized over the window, cut into patches."""
-    span = config.frames * config.hop
-    columns = max(1, min(round(len(wave) / span), config.samples // span))
+    """log-mel of one window (at most `max_tokens` patches), normalized over the window, cut into patches."""
+    span = config.patch_frames * config.hop_length
+    columns = max(1, min(round(len(wave) / span), config.window_samples // span))
     wave = F.pad(wave[: columns * span], (0, max(0, columns * span - len(wave))))
-    spectrum, bands = _transforms(config.rate, config.window, config.hop, config.bands)
+    spectrum, bands = _transforms(config.sample_rate, config.win_length, config.hop_length, config.n_mels)
     bins = spectrum(wave).numpy()  # whose arithmetic on complex numbers is the quicker
     with np.errstate(over="ignore"):
         power = torch.from_numpy(bins.real**2 + bins.imag**2)
-    mel = bands(power)[:, : columns * config.frames]
+    mel = bands(power)[:, : columns * config.patch_frames]
     mel = mel.clamp(min=1e-8).log10()
     mel = mel.clamp(min=mel.max() - 8)  # eighty decibels of range
     mel = (mel - mel.mean()) / (mel.std() + 1e-3)
     if not torch.isfinite(mel).all():
         raise SampleError("not-finite", "too loud: its spectrum overflows")
-    if generator is not None and config.blank:
+    if generator is not None and config.spec_augment:
         mel = _blank(config, mel, generator)
-    rows = config.bands // config.high
-    content = mel.unflatten(0, (rows, config.high)).unflatten(2, (columns, config.frames))  # (R, high, C, frames)
+    rows = config.n_mels // config.patch_mels
+    content = mel.unflatten(0, (rows, config.patch_mels)).unflatten(
+        2, (columns, config.patch_frames)
+    )  # (R, patch_mels, C, patch_frames)
     content = content.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # column by column
     return sequence_of(content.contiguous(), _positions(columns, rows))
 
@@ -193,7 +205,7 @@ def _blank(config: Config, mel: Tensor, generator: Random) -> Tensor:
     """One run of bands and one of frames set to the mean (SpecAugment, Park et al. 2019)."""
     mel = mel.clone()
     for axis in (0, 1):
-        most = int(mel.shape[axis] * config.blank)
+        most = int(mel.shape[axis] * config.spec_augment)
         width = generator.randrange(most + 1)
         start = generator.randrange(mel.shape[axis] - width + 1)
         mel.narrow(axis, start, width).zero_()
@@ -201,11 +213,11 @@ def _blank(config: Config, mel: Tensor, generator: Random) -> Tensor:
 
 
 class Embed(nn.Module):
-    """patches (N, frames * high) -> (N, D)"""
+    """patches (N, patch_frames * patch_mels) -> (N, D)"""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
-        self.project = nn.Linear(config.frames * config.high, width)
+        self.project = nn.Linear(config.patch_frames * config.patch_mels, width)
         nn.init.normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
 
@@ -218,7 +230,7 @@ class Predict(nn.Module):
 
     def __init__(self, config: Config, width: int):
         super().__init__()
-        self.levels = nn.Linear(width, config.frames * config.high)
+        self.levels = nn.Linear(width, config.patch_frames * config.patch_mels)
         nn.init.normal_(self.levels.weight, std=0.02)
         nn.init.zeros_(self.levels.bias)
 
@@ -231,7 +243,7 @@ class Tokenizer(base.Tokenizer):
     Config, extensions = Config, EXTENSIONS
 
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
-        """Sequences of log-mel patches, content (N, frames * high) float32, position (time, band, 0).
+        """Sequences of log-mel patches, content (N, patch_frames * patch_mels) float32, position (time, band, 0).
 
         raw: the sample's members, a path, bytes, or (waveform (T,) or (C, T), rate). With a generator one random window, else
         the windows that cover the sound. Raises SampleError.
@@ -241,16 +253,20 @@ class Tokenizer(base.Tokenizer):
             return []
         rate, total, take = _opened(self.config, raw)
         if generator is None:
-            whole = -(-total * self.config.rate // rate)
-            starts = range(0, min(whole, self.config.windows * self.config.samples), self.config.samples)
-            waves = [_wave(self.config, rate, take, start, self.config.samples) for start in starts]
-            if len(waves) > 1 and len(waves[-1]) < self.config.frames * self.config.hop:
+            whole = -(-total * self.config.sample_rate // rate)
+            starts = range(
+                0, min(whole, self.config.max_windows * self.config.window_samples), self.config.window_samples
+            )
+            waves = [_wave(self.config, rate, take, start, self.config.window_samples) for start in starts]
+            if len(waves) > 1 and len(waves[-1]) < self.config.patch_frames * self.config.hop_length:
                 waves.pop()  # less than a patch is left over
             return [_patches(self.config, wave) for wave in waves]
         speed, where = generator.random(), generator.random()
-        rate = round(rate * (1 + self.config.gain * (2 * speed - 1)))
-        whole = -(-total * self.config.rate // rate)
-        wave = _wave(self.config, rate, take, int(where * max(whole - self.config.samples, 0)), self.config.samples)
+        rate = round(rate * (1 + self.config.speed_jitter * (2 * speed - 1)))
+        whole = -(-total * self.config.sample_rate // rate)
+        wave = _wave(
+            self.config, rate, take, int(where * max(whole - self.config.window_samples, 0)), self.config.window_samples
+        )
         return [_patches(self.config, wave, generator)]
 
     def measure(self, data: bytes, length: int) -> tuple[int, int]:
@@ -268,27 +284,33 @@ class Tokenizer(base.Tokenizer):
         if data is None:
             return None
         rate, total, take = _opened(self.config, data)
-        whole, patch = -(-total * self.config.rate // rate), self.config.frames * self.config.hop
-        for start in range(0, max(whole - patch, 1), self.config.samples):
+        whole, patch = -(-total * self.config.sample_rate // rate), self.config.patch_frames * self.config.hop_length
+        for start in range(0, max(whole - patch, 1), self.config.window_samples):
             left = whole - start
             _patches(
                 self.config,
                 _wave(
-                    self.config, rate, take, start, left if left <= self.config.samples + patch else self.config.samples
+                    self.config,
+                    rate,
+                    take,
+                    start,
+                    left if left <= self.config.window_samples + patch else self.config.window_samples,
                 ),
             )
         channels = soundfile.info(io.BytesIO(data)).channels
         return {"channels": channels, "seconds": round(total / rate, 3), "rate": rate}
 
     def count_tokens(self, length, milliseconds, rate) -> np.ndarray:
-        """Patches (N,) of training windows of sounds of these lengths; `limit` where a length is not known."""
-        column = self.config.bands // self.config.high
-        columns = np.maximum(milliseconds * self.config.rate // (1000 * self.config.hop * self.config.frames), 1)
-        whole = self.config.limit // column * column
+        """Patches (N,) of training windows of sounds of these lengths; `max_tokens` where a length is not known."""
+        column = self.config.n_mels // self.config.patch_mels
+        columns = np.maximum(
+            milliseconds * self.config.sample_rate // (1000 * self.config.hop_length * self.config.patch_frames), 1
+        )
+        whole = self.config.max_tokens // column * column
         return np.where(rate > 0, np.minimum(columns * column, whole), whole)
 
     def toy(self) -> Tokenizer:
-        return self.replace(limit=min(self.config.limit, 32))
+        return self.replace(max_tokens=min(self.config.max_tokens, 32))
 
     def embedder(self, width: int) -> nn.Module:
         return Embed(self.config, width)

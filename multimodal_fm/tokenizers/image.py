@@ -32,19 +32,19 @@ LONGEST = 65_535  # pixels a side
 @dataclass
 class Config:
     patch: int = 16  # pixels a side
-    limit: int = 196  # tokens a picture: the grid is the largest of the picture's shape that has no more
-    area: float = 1.0  # training: the smallest share of the picture that a random crop keeps; 1 is no crop
-    flip: float = 0.0  # training: the probability of a mirror image
-    rotate: float = 0.0  # training: at most so many degrees either way
-    color: float = 0.0  # training: brightness, contrast and saturation change by at most this share
-    pixels: int = 50_000_000  # a header that announces more is refused before anything is decoded
-    bytes: int = 50_000_000  # so is a longer member
+    max_tokens: int = 196  # tokens a picture: the grid is the largest of the picture's shape that has no more
+    min_crop_scale: float = 1.0  # training: the smallest share of the picture that a random crop keeps; 1 is no crop
+    hflip: float = 0.0  # training: the probability of a mirror image
+    rotation_degrees: float = 0.0  # training: at most so many degrees either way
+    color_jitter: float = 0.0  # training: brightness, contrast and saturation change by at most this share
+    max_pixels: int = 50_000_000  # a header that announces more is refused before anything is decoded
+    max_bytes: int = 50_000_000  # so is a longer member
 
     def __post_init__(self):
-        if self.patch < 1 or self.limit < 1:
-            raise ValueError("patch and limit are at least 1")
-        if not 0 < self.area <= 1:
-            raise ValueError("area is a share above 0, at most 1")
+        if self.patch < 1 or self.max_tokens < 1:
+            raise ValueError("patch and max_tokens are at least 1")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError("min_crop_scale is a share above 0, at most 1")
 
 
 def _patches(config: Config, pixels: np.ndarray) -> tuple[Tensor, int, int]:
@@ -66,7 +66,9 @@ def view(config: Config, raw, generator: Random | None = None) -> np.ndarray:
     """
     jpeg = _jpeg(config, raw)
     if jpeg is None:
-        whole = np.asarray(decode(config, raw, config.patch * math.sqrt(config.limit / config.area) * 1.5))
+        whole = np.asarray(
+            decode(config, raw, config.patch * math.sqrt(config.max_tokens / config.min_crop_scale) * 1.5)
+        )
         height, width = whole.shape[:2]
     else:
         height, width = jpeg.height, jpeg.width
@@ -118,10 +120,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def grid(config: Config, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of patches for a picture of that shape: as near to its aspect ratio as the limit lets them."""
-    rows = min(max(1, math.floor(math.sqrt(config.limit * height / width))), config.limit)
-    columns = min(max(1, math.floor(math.sqrt(config.limit * width / height))), config.limit // rows)
+    rows = min(max(1, math.floor(math.sqrt(config.max_tokens * height / width))), config.max_tokens)
+    columns = min(max(1, math.floor(math.sqrt(config.max_tokens * width / height))), config.max_tokens // rows)
     # rounding down both ways wastes up to a row or a column: take one back where it fits and is nearer to the shape
-    options = [(r, c) for r in (rows, rows + 1) for c in (columns, columns + 1) if r * c <= config.limit]
+    options = [(r, c) for r in (rows, rows + 1) for c in (columns, columns + 1) if r * c <= config.max_tokens]
     return min(options, key=lambda o: abs(math.log(o[0] / o[1] * width / height)) - 0.5 * math.log(o[0] * o[1]))
 
 
@@ -157,7 +159,7 @@ DAMAGE = r"remature end|Huffman|instead of RST|data: \d\d+ extraneous bytes befo
 
 def _jpeg(config: Config, raw) -> _Jpeg | None:
     """The header of a plain JPEG in memory; None for all else, which `decode` reads or refuses. Raises SampleError."""
-    if not isinstance(raw, bytes) or raw[:3] != b"\xff\xd8\xff" or len(raw) > config.bytes:
+    if not isinstance(raw, bytes) or raw[:3] != b"\xff\xd8\xff" or len(raw) > config.max_bytes:
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
@@ -199,8 +201,8 @@ UPRIGHT = {
 
 
 def _check_size(config: Config, width: int, height: int) -> None:
-    if width * height > config.pixels or max(width, height) > LONGEST:
-        raise SampleError("pixel-limit", f"{width} x {height}, the limit is {config.pixels}")
+    if width * height > config.max_pixels or max(width, height) > LONGEST:
+        raise SampleError("pixel-limit", f"{width} x {height}, the limit is {config.max_pixels}")
 
 
 def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
@@ -214,8 +216,8 @@ def decode(config: Config, raw, side: float = math.inf) -> Image.Image:
         return _from_tensor(raw)
     try:
         if isinstance(raw, (bytes, bytearray, memoryview)):
-            if len(raw) > config.bytes:
-                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.bytes}")
+            if len(raw) > config.max_bytes:
+                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.max_bytes}")
             _check_png(bytes(raw))
             raw = io.BytesIO(raw)
         with Image.open(raw, formats=FORMATS) as picture:
@@ -289,8 +291,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _crop(config: Config, height: int, width: int, draws: list[float]) -> tuple[float, float, float, float]:
-    """A random part (top, left, height, width) of the picture, of its shape, that keeps at least `area` of it."""
-    share = math.sqrt(_between(draws[0], config.area, 1.0))
+    """A random part (top, left, height, width) of the picture, of its shape, that keeps at least `min_crop_scale` of it."""
+    share = math.sqrt(_between(draws[0], config.min_crop_scale, 1.0))
     high, wide = height * share, width * share
     return draws[1] * (height - high), draws[2] * (width - wide), high, wide
 
@@ -301,19 +303,19 @@ def _between(draw: float, low: float, high: float) -> float:
 
 def _vary(config: Config, pixels: np.ndarray, draws: list[float]) -> np.ndarray:
     """A random mirror image, turn and change of color of (H, W, 3) pixels, as the config allows them."""
-    if draws[3] < config.flip:
+    if draws[3] < config.hflip:
         pixels = pixels[:, ::-1]
-    if not config.rotate and not config.color:
+    if not config.rotation_degrees and not config.color_jitter:
         return pixels
     from torchvision.transforms.v2 import functional as T
 
     picture = Image.fromarray(np.ascontiguousarray(pixels))
-    if config.rotate:
-        angle = _between(draws[4], -config.rotate, config.rotate)
+    if config.rotation_degrees:
+        angle = _between(draws[4], -config.rotation_degrees, config.rotation_degrees)
         picture = T.rotate(picture, angle, interpolation=T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
-    if config.color:
+    if config.color_jitter:
         for change, draw in zip((T.adjust_brightness, T.adjust_contrast, T.adjust_saturation), draws[5:], strict=True):
-            picture = change(picture, _between(draw, 1 - config.color, 1 + config.color))
+            picture = change(picture, _between(draw, 1 - config.color_jitter, 1 + config.color_jitter))
     return np.asarray(picture)
 
 
@@ -389,13 +391,15 @@ class Tokenizer(base.Tokenizer):
             return {"width": width, "height": height, "mode": picture.mode}
 
     def count_tokens(self, length, width, height) -> np.ndarray:
-        """Patches (N,) of pictures of these sizes; `limit` where a size is not known."""
+        """Patches (N,) of pictures of these sizes; `max_tokens` where a size is not known."""
         sizes, which = np.unique(np.stack([height, width], 1), axis=0, return_inverse=True)
-        patches = [math.prod(grid(self.config, int(h), int(w))) if h and w else self.config.limit for h, w in sizes]
+        patches = [
+            math.prod(grid(self.config, int(h), int(w))) if h and w else self.config.max_tokens for h, w in sizes
+        ]
         return np.array(patches, dtype=np.int64)[which.ravel()]
 
     def toy(self) -> Tokenizer:
-        return self.replace(limit=min(self.config.limit, 32))
+        return self.replace(max_tokens=min(self.config.max_tokens, 32))
 
     def embedder(self, width: int) -> nn.Module:
         return Embed(self.config, width)

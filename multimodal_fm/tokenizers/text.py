@@ -29,17 +29,17 @@ BEGIN, END = 0, 1  # ids that no text can spell: the merges start behind them
 
 @dataclass
 class Config:
-    vocabulary: int = 4096  # ids, the two special ones and the 256 bytes among them
-    limit: int = 256  # tokens a sequence; training draws a window of longer text, evaluation covers it
+    vocab_size: int = 4096  # ids, the two special ones and the 256 bytes among them
+    max_tokens: int = 256  # tokens a sequence; training draws a window of longer text, evaluation covers it
     fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
     """Where a sample's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
     string, a list or a map of strings). A list: the first that the sample has. A map: training draws by these weights."""
     file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: a run learns one and keeps it in its folder
-    fit_bytes: int = 20_000_000  # how much training text the merges are learned from
+    train_bytes: int = 20_000_000  # how much training text the merges are learned from
 
     def __post_init__(self):
-        if self.vocabulary < 258 or self.limit < 3:
-            raise ValueError("vocabulary is at least 258 (the bytes and two marks), limit at least 3")
+        if self.vocab_size < 258 or self.max_tokens < 3:
+            raise ValueError("vocab_size is at least 258 (the bytes and two marks), max_tokens at least 3")
         weights = self.fields.values() if isinstance(self.fields, dict) else [1.0]
         if not self.fields or not all(0 <= weight < float("inf") for weight in weights):
             raise ValueError("fields names at least one field, with weights from 0 up")
@@ -140,7 +140,7 @@ MOST_WINDOWS = 64
 
 
 def _windows(config: Config, text: str) -> list[Tokens]:
-    room = config.limit - 2
+    room = config.max_tokens - 2
     ids = _encoded(config, _whole(text), room * MOST_WINDOWS)
     return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
 
@@ -205,7 +205,7 @@ class Embed(nn.Embedding):
     """ids (N,) -> (N, D)"""
 
     def __init__(self, config: Config, width: int):
-        super().__init__(config.vocabulary, width)
+        super().__init__(config.vocab_size, width)
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, content: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Predict(nn.Module):
 
     def __init__(self, config: Config, width: int):
         super().__init__()
-        self.logits = nn.Linear(width, config.vocabulary)
+        self.logits = nn.Linear(width, config.vocab_size)
         nn.init.normal_(self.logits.weight, std=0.02)
         nn.init.zeros_(self.logits.bias)
 
@@ -237,25 +237,27 @@ class Tokenizer(base.Tokenizer):
         return self.config.file
 
     def toy(self) -> Tokenizer:
-        smaller = {} if self.file else {"vocabulary": min(self.config.vocabulary, 512)}
-        return self.replace(limit=min(self.config.limit, 32), fit_bytes=min(self.config.fit_bytes, 200_000), **smaller)
+        smaller = {} if self.file else {"vocab_size": min(self.config.vocab_size, 512)}
+        return self.replace(
+            max_tokens=min(self.config.max_tokens, 32), train_bytes=min(self.config.train_bytes, 200_000), **smaller
+        )
 
     def fit(self, raws, stem: Path) -> Tokenizer:
-        """Learn the merges from at most `fit_bytes` of text and save them as `STEM.json`."""
+        """Learn the merges from at most `train_bytes` of text and save them as `STEM.json`."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=self.config.vocabulary - 2,
+            vocab_size=self.config.vocab_size - 2,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
             limit_alphabet=256,
         )
 
         def texts():
-            left = self.config.fit_bytes
+            left = self.config.train_bytes
             for raw in raws:
                 for text in _readable(self.config, raw):
                     text = _whole(text[: 1 + left // 4])
@@ -272,9 +274,9 @@ class Tokenizer(base.Tokenizer):
     def check(self) -> None:
         """Raises UserError where the trained file is missing or holds more ids than the model has."""
         held = bpe(self.config.file).n_vocab + 2
-        if held > self.config.vocabulary:
+        if held > self.config.vocab_size:
             raise UserError(
-                f"{self.config.file} holds {held} ids: set tokenizers.text.vocabulary to that, not {self.config.vocabulary}"
+                f"{self.config.file} holds {held} ids: set tokenizers.text.vocab_size to that, not {self.config.vocab_size}"
             )
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
@@ -290,7 +292,7 @@ class Tokenizer(base.Tokenizer):
         return len(bpe(self.config.file).decode_bytes([i - 2 for i in ids if i > END]))
 
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
-        """Sequences BEGIN ids END of at most `limit` tokens, content (N,) int64. raw: the sample's members, or a string.
+        """Sequences BEGIN ids END of at most `max_tokens` tokens, content (N,) int64. raw: the sample's members, or a string.
 
         With a generator one text is drawn, and of a long one a window; without, the sample's first text, cut into at most
         `MOST_WINDOWS` windows. Raises SampleError.
@@ -301,7 +303,7 @@ class Tokenizer(base.Tokenizer):
         if generator is None:
             return _windows(self.config, next(iter(found.values()))[0])
         draws = [generator.random() for _ in range(4)]
-        text, room = _draw(self.config, found, draws), self.config.limit - 2
+        text, room = _draw(self.config, found, draws), self.config.max_tokens - 2
         reach = room * 8  # characters: far more than there is room for of nearly any text
         start = _pick(draws[2], max(len(text) - reach, 0) + 1)
         ids = _encoded(self.config, _whole(text[start : start + reach]), None)
