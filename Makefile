@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 RUN := $(if $(filter 0,$(SEED)),runs/demo,runs/demo-$(SEED))
 PACKAGES := -c .ci/constraints.txt -e .[demo,test,lint,pack,hub]
 
-.PHONY: demo test test-all lint format setup clean
+.PHONY: demo test test-all lint format docs setup clean
 
 demo: $(READY)  ## the corpus, the training, the report; SEED=7 draws another split and another start
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh data/demo.sh "$(SEED)" "$(RUN)"
@@ -18,11 +18,14 @@ test: $(READY)  ## the default tests
 test-all: $(READY)  ## the slow ones too
 	$(BIN)/python -m pytest -q -m "not gpu"
 
-lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(READY)  ## style, layout, types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright
 
 format: $(READY)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(READY)  ## docs/config.md, from the dataclasses
+	$(BIN)/python docs/make_config.py
 
 setup: $(READY)
 

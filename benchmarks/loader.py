@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -158,7 +159,7 @@ def pictures(work: Path, name: str, python: str) -> tuple[str, dict]:
     made(folder, lambda: ({"jpg": photo, "txt": caption} for photo, caption in photos(side, PICTURES[side])))
     peers = {who: [python, str(HERE / "loader_peers.py"), who] for who in ("openclip", "energon", "webdataset")}
     commands = {who: [*command, str(folder), str(workers)] for who, command in peers.items()}
-    mine = {"ours": "text,image", "ours, threads": "text,image:threads", "ours, pictures alone": "image"}
+    mine = {"ours": "text,image", "ours, pictures alone": "image"}
     mine |= {"decoder": "decoder", "libjpeg": "libjpeg"}
     return "openclip", {who: own(how, folder, workers) for who, how in mine.items()} | commands
 
@@ -278,12 +279,11 @@ def play(who: str, folder: str, workers: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    who, _, how = who.partition(":")
-    if who == "tokenizer":  # the library's own threads, as many as we have readers
+    if who == "tokenizer":  # the library's own threads, as many as our workers
         os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
     if who in ("text,image", "image", "audio", "text"):
-        drawn = {"text": words}.get(who, lambda step: len(step.keys))
-        turns(ours(folder, who.split(","), workers, how or "processes"), 2 * workers, drawn)
+        drawn = {"text": words}.get(who, lambda step: len(step.samples))
+        turns(ours(folder, who.split(","), workers), 2 * workers, drawn)
     elif who in ("decoder", "libjpeg"):
         raws = [raw["jpg"] for raw in everything(folder)]
         turns(in_threads(decoder if who == "decoder" else libjpeg, raws, workers), 0)
@@ -293,38 +293,41 @@ def play(who: str, folder: str, workers: int) -> None:
         turns(tokenizer_alone(folder, who, workers), 0, int)
 
 
-def ours(folder: str, parts: list[str], workers: int, how: str):
-    """Steps of the training stream."""
-    from multimodal_fm.stream.workers import Loader
+def ours(folder: str, parts: list[str], workers: int):
+    """StepDataset of the training stream."""
+    from multimodal_fm.stream.loader import Loader
 
-    return iter(Loader(steps(folder, parts), 0, 10**9, workers, how))
+    return iter(Loader(steps(folder, parts), 0, 10**9, workers))
 
 
 def steps(folder: str, parts: list[str]):
-    from multimodal_fm.config import build
     from multimodal_fm.corpus.shards import Corpus
-    from multimodal_fm.stream.tasks import fit, steps_of
+    from multimodal_fm.objectives import contrastive
+    from multimodal_fm.stream.dataset import StepDataset
+    from multimodal_fm.stream.tasks import build_tasks, fit_tokenizers
+    from multimodal_fm.train.config import build
 
     take = 8 if parts == ["audio"] else BATCH
-    task = {"objective": "contrastive", "modalities": parts, "batch_size": take, "sources": {"all": 1}}
+    task = {"objectives": {"masked": {}}, "modalities": parts, "batch_size": take, "sources": {"all": 1}}
     config = build(
         {
             "sources": {"all": {"shards": f"{folder}/*.tar"}},
             "tasks": {"pairs": task},
-            "tokenizers": TOKENIZERS,
-            "model": {"width": 64, "depth": 1, "heads": 2},
-            "run": folder,
+            "model": {"tokenizers": TOKENIZERS, "backbone": {"width": 64, "depth": 1, "num_heads": 2}},
+            "run_dir": folder,
         },
         "benchmarks/loader.py",
     )
     corpora = {name: Corpus(source, name) for name, source in config.sources.items()}
-    config = dataclasses.replace(config, tokenizers=fit(config, corpora, Path(folder)))
-    return steps_of(config, corpora)
+    tokenizers = fit_tokenizers(config.tasks, corpora, config.model.tokenizers, config.seed, Path(folder))
+    whole = functools.partial(contrastive.Objective.arrange, contrastive.Config())  # a sample as it is: no masks
+    tasks = [dataclasses.replace(t, arrange=whole, grouped=True) for t in build_tasks(config.tasks, corpora)]
+    return StepDataset(tasks, tokenizers, config.seed)
 
 
 def words(step) -> int:
     """Ids of text, the two marks around each left out."""
-    return sum(len(batch.content["text"]) - 2 * batch.sequences for batch in step.batches)
+    return sum(len(batch.content["text"]) - 2 * batch.num_sequences for batch in step.batches)
 
 
 def everything(folder: str) -> list[dict]:
@@ -359,7 +362,7 @@ def decoder(raw: bytes, generator) -> None:
     """From a JPEG to the pixels of a random part at the size that is wanted, as the tokenizer does it."""
     from multimodal_fm.tokenizers import image
 
-    image.view(image.Config(**TOKENIZERS["image"]), raw, generator)
+    image.Tokenizer(image.Config(**TOKENIZERS["image"])).view(raw, generator)
 
 
 def libjpeg(raw: bytes, generator) -> None:
@@ -404,7 +407,7 @@ def tokenizer_alone(folder: str, who: str, workers: int):
     counts = [len(found.ids) for found in merges.encode_batch_fast(given, add_special_tokens=False)]
     assert max(counts) < settings.max_tokens - 2, "ours would crop"
     if who == "tiktoken":
-        call, how = text.bpe(settings.file).encode_ordinary_batch, {"num_threads": workers}
+        call, how = text.load_merges(settings.file).encode_ordinary_batch, {"num_threads": workers}
     else:
         call, how = merges.encode_batch_fast, {"add_special_tokens": False}
     while True:

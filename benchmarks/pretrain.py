@@ -17,9 +17,10 @@ import torch
 import yaml
 from common import save
 
-from multimodal_fm.config import load, to_data
+from multimodal_fm.config import to_data
 from multimodal_fm.corpus.shards import Config as Source
 from multimodal_fm.corpus.shards import Corpus
+from multimodal_fm.train.config import load
 
 ROOT = Path(__file__).parents[1]
 TRIAL = 30  # steps of the run that measures how many steps fit
@@ -33,7 +34,7 @@ def run(out: Path, small: bool, seconds: int = 240) -> bool:
         sources = corpora(work, small)
         data = recipe(sources, small)
         steps = 10 if small else fitting(data, work, began + seconds * 0.8)
-        data |= {"run": str(work / "run"), "steps": steps, "save_every": steps}
+        data |= {"run_dir": str(work / "run"), "steps": steps, "save_every": steps}
         (work / "run.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
         start = time.monotonic()
         mmfm("pretrain", str(work / "run.yaml"))
@@ -88,15 +89,17 @@ def recipe(sources: dict, small: bool) -> dict:
     for task in data["tasks"].values():
         task["batch_size"] = 8 if small else 4 * task["batch_size"]
         task["sources"] = dict.fromkeys(sources, 1)
-    data["tokenizers"]["image"]["max_tokens"] = 36 if small else 144
-    data["optim"]["warmup"] = 2 if small else 100
+    data["model"]["tokenizers"]["image"]["max_tokens"] = 36 if small else 144
+    data["optim"]["warmup_steps"] = 2 if small else 100
+    size = (64, 2, 2) if small else (512, 8, 8)
+    data["model"]["backbone"] = dict(zip(("width", "depth", "num_heads"), size, strict=True))
+    data["model"]["heads"] = {"retrieval": {"embed_dim": 256}}
     data |= {
-        "model": {"width": 64, "depth": 2, "heads": 2} if small else {"width": 512, "depth": 8, "heads": 8},
-        "embedding": 256,
-        "ema": 0.9 if small else 0.995,
+        "validate_every": 0,
+        "ema_decay": 0.9 if small else 0.995,
         "precision": "bfloat16" if cuda else "float32",
         "round_to": 128 if cuda else 1,
-        "workers": 1 if small else max(1, (os.cpu_count() or 1) - 2),
+        "num_workers": 1 if small else max(1, (os.cpu_count() or 1) - 2),
         "evaluate": {},
     }
     return data
@@ -124,7 +127,7 @@ def measured(sources: dict) -> dict[str, list[str]]:
 
 def fitting(data: dict, work: Path, until: float) -> int:
     """How many steps fit until then, from a short trial run."""
-    trial = {**data, "run": str(work / "trial"), "steps": TRIAL, "save_every": TRIAL}
+    trial = {**data, "run_dir": str(work / "trial"), "steps": TRIAL, "save_every": TRIAL}
     (work / "trial.yaml").write_text(yaml.safe_dump(trial, sort_keys=False))
     start = time.monotonic()
     mmfm("pretrain", str(work / "trial.yaml"))
@@ -162,7 +165,7 @@ def curve(rows: list[dict], out: Path) -> None:
     thin = rows[:: max(1, len(rows) // 300)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin))
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
-    for name in (key for key in thin[-1] if key.startswith("loss/") and key.count("/") == 1):
+    for name in (key for key in thin[-1] if key.startswith("loss/") and key.count("/") == 2):
         points = [(row["step"], row[name]) for row in thin if name in row]
         axes.plot(*zip(*points, strict=True), label=name[5:], linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")

@@ -1,43 +1,47 @@
 """How fast is a training step of configs/base.yaml, and how does it compare with BERT's and ViT's own?
 
-Batches are synthetic but go the real way: random tokens of realistic lengths, arranged by the objectives, gathered.
+Batches are synthetic: random tokens of realistic lengths, arranged by the objectives and collated as in training.
+As a program it says what the parts of a step take: python benchmarks/step.py [CONFIG] [STEPS].
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import statistics
+import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from common import alternate, device, first_line, save
+from common import alternate, device, first_line, save, seconds
 from torch import nn
 
 from multimodal_fm.backbone import Backbone
 from multimodal_fm.batch import Batch, Sample, collate, count_targets
-from multimodal_fm.config import Config, build, load, to_data
-from multimodal_fm.model import Model
-from multimodal_fm.stream.tasks import weights_of
-from multimodal_fm.tokenizers.image import grid
-from multimodal_fm.tokens import RISING, Tokens, patterns, sequence_of
-from multimodal_fm.train import optim
+from multimodal_fm.config import to_data
+from multimodal_fm.tokens import RISING, Tokens, make_sequence, patterns
+from multimodal_fm.train import ema
+from multimodal_fm.train.config import TrainConfig, build, load
 from multimodal_fm.train.grad_cache import forward_backward
+from multimodal_fm.train.train_step import TrainStep
 
 PEAK = 989e12  # FLOP/s: bfloat16, dense, of an H100 or H200 (SXM)
 CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
-TOY = {"width": 64, "depth": 2, "heads": 2}
+TOY = {"width": 64, "depth": 2, "num_heads": 2}
 BERT_VOCABULARY = 30_522
 
 
 def run(out: Path, small: bool) -> bool:
     torch.manual_seed(0)
-    data = to_data(load(CONFIG))
+    data = to_data(load(CONFIG)) | {"compile": False}
     if small:
-        data |= {"model": TOY, "microbatches": 2, "precision": "float32"}
+        data |= {"model": {**data["model"], "backbone": TOY}, "microbatches": 2, "precision": "float32"}
         data["tasks"] = {n: {**s, "batch_size": 8} for n, s in data["tasks"].items()}
-        data["tasks"]["looks"]["decoder"] = TOY
+        data["tasks"]["patches"]["objectives"]["masked"]["decoder"] = TOY
     config = build(data, str(CONFIG))
     repeats = 3 if small else 10
     steps, results = ours(config, repeats, out)
@@ -58,7 +62,7 @@ def run(out: Path, small: bool) -> bool:
     return all("error" not in one for one in results.values())
 
 
-def ours(config: Config, repeats: int, out: Path) -> tuple[dict, dict]:
+def ours(config: TrainConfig, repeats: int, out: Path) -> tuple[dict, dict]:
     """What a step holds, and each variant's time and memory."""
     steps = [[batch.to(device()) for batch in synthetic(config, seed)] for seed in range(4)]
     shape = {"tokens": sum(len(b.tokens) for step in steps for b in step) / len(steps)}
@@ -67,7 +71,7 @@ def ours(config: Config, repeats: int, out: Path) -> tuple[dict, dict]:
         before = memory()
         trainer = Trainer(config)
         if name == "uncompiled":
-            with counted(trainer.model) as flops:
+            with counted(trainer.trained) as flops:
                 trainer.step(steps[0])
             shape["flops"] = flops[0] / sum(len(b.tokens) for b in steps[0]) * shape["tokens"]
             profile(lambda t=trainer: t.step(steps[0]), out / "profile.txt")
@@ -86,61 +90,92 @@ def ours(config: Config, repeats: int, out: Path) -> tuple[dict, dict]:
     return shape, results
 
 
-class Trainer:
-    """The step of `mmfm pretrain` without its files: gradients, clipping, optimizers, averaged weights."""
+class Trainer(TrainStep):
+    """The step of `mmfm pretrain`, whole or part by part."""
 
-    def __init__(self, config: Config):
-        self.config, self.weights = config, weights_of(config)
-        self.model, self.ema = Model(config).to(device()), Model(config).to(device()).requires_grad_(False)
-        self.optimizers = optim.build(config.optim, self.model)
+    def __init__(self, config: TrainConfig):
+        super().__init__(config, device())
 
     def step(self, batches: list[Batch]) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=False)
-        forward_backward(self.model, self.weights, batches, self.config.precision)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1e-3)
+        self(0, batches)
+
+    def parts(self, batches: list[Batch]) -> dict[str, Callable]:
+        """What a step does, in order."""
+        zero_grad = [lambda o=o: o.zero_grad(set_to_none=False) for o in self.optimizers]
+        return {
+            "zero_grad": lambda: [call() for call in zero_grad],
+            "forward and backward": lambda: forward_backward(
+                self.model, self.objectives, self.weights, batches, self.config.precision
+            ),
+            "clip": lambda: nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip),
+            **{type(optimizer).__name__: optimizer.step for optimizer in self.optimizers},
+            "ema": lambda: ema.update(self.ema, self.trained, step=10_000, decay=0.999),
+        }
 
 
-def synthetic(config: Config, seed: int) -> list[Batch]:
-    """One step's microbatches of random samples that have all parts of their task."""
+def print_parts(path: str = "configs/demo.yaml", steps: str = "10") -> None:
+    """Prints the median wall and CPU milliseconds of each part of a step, and its share of the wall time."""
+    torch.manual_seed(0)
+    trainer = Trainer(config := load(path))
+    batches = [[batch.to(device()) for batch in synthetic(config, seed, pairs=True)] for seed in range(4)]
+    times: dict[str, list[tuple[float, float]]] = {}
+    for number in range(-2, int(steps)):
+        for name, part in trainer.parts(batches[number % 4]).items():
+            cpu = time.process_time()
+            wall = seconds(part)
+            if number >= 0:
+                times.setdefault(name, []).append((wall * 1e3, (time.process_time() - cpu) * 1e3))
+    medians = {name: [statistics.median(column) for column in zip(*own, strict=True)] for name, own in times.items()}
+    total = sum(wall for wall, _ in medians.values())
+    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {path}")
+    for name, (wall, cpu) in medians.items():
+        print(f"{name:22}{wall:9.1f} ms {cpu:9.1f} ms of CPU {wall / total:7.1%}")
+
+
+def synthetic(config: TrainConfig, seed: int, pairs: bool = False) -> list[Batch]:
+    """One step's microbatches of random samples that have all modalities of their task.
+
+    pairs: those of a task of three modalities have text and either an image (two of five) or a sound, as in the demo.
+    """
     generator = torch.Generator().manual_seed(seed)
-    modalities = list(config.tokenizers)
-    dealt, counts = [{} for _ in range(config.microbatches)], {}
+    modalities = list(config.model.tokenizers)
+    dealt, counts, planners = [{} for _ in range(config.microbatches)], {}, {}
     for name, task in config.tasks.items():
         taken = []
         for number in range(task.batch_size):
-            parts = {
-                modality: part(config, modality, modalities.index(modality), generator) for modality in task.modalities
-            }
-            objective = task.objective
-            taken.append((number, objective.module.arrange(objective.settings, Sample(parts, number), generator)))
+            own = task.modalities
+            if pairs and len(own) == 3:
+                own = ["text", "image" if float(torch.rand((), generator=generator)) < 0.4 else "audio"]
+            parts = {modality: part(config, modality, modalities.index(modality), generator) for modality in own}
+            first = next(iter(task.objectives.values()))
+            taken.append((number, first.cls.arrange(first.config, Sample(parts, number), generator)))
+            planners[name] = functools.partial(first.cls.plan, first.config)
         counts[name] = count_targets([one for _, one in taken], modalities)
         for turn, batch in enumerate(dealt):
             batch[name] = taken[turn :: config.microbatches]
-    return [collate(batch, modalities, counts, config.round_to) for batch in dealt]
+    return [collate(batch, modalities, counts, planners, config.round_to) for batch in dealt]
 
 
-def part(config: Config, modality: str, place: int, generator: torch.Generator) -> Tokens:
+def part(config: TrainConfig, modality: str, place: int, generator: torch.Generator) -> Tokens:
     """Captions of about 14 tokens, pictures of all aspect ratios, sounds of 2 to 10 seconds."""
-    settings = config.tokenizers[modality].config
+    tokenizer = config.model.tokenizers[modality]
+    settings = tokenizer.config
     if modality == "text":
         length = min(max(4, round(14 + 4 * float(torch.randn((), generator=generator)))), settings.max_tokens)
         position = torch.zeros(length, 3)
         position[:, 0] = torch.arange(length)
-        return sequence_of(torch.randint(2, settings.vocab_size, (length,), generator=generator), position, place)
+        return make_sequence(torch.randint(2, settings.vocab_size, (length,), generator=generator), position, place)
     if modality == "image":
-        rows, columns = grid(settings, 300, int(torch.randint(200, 450, (), generator=generator)))
+        rows, columns = tokenizer.grid(300, int(torch.randint(200, 450, (), generator=generator)))
         position = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         content = torch.randint(0, 256, (len(position), 3 * settings.patch**2), generator=generator, dtype=torch.uint8)
-        return sequence_of(content, position, place)
+        return make_sequence(content, position, place)
     span = settings.patch_frames * settings.hop_length / settings.sample_rate
     length = min(math.ceil(float(2 + 8 * torch.rand((), generator=generator)) / span), settings.max_tokens)
     position = torch.zeros(length, 3)
     position[:, 0] = torch.arange(length)
-    return sequence_of(torch.randn(length, settings.patch_frames * settings.patch_mels, generator=generator), position, place)
+    values = settings.patch_frames * settings.patch_mels
+    return make_sequence(torch.randn(length, values, generator=generator), position, place)
 
 
 @contextmanager
@@ -186,7 +221,7 @@ def text_peer(data: dict, small: bool, repeats: int) -> dict:
     except ImportError as error:
         return {"skipped": first_line(error)}
     count = 16 if small else 1024
-    task = {"objective": "masked", "share": 0.15, "modalities": ["text"], "batch_size": count}
+    task = {"objectives": {"masked": {"mask_ratio": 0.15}}, "modalities": ["text"], "batch_size": count}
     trainer, batches = one_task(data, "words", task)
     sequence = batches[0].tokens.sequence
     lengths = torch.bincount(sequence[sequence >= 0])
@@ -209,8 +244,8 @@ def picture_peer(data: dict, small: bool, repeats: int) -> dict:
     except ImportError as error:
         return {"skipped": first_line(error)}
     count = 4 if small else 256
-    task = {"objective": "masked", "share": 0.4, "modalities": ["image"], "batch_size": count}
-    trainer, batches = one_task(data, "looks", task)
+    task = {"objectives": {"masked": {"mask_ratio": 0.4}}, "modalities": ["image"], "batch_size": count}
+    trainer, batches = one_task(data, "patches", task)
     vit = timm.create_model("vit_tiny_patch16_224" if small else "vit_base_patch16_224").to(device()).train()
     pictures = torch.randn(count, 3, 224, 224, device=device())
     labels = torch.randint(0, 1000, (count,), device=device())
@@ -221,9 +256,14 @@ def picture_peer(data: dict, small: bool, repeats: int) -> dict:
 def one_task(data: dict, name: str, task: dict) -> tuple[Trainer, list[Batch]]:
     """Our trainer and step for a single task, with BERT's vocabulary and plain AdamW as the peers have them."""
     source = {"any": {"shards": []}}
-    tokenizers = {**data["tokenizers"], "text": {**data["tokenizers"]["text"], "vocab_size": BERT_VOCABULARY}}
+    tokenizers = {
+        **data["model"]["tokenizers"],
+        "text": {**data["model"]["tokenizers"]["text"], "vocab_size": BERT_VOCABULARY},
+    }
     changed = {**data, "sources": source, "tasks": {name: {**task, "sources": {"any": 1}}}, "microbatches": 1}
-    config = build({**changed, "tokenizers": tokenizers, "optim": {"name": "adamw"}})
+    config = build(
+        {**changed, "model": {**data["model"], "tokenizers": tokenizers}, "optim": {"name": "adamw"}, "evaluate": {}}
+    )
     return Trainer(config), [batch.to(device()) for batch in synthetic(config, 0)]
 
 
@@ -277,3 +317,7 @@ def describe_peer(peer: dict) -> list[list[str]]:
         rate = f"{peer['count'] / found['median']:,.0f}"
         rows.append([who, f"{found['median']:.4f}", rate, peer["what"], ratio])
     return rows
+
+
+if __name__ == "__main__":
+    print_parts(*sys.argv[1:])

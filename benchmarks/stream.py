@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/stream.py [--kills 100] [--world 1,2,1] [--json]
 
-kills: `kill -9` at random instants of a run over a three-source mixture with two readers, each followed by `--resume`;
+kills: `kill -9` at random instants of a run over a three-source mixture with two workers, each followed by `--resume`;
 the samples of every step, the losses and the last weights must be those of the run that was left alone, bit for bit.
 world: the same run by other numbers of processes between its resumes; the samples of every step must be the same.
 seek: opening a stream over 1,000 shards of 10,000 samples at sample 0 and at sample 10,000,000.
@@ -30,11 +30,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import torch
 
-from multimodal_fm.config import build
 from multimodal_fm.corpus import index, shards
-from multimodal_fm.stream.dataset import Steps, Task
+from multimodal_fm.stream.dataset import StepDataset, Task
 from multimodal_fm.tokenizers import text
 from multimodal_fm.train import loop
+from multimodal_fm.train.config import build
 
 STEPS, EVERY, BATCH_SIZE = 240, 10, 8
 
@@ -64,13 +64,13 @@ def corpora(folder: Path) -> dict:
 
 def settings(folder: Path, run: str, **changes) -> dict:
     words = {
-        "objective": "masked",
+        "objectives": {"masked": {}},
         "modalities": ["text"],
         "batch_size": BATCH_SIZE,
         "sources": {"large": 5, "small": 1, "broken": 2},
     }
     pairs = {
-        "objective": "contrastive",
+        "objectives": {"contrastive": {}},
         "modalities": ["text", "image"],
         "batch_size": BATCH_SIZE,
         "sources": {"large": 3, "small": 1},
@@ -78,19 +78,21 @@ def settings(folder: Path, run: str, **changes) -> dict:
     return {
         "sources": corpora_of(folder),
         "tasks": {"words": words, "pairs": pairs},
-        "tokenizers": {
-            "text": {"vocab_size": 300, "max_tokens": 16},
-            "image": {"patch": 8, "max_tokens": 6, "min_crop_scale": 0.5},
+        "model": {
+            "tokenizers": {
+                "text": {"vocab_size": 300, "max_tokens": 16},
+                "image": {"patch": 8, "max_tokens": 6, "min_crop_scale": 0.5},
+            },
+            "backbone": {"width": 32, "depth": 1, "num_heads": 2},
+            "heads": {"retrieval": {"embed_dim": 16}},
         },
-        "model": {"width": 32, "depth": 1, "heads": 2},
-        "embedding": 16,
-        "optim": {"lr": 3e-3, "warmup": 5, "schedule": "constant"},
+        "optim": {"lr": 3e-3, "warmup_steps": 5, "schedule": "constant"},
         "steps": STEPS,
         "save_every": EVERY,
         "threads": 1,
-        "workers": 2,
-        "trace": True,
-        "run": str(folder / run),
+        "num_workers": 2,
+        "log_samples": True,
+        "run_dir": str(folder / run),
         **changes,
     }
 
@@ -104,7 +106,7 @@ def child(data: dict, resume: bool) -> int:
     number = os.fork()
     if number:
         return number
-    os.setsid()  # its readers die with it when the group is killed
+    os.setsid()  # its workers die with it when the group is killed
     try:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
@@ -112,7 +114,7 @@ def child(data: dict, resume: bool) -> int:
         loop.pretrain(build(data), resume=resume)
         os._exit(0)
     except BaseException as error:
-        Path(data["run"] + ".error").write_text(repr(error))
+        Path(data["run_dir"] + ".error").write_text(repr(error))
         os._exit(1)
 
 
@@ -128,7 +130,7 @@ def records(run: Path) -> tuple[list, list, bytes]:
 
 
 def differences(wanted: list, found: list) -> tuple[int, int]:
-    """Steps' samples that are missing from `found`, and those that are there more than once or should not be."""
+    """StepDataset' samples that are missing from `found`, and those that are there more than once or should not be."""
     one, other = (collections.Counter(f"{row['step']} {name} {place}" for row in rows for place, name in
                                       enumerate(row["samples"])) for rows in (wanted, found))  # fmt: skip
     return sum((one - other).values()), sum((other - one).values())
@@ -144,8 +146,8 @@ def kills(folder: Path, count: int, seed: int) -> dict:
     at_step: list[int] = []
     while done < count:
         name = f"killed-{finished}"
-        data = settings(folder, name, readers=("threads", "processes")[finished % 2])
-        run = Path(data["run"])
+        data = settings(folder, name)
+        run = Path(data["run_dir"])
         while True:
             number = child(data, run.is_dir() and any(run.iterdir()))
             until, status = time.monotonic() + draw.uniform(0, length / 2), 0
@@ -163,9 +165,9 @@ def kills(folder: Path, count: int, seed: int) -> dict:
             if code == 0:
                 break
             print(f"\r{done} of {count} kills, {finished} runs compared", end="", file=sys.stderr, flush=True)
-        if Path(data["run"] + ".error").exists():
+        if Path(data["run_dir"] + ".error").exists():
             failed += 1
-            print("\n" + Path(data["run"] + ".error").read_text(), file=sys.stderr)
+            print("\n" + Path(data["run_dir"] + ".error").read_text(), file=sys.stderr)
             break
         theirs = records(run)
         missing, extra = differences(samples, theirs[0])
@@ -201,7 +203,9 @@ def world(folder: Path, ranks: list[int]) -> dict:
         path.write_text(json.dumps({**changing, "steps": 20 * (turn + 1)}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         command += ["-m", "multimodal_fm", "pretrain", str(path), *(["--resume"] if turn else [])]
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
     samples, theirs = ([json.loads(line) for line in (folder / name / "samples.jsonl").read_text().splitlines()]
                      for name in ("plain", "changing"))  # fmt: skip
     losses = [
@@ -239,7 +243,7 @@ def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
         began = time.perf_counter()
         corpus = shards.Corpus(shards.Config(f"{folder}/seek-*.tar"), "many")
         task = Task("words", BATCH_SIZE, ["text"], [corpus], [(0, [1.0])], _nothing, grouped=False)
-        Steps([task], tokenizers, 0)[sample // BATCH_SIZE]
+        StepDataset([task], tokenizers, 0)[sample // BATCH_SIZE]
         return time.perf_counter() - began
 
     open_at(0)
@@ -260,7 +264,7 @@ def seek(folder: Path, count: int = 1000, size: int = 10_000) -> dict:
 def _nothing(sample, generator):
     from multimodal_fm.batch import Example
 
-    return Example(list(sample.parts.values()), [None] * len(sample.parts))
+    return Example(list(sample.tokens.values()), [None] * len(sample.tokens))
 
 
 def main() -> None:

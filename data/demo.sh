@@ -18,20 +18,15 @@ elif [ "$status" -ne 0 ]; then
 fi
 
 shards=$corpus/shards/$seed
-settings="seed=$seed run=$run evaluate.pictures.on=$shards/validation-*.tar evaluate.voices.on=$shards/validation-*.tar"
+settings="seed=$seed run_dir=$run evaluate.pictures.on=$shards/validation-*.tar evaluate.voices.on=$shards/validation-*.tar"
 settings="$settings sources.pictures.shards=$shards/train-*.tar sources.voices.shards=$shards/train-*.tar"
+for source in pictures voices; do settings="$settings sources.$source.validation=$shards/validation-*.tar"; done
 if [ "$corpus" = data/tuxpaint ]; then
     settings="$settings sources.effects.shards=$shards/train-*.tar"
 else  # the scenes have no effects: their place goes to the voices
     settings="$settings sources.effects.shards=$shards/train-*.tar sources.effects.where.role=spoken"
 fi
-if [ -e "$run" ]; then
-    set -- --resume
-    [ -e "$run/checkpoints" ] || { echo "$run has no checkpoint to go on from; remove it and start again"; exit 2; }
-else
-    set --
-fi
 set -f  # the patterns are the program's to expand
 # shellcheck disable=SC2086
-say mmfm pretrain configs/demo.yaml $settings "$@"
+say mmfm pretrain configs/demo.yaml $settings --resume auto
 say mmfm report "$run"

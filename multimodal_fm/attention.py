@@ -1,18 +1,20 @@
-"""The one rule of attention, and three paths that compute it and agree.
+"""The one rule of attention, and three implementations that agree.
 
 A token reads the tokens of its own sequence whose `order` is not later than its own.
 
-`plain` is the truth for the tests, `by_runs` is fast on a CPU, `by_kernels` on a GPU. The rows that ask and the
-rows that are read come separately, so that generation with a cache is the same function.
+`attend_reference` writes the rule out and is the truth for the tests, `attend_sdpa` is fast on a CPU, `attend_flash` on
+a GPU. Queries and keys are planned separately, so that generation with a cache of keys is the same function.
 
-A asking rows, N read rows, H heads, E width of a head.
+Q query rows, K key rows, H heads, E width of a head.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,160 +22,184 @@ from torch import Tensor
 
 from .tokens import FILLER, MIXED, NOTHING, RISING, Tokens, patterns, runs
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Group:
-    """`count` neighbouring sequences that all have `asks` asking rows, `reads` read rows and one pattern."""
+    """`count` neighboring sequences of one pattern with `num_queries` query rows and `num_keys` key rows each."""
 
     pattern: int
     count: int
-    asks: int
-    reads: int
-    first_asks: int  # rows before the group
-    first_reads: int
+    num_queries: int
+    num_keys: int
+    first_query: int  # the group's first row
+    first_key: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layout of tokens is attended to, worked out once a batch and used by every layer."""
+    """How a layout of tokens is attended to: worked out once a batch, used by every layer."""
 
-    asking: tuple[Tensor, Tensor]  # sequence (A,), order (A,)
-    read: tuple[Tensor, Tensor]  # sequence (N,), order (N,)
+    query: tuple[Tensor, Tensor]  # sequence (Q,), order (Q,)
+    key: tuple[Tensor, Tensor]  # sequence (K,), order (K,)
     groups: tuple[Group, ...]
 
-    @functools.cached_property
-    def flash_spans(self) -> list[Span]:
-        """What each kernel call attends to, where flash kernels may be used."""
-        return _spans(self, flash=True)
+    def to(self, device) -> Plan:
+        query, key = (
+            (sequence.to(device, non_blocking=True), order.to(device, non_blocking=True))
+            for sequence, order in (self.query, self.key)
+        )
+        return Plan(query, key, self.groups)
 
     @functools.cached_property
-    def flex_spans(self) -> list[Span]:
-        return _spans(self, flash=False)
+    def half_calls(self) -> list[KernelCall]:
+        """The kernel calls in half precision, for which there are flash kernels."""
+        return _kernel_calls(self, flash=True)
+
+    @functools.cached_property
+    def float_calls(self) -> list[KernelCall]:
+        return _kernel_calls(self, flash=False)
 
 
 @dataclass(frozen=True)
-class Span:
-    """Neighbouring groups that one kernel call attends to, with what the kernel wants to know."""
+class KernelCall:
+    """Neighboring groups that one call of a kernel attends to, and the arguments that the kernel takes."""
 
     pattern: int
-    asks: int
-    reads: int
-    longest: int  # asking rows of a sequence
-    ends: Tensor | None = None  # flash: where the sequences end
-    mask: object = None  # flex: the BlockMask
+    num_queries: int
+    num_keys: int
+    max_queries: int  # of a sequence
+    cu_seqlens: Tensor | None = None  # flash: the cumulative lengths of the sequences, from 0
+    block_mask: object = None  # FlexAttention: its BlockMask
 
 
-def plan(asking: Tokens, read: Tokens | None = None) -> Plan:
-    """Plan the attention of `asking` (A rows) to `read` (N rows; the same tokens where None is given).
+def plan_attention(query: Tokens, key: Tokens | None = None) -> Plan:
+    """Plan the attention of `query` (Q rows) to `key` (K rows; the same tokens where None is given).
 
     Each sequence must lie in one run, and both sides must name the sequences in the same order; `tokens.layout`
     gives such an order, the one with the fewest groups. Raises ValueError otherwise.
     """
-    read = asking if read is None else read
-    numbers, asks, _ = runs(asking.sequence)
-    read_numbers, reads, _ = runs(read.sequence)
-    if numbers.tolist() != read_numbers.tolist() or len(numbers.unique()) != len(numbers):
+    key = query if key is None else key
+    numbers, query_lengths, _ = runs(query.sequence)
+    key_numbers, key_lengths, _ = runs(key.sequence)
+    if numbers.tolist() != key_numbers.tolist() or len(numbers.unique()) != len(numbers):
         raise ValueError("every sequence must lie in one run, in the same order on both sides of attention")
-    pattern, _, _ = patterns(asking.sequence, asking.order)
-    if read is not asking:  # a cache: the rows that ask come last, so only the order decides
+    pattern, _, _ = patterns(query.sequence, query.order)
+    if key is not query:  # a cache: the queries are the last rows of their sequence, so that only the order decides
         pattern = torch.where(pattern == NOTHING, NOTHING, MIXED)
-    groups, first_asks, first_reads = [], 0, 0
-    alike = itertools.groupby(zip(pattern.tolist(), asks.tolist(), reads.tolist(), strict=True))
-    for (modality, a, n), members in alike:
+    groups, first_query, first_key = [], 0, 0
+    alike = itertools.groupby(zip(pattern.tolist(), query_lengths.tolist(), key_lengths.tolist(), strict=True))
+    for (kind, num_queries, num_keys), members in alike:
         count = sum(1 for _ in members)
-        groups.append(Group(modality, count, a, n, first_asks, first_reads))
-        first_asks, first_reads = first_asks + count * a, first_reads + count * n
-    return Plan((asking.sequence, asking.order), (read.sequence, read.order), tuple(groups))
+        groups.append(Group(kind, count, num_queries, num_keys, first_query, first_key))
+        first_query, first_key = first_query + count * num_queries, first_key + count * num_keys
+    return Plan((query.sequence, query.order), (key.sequence, key.order), tuple(groups))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """Attention by the fastest path for the device: q (A, H, E), k and v (N, H, E) -> (A, H, E)."""
-    return (by_kernels if q.is_cuda else by_runs)(q, k, v, plan)
+    """Attention by the implementation that suits the device: q (Q, H, E), k and v (K, H, E) -> (Q, H, E).
 
-
-def allowed(asking: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor]) -> Tensor:
-    """The rule itself: a table (A, N), True where the row's token reads the column's. Filler reads nothing."""
-    (sequence, order), (read_sequence, read_order) = asking, read
-    same = (sequence[:, None] == read_sequence) & (sequence != FILLER)[:, None]
-    return same & (read_order <= order[:, None])
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """The rule, written out: every row against every row. Slow, and easy to check."""
-    table = allowed(plan.asking, plan.read)  # (A, N)
-    scores = torch.einsum("ahe,nhe->han", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~table, -torch.inf).softmax(-1)
-    return torch.einsum("han,nhe->ahe", weights.nan_to_num(0.0), v)  # a row that reads nothing gets zeros
-
-
-def by_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """Each group of alike sequences is one SDPA call on a view: no padding and no gathering.
-
-    `torch.split`, because the backward of a slice fills a full-size zero gradient.
+    In float32 and without gradients a GPU too calls SDPA: flash kernels are for half precision only, and compiling
+    FlexAttention does not pay for a few forward passes.
     """
-    asks = [g.count * g.asks for g in plan.groups]
-    reads = [g.count * g.reads for g in plan.groups]
+    flash = q.is_cuda and (q.dtype in HALF or torch.is_grad_enabled())
+    return (attend_flash if flash else attend_sdpa)(q, k, v, plan)
+
+
+def allowed(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+    """The rule itself: a table (Q, K), True where the row's token reads the column's. Filler reads nothing.
+
+    query, key: the sequence and the order of each row.
+    """
+    (sequence, order), (key_sequence, key_order) = query, key
+    same = (sequence[:, None] == key_sequence) & (sequence != FILLER)[:, None]
+    return same & (key_order <= order[:, None])
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """Every row against every row. Slow, and easy to check."""
+    table = allowed(plan.query, plan.key)  # (Q, K)
+    scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~table, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khe->qhe", weights.nan_to_num(0.0), v)  # zeros for a row that reads nothing
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """One call of scaled_dot_product_attention for each group, on a view: no padding and no gathering.
+
+    `torch.split`, because the backward of a slice fills a zero gradient of full size.
+    """
+    query_rows = [g.count * g.num_queries for g in plan.groups]
+    key_rows = [g.count * g.num_keys for g in plan.groups]
     outs = []
-    for group, qs, ks, vs in zip(plan.groups, q.split(asks), k.split(reads), v.split(reads), strict=True):
+    for group, qs, ks, vs in zip(plan.groups, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True):
         if group.pattern == NOTHING:
             outs.append(torch.zeros_like(qs))
             continue
         qs, ks, vs = (t.unflatten(0, (group.count, -1)).transpose(1, 2) for t in (qs, ks, vs))  # (B, H, L, E)
-        table = _table(plan, group) if group.pattern == MIXED else None
-        out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=table, is_causal=group.pattern == RISING)
+        mask = _mask(plan, group) if group.pattern == MIXED else None
+        out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=group.pattern == RISING)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs) if outs else q
 
 
-def _table(plan: Plan, group: Group) -> Tensor:
-    """The rule within each sequence of one group: (B, 1, asks, reads)."""
-    order = plan.asking[1].narrow(0, group.first_asks, group.count * group.asks).view(group.count, 1, -1, 1)
-    read = plan.read[1].narrow(0, group.first_reads, group.count * group.reads).view(group.count, 1, 1, -1)
-    return read <= order
+def _mask(plan: Plan, group: Group) -> Tensor:
+    """The rule within each sequence of one group: (B, 1, num_queries, num_keys)."""
+    order = plan.query[1].narrow(0, group.first_query, group.count * group.num_queries).view(group.count, 1, -1, 1)
+    key_order = plan.key[1].narrow(0, group.first_key, group.count * group.num_keys).view(group.count, 1, 1, -1)
+    return key_order <= order
 
 
-def by_kernels(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Variable-length flash attention where orders are all equal or rising, FlexAttention for the rest.
 
-    Flash kernels exist for half precision only, so float32 takes FlexAttention throughout.
+    Flash kernels exist for half precision only, so that float32 takes FlexAttention throughout.
     """
-    spans = plan.flash_spans if q.dtype in (torch.float16, torch.bfloat16) else plan.flex_spans
-    asks, reads = [span.asks for span in spans], [span.reads for span in spans]
+    calls = plan.half_calls if q.dtype in HALF else plan.float_calls
+    query_rows, key_rows = [call.num_queries for call in calls], [call.num_keys for call in calls]
     outs = []
-    for span, qs, ks, vs in zip(spans, q.split(asks), k.split(reads), v.split(reads), strict=True):
-        if span.pattern == NOTHING:
+    for call, qs, ks, vs in zip(calls, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True):
+        if call.pattern == NOTHING:
             outs.append(torch.zeros_like(qs))
         else:
-            outs.append((_flex if span.pattern == MIXED else _flash)(qs, ks, vs, span))
+            outs.append((_flex if call.pattern == MIXED else _varlen)(qs, ks, vs, call))
     return torch.cat(outs) if outs else q
 
 
-def _spans(plan: Plan, flash: bool) -> list[Span]:
-    spans, first_asks, first_reads = [], 0, 0
+def _kernel_calls(plan: Plan, flash: bool) -> list[KernelCall]:
+    """One call for neighboring groups of one pattern. Reads no value from the plan's tensors: a GPU may hold them."""
+    calls, first_query, first_key = [], 0, 0
     for pattern, members in itertools.groupby(
         plan.groups, lambda g: g.pattern if flash or g.pattern == NOTHING else MIXED
     ):
         groups = list(members)
-        asks, reads = sum(g.count * g.asks for g in groups), sum(g.count * g.reads for g in groups)
-        ends = mask = None
+        query_lengths = [g.num_queries for g in groups for _ in range(g.count)]
+        key_lengths = [g.num_keys for g in groups for _ in range(g.count)]
+        num_queries, num_keys = sum(query_lengths), sum(key_lengths)
+        cu_seqlens = block_mask = None
         if pattern == MIXED:
-            asking = (t.narrow(0, first_asks, asks) for t in plan.asking)
-            mask = _block_mask(*asking, *(t.narrow(0, first_reads, reads) for t in plan.read))
+            query = [t.narrow(0, first_query, num_queries) for t in plan.query]
+            key = [t.narrow(0, first_key, num_keys) for t in plan.key]
+            block_mask = _block_mask(query, query_lengths, key, key_lengths)
         elif pattern != NOTHING:
-            lengths = [g.asks for g in groups for _ in range(g.count)]
-            ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(plan.asking[0].device)
-        spans.append(Span(pattern, asks, reads, max(g.asks for g in groups), ends, mask))
-        first_asks, first_reads = first_asks + asks, first_reads + reads
-    return spans
+            cu_seqlens = torch.tensor([0, *itertools.accumulate(query_lengths)], dtype=torch.int32)
+            cu_seqlens = cu_seqlens.to(plan.query[0].device, non_blocking=True)
+        calls.append(KernelCall(pattern, num_queries, num_keys, max(query_lengths), cu_seqlens, block_mask))
+        first_query, first_key = first_query + num_queries, first_key + num_keys
+    return calls
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, call: KernelCall) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # How far a token reads before and after itself. Not (-1, -1), which torch 2.14 hands to cuDNN, to build
-    # a graph anew at every call, which takes tens of milliseconds.
-    window = (-1, 0) if span.pattern == RISING else (span.longest, span.longest)
-    return varlen_attn(q, k, v, span.ends, span.ends, span.longest, span.longest, window_size=window)
+    # How far a token reads before and after itself. Not (-1, -1), for which torch 2.14 lets cuDNN build a graph anew
+    # at every call, which takes tens of milliseconds.
+    longest = call.max_queries
+    window = (-1, 0) if call.pattern == RISING else (longest, longest)
+    lengths: Any = call.cu_seqlens
+    out: Any = varlen_attn(q, k, v, lengths, lengths, longest, longest, window_size=window)
+    return out
 
 
 @functools.cache
@@ -183,50 +209,55 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, call: KernelCall) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    call = _compiled_flex() if q.is_cuda else flex_attention
-    out = call(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=span.mask)
+    flex: Any = _compiled_flex() if q.is_cuda else flex_attention
+    out = flex(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=call.block_mask)
     return out[0].transpose(0, 1)
 
 
-BLOCK = 128  # rows and columns of a block of FlexAttention's
+BLOCK = 128  # rows and columns of a block of FlexAttention
 
 
-def _block_mask(sequence: Tensor, order: Tensor, read_sequence: Tensor, read_order: Tensor):
+def _block_mask(query: list[Tensor], query_lengths: list[int], key: list[Tensor], key_lengths: list[int]):
     """The blocks that FlexAttention must look into, and those that are allowed throughout.
 
-    Found from each block's first and last sequence and its extreme orders, (A / 128, N / 128) numbers:
-    `create_block_mask` would write out the whole table (A, N).
+    Found from each block's first and last sequence and its extreme orders, (Q / 128, K / 128) numbers:
+    `create_block_mask` would write out the whole table (Q, K).
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    def rule(batch, head, asking, read):
-        return (sequence[asking] == read_sequence[read]) & (read_order[read] <= order[asking])
+    (sequence, order), (key_sequence, key_order) = query, key
 
-    first, last = _block_ends(sequence)
-    read_first, read_last = _block_ends(read_sequence)
-    touching = (first[:, None] <= read_last) & (read_first <= last[:, None])
-    one = (first == last)[:, None] & (read_first == read_last)
-    whole = touching & one & (_block_values(read_order, 1).amax(1) <= _block_values(order, -1).amin(1)[:, None])
+    def rule(batch, head, query_row, key_row):
+        return (sequence[query_row] == key_sequence[key_row]) & (key_order[key_row] <= order[query_row])
+
+    first, last = _sequences_of_blocks(query_lengths)
+    key_first, key_last = _sequences_of_blocks(key_lengths)
+    touching = (first[:, None] <= key_last) & (key_first <= last[:, None])
+    one_sequence = touching & (first == last)[:, None] & (key_first == key_last)
+    touching, one_sequence = (t.to(order.device, non_blocking=True) for t in (touching, one_sequence))
+    whole = one_sequence & (_blocks(key_order, 1).amax(1) <= _blocks(order, -1).amin(1)[:, None])
     return BlockMask.from_kv_blocks(
-        *_listed(touching & ~whole), *_listed(whole), BLOCK, rule, (len(sequence), len(read_sequence))
+        *_listed(touching & ~whole), *_listed(whole), BLOCK, rule, (len(sequence), len(key_sequence))
     )
 
 
-def _block_ends(sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """The place, among the sequences, of each block's first and last one."""
-    _, _, rows = runs(sequence)
-    return rows[::BLOCK], torch.cat([rows[BLOCK - 1 :: BLOCK], rows[-1:]])[: -(-len(rows) // BLOCK)]
+def _sequences_of_blocks(lengths: list[int]) -> Iterator[Tensor]:
+    """The indices of each block's first and last sequence (blocks,), for sequences of these lengths end to end."""
+    ends = torch.tensor(lengths).cumsum(0)
+    first_rows = torch.arange(0, int(ends[-1]), BLOCK)
+    last_rows = (first_rows + BLOCK - 1).clamp(max=int(ends[-1]) - 1)
+    return (torch.searchsorted(ends, rows, right=True) for rows in (first_rows, last_rows))
 
 
-def _block_values(order: Tensor, sign: int) -> Tensor:
-    """The orders (blocks, 128); a last block that is not full never counts as allowed throughout."""
-    return torch.nn.functional.pad(order, (0, -len(order) % BLOCK), value=sign * (1 << 40)).view(-1, BLOCK)
+def _blocks(order: Tensor, sign: int) -> Tensor:
+    """The orders (blocks, 128); the filling of the last block is such that it never counts as allowed throughout."""
+    return F.pad(order, (0, -len(order) % BLOCK), value=sign * (1 << 40)).view(-1, BLOCK)
 
 
 def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """How many columns each row of the table (R, C) names, and which: first those, then the rest."""
+    """How many columns each row of the table (R, C) marks, and their indices: first of those, then of the rest."""
     columns = torch.argsort(table.int(), dim=1, descending=True, stable=True).int()
     return table.sum(1, dtype=torch.int32)[None, None], columns[None, None]

@@ -1,37 +1,44 @@
-"""The shared Transformer, all of it: pre-norm, RMSNorm, QK-norm, SwiGLU, rotary embedding in time, row and column.
+"""The shared Transformer: pre-norm, RMSNorm, QK-norm, SwiGLU, rotary embedding of time, row and column.
 
 N tokens, D width, H heads, E = D / H width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Plan, attend, plan
+from .attention import Plan, attend
 from .tokens import Tokens
 
 
 @dataclass
 class Config:
-    width: int = 256
-    depth: int = 6
-    heads: int = 4
-    expand: float = 8 / 3  # the hidden width of the feed-forward layers, in widths
-    experts: bool = False  # a feed-forward layer a modality (multiway: BEiT-3, ONE-PEACE) in place of a shared one
+    width: int = 256  # of a token's vector: num_heads times an even number from 6 up
+    depth: int = 6  # blocks
+    num_heads: int = 4  # of attention, in each block
+    mlp_ratio: float = 8 / 3  # the hidden width of the feed-forward layers over `width`
+    experts: bool = False  # a feed-forward layer for each modality (BEiT-3, ONE-PEACE) in place of a shared one
 
     def __post_init__(self):
-        if min(self.width, self.heads, self.depth) < 1 or not 0 < self.expand < 1000:
-            raise ValueError("width, heads, depth are at least 1, expand is above 0")
-        if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
-            raise ValueError(f"width ({self.width}) must be heads ({self.heads}) times an even number from 6 up")
+        if min(self.width, self.num_heads, self.depth) < 1 or not 0 < self.mlp_ratio < 1000:
+            raise ValueError("width, depth and num_heads are at least 1, mlp_ratio is above 0")
+        if self.width % self.num_heads or self.width // self.num_heads % 2 or self.width // self.num_heads < 6:
+            raise ValueError(
+                f"width ({self.width}) must be num_heads ({self.num_heads}) times an even number from 6 up"
+            )
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm (Zhang and Sennrich 2019); on a CPU, where torch takes it apart, a third of the time."""
+    """RMSNorm (Zhang and Sennrich 2019) of x (..., D): as torch's, with fewer passes over memory on a CPU.
+
+    There torch runs and differentiates it operation by operation; a whole step gains 5 to 7 % (benchmarks/LOG.md).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or x.dtype != self.weight.dtype:
@@ -40,12 +47,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x (..., D) over its root mean square, times weight (D,), with few passes over memory both ways."""
+    """x (..., D) over its root mean square, times weight (D,)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        scale = size.clamp(min=torch.finfo(x.dtype).eps).reciprocal()
+        root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        scale = root_mean_square.clamp(min=torch.finfo(x.dtype).eps).reciprocal()
         unit = x * scale
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight
@@ -58,125 +65,119 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(along, unit, radial, value=-1).mul_(scale), (gradient * unit).flatten(0, -2).sum(0)
 
 
-def rotation(position: Tensor, width: int) -> Tensor:
-    """Cosines and sines (N, 1, E / 2, 2) of rotary embedding (Su et al. 2021) for position (N, 3).
+def rotary_embedding(position: Tensor, head_width: int) -> Tensor:
+    """Cosines and sines (N, 1, E / 2, 2) of rotary embedding (Su et al. 2021) for position (N, 3) in time, row, column.
 
-    A third of the pairs turns with the row, a third with the column, the rest with the time; row and column never
-    count far, so that their frequencies fall less.
+    A third of the pairs rotates with the row, a third with the column, the rest with the time. Rows and columns are
+    few, so that their frequencies fall less.
     """
-    pairs = width // 2
+    pairs = head_width // 2
     shares = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     angles = []
-    for axis, (share, slowest) in enumerate(zip(shares, (10_000.0, 100.0, 100.0), strict=True)):
-        frequency = slowest ** -(torch.arange(share, device=position.device, dtype=torch.float32) / share)
+    for axis, (share, base) in enumerate(zip(shares, (10_000.0, 100.0, 100.0), strict=True)):
+        frequency = base ** -(torch.arange(share, device=position.device, dtype=torch.float32) / share)
         angles.append(position[:, axis : axis + 1].float() * frequency)
     angle = torch.cat(angles, -1)[:, None]
     return torch.stack((angle.cos(), angle.sin()), -1)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the neighbouring pairs of x (N, H, E) by the cosines and sines of `rotation`.
-
-    As complex numbers on a CPU, in one pass over memory; a GPU's compiler fuses the written-out form.
-    """
-    pairs = x.unflatten(-1, (-1, 2))
-    if x.dtype == turn.dtype and not x.is_cuda:
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the neighboring pairs of x (N, H, E) by the angles of `rotary_embedding`."""
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotary.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.project_in = nn.Linear(width, 3 * width, bias=False)
-        self.norm_q = RMSNorm(width // heads)
-        self.norm_k = RMSNorm(width // heads)
+        self.norm_q = RMSNorm(width // num_heads)
+        self.norm_k = RMSNorm(width // num_heads)
         self.project_out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """What is asked, read and passed on: q, k, v (N, H, E)."""
-        q, k, v = self.project_in(x).unflatten(-1, (-1, x.shape[-1] // self.heads)).split(self.heads, 1)
-        q, k = rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation)
+    def forward(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (N, H, E) of x (N, D), for `attend`; its result goes through `project_out`."""
+        q, k, v = self.project_in(x).unflatten(-1, (-1, x.shape[-1] // self.num_heads)).split(self.num_heads, 1)
+        q, k = apply_rotary(self.norm_q(q), rotary), apply_rotary(self.norm_k(k), rotary)
         return q.to(v.dtype), k.to(v.dtype), v
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int, expand: float):
+    """SwiGLU (Shazeer 2020): x (N, D) -> (N, D)."""
+
+    def __init__(self, width: int, mlp_ratio: float):
         super().__init__()
-        hidden = max(8, round(width * expand / 8) * 8)
+        hidden = max(8, round(width * mlp_ratio / 8) * 8)
         self.project_in = nn.Linear(width, 2 * hidden, bias=False)
         self.project_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing=None) -> Tensor:
         gate, value = self.project_in(x).chunk(2, -1)
         return self.project_out(F.silu(gate) * value)
 
 
-class Experts(nn.ModuleList):
-    """A feed-forward layer a modality; each token goes through its own modality's."""
+class Experts(nn.ModuleDict):
+    """A feed-forward layer for each modality; a token goes through that of its own modality."""
 
-    def __init__(self, width: int, expand: float, modalities: int):
-        super().__init__(FeedForward(width, expand) for _ in range(modalities))
+    def __init__(self, width: int, mlp_ratio: float, modalities: Sequence[str]):
+        super().__init__({modality: FeedForward(width, mlp_ratio) for modality in modalities})
 
-    def forward(self, x: Tensor, rows: list[Tensor], back: Tensor) -> Tensor:
-        parts = [expert(x.index_select(0, own)) for expert, own in zip(self, rows, strict=True)]
-        return torch.cat(parts).index_select(0, back)
+    def forward(self, x: Tensor, routing) -> Tensor:
+        parts = x.index_select(0, routing.rows).split(routing.counts)
+        outputs = [expert(part) for expert, part in zip(self.values(), parts, strict=True)]
+        return torch.cat(outputs).index_select(0, routing.inverse)
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, modalities: int):
+    def __init__(self, config: Config, modalities: Sequence[str]):
         super().__init__()
         self.norm_1 = RMSNorm(config.width)
-        self.attention = Attention(config.width, config.heads)
+        self.attention = Attention(config.width, config.num_heads)
         self.norm_2 = RMSNorm(config.width)
         self.feed_forward = (
-            Experts(config.width, config.expand, modalities)
+            Experts(config.width, config.mlp_ratio, modalities)
             if config.experts
-            else FeedForward(config.width, config.expand)
+            else FeedForward(config.width, config.mlp_ratio)
         )
 
-    def forward(self, x: Tensor, rotation, plan: Plan, by_modality: tuple) -> Tensor:
-        q, k, v = self.before(x, rotation)
-        return self.after(x, attend(q, k, v, plan), by_modality)
+    def forward(self, x: Tensor, rotary: Tensor, plan: Plan, routing) -> Tensor:
+        q, k, v = self.before(x, rotary)
+        return self.after(x, attend(q, k, v, plan), routing)
 
-    def before(self, x: Tensor, rotation) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attention(self.norm_1(x), rotation)
+    def before(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention(self.norm_1(x), rotary)
 
-    def after(self, x: Tensor, read: Tensor, by_modality: tuple) -> Tensor:
-        x = x + self.attention.project_out(read.flatten(1))
-        return x + self.feed_forward(self.norm_2(x), *by_modality)
+    def after(self, x: Tensor, attended: Tensor, routing) -> Tensor:
+        x = x + self.attention.project_out(attended.flatten(1))
+        return x + self.feed_forward(self.norm_2(x), routing)
 
 
 class Backbone(nn.Module):
-    """tokens of vectors -> tokens of vectors; `content` (N, D) is all that changes."""
+    """Tokens whose content are vectors (N, D) -> the same tokens with other vectors (N, D)."""
 
-    def __init__(self, config: Config, modalities: int = 1):
+    def __init__(self, config: Config, modalities: Sequence[str] = ()):
         super().__init__()
-        self.config, self.modalities = config, modalities
+        self.config = config
         self.norm_in = RMSNorm(config.width)
         self.blocks = nn.ModuleList(Block(config, modalities) for _ in range(config.depth))
         self.norm_out = RMSNorm(config.width)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:  # unit variance in, unit variance out, whatever the width
+            if weight.ndim == 2:  # keeps unit variance at any width
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-                if name.endswith("project_out.weight"):  # 2 * depth branches add up to about unit variance
+                if name.endswith("project_out.weight"):  # the 2 * depth branches add up to about unit variance
                     weight.data.mul_((2 * config.depth) ** -0.5)
 
-    def compile(self, **how) -> None:
-        """Compile what lies between the attentions: their plan differs from batch to batch, the rest does not."""
+    def compile(self, **options) -> None:
+        """Compile what lies between the attentions: only their plan differs from batch to batch."""
+        block: Any
         for block in self.blocks:
-            block.before, block.after = torch.compile(block.before, **how), torch.compile(block.after, **how)
+            block.before, block.after = torch.compile(block.before, **options), torch.compile(block.after, **options)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        plan_ = plan(tokens)
-        turn = rotation(tokens.position, self.config.width // self.config.heads)
-        by_modality = ()
-        if self.config.experts:
-            rows = [(tokens.modality == modality).nonzero()[:, 0] for modality in range(self.modalities)]
-            by_modality = (rows, torch.argsort(torch.cat(rows)))
+    def forward(self, tokens: Tokens, plan: Plan, routing=None) -> Tokens:
+        """plan: of the attention among the tokens. routing: the rows of each modality, where there are experts."""
+        rotary = rotary_embedding(tokens.position, self.config.width // self.config.num_heads)
         x = self.norm_in(tokens.content)
         for block in self.blocks:
-            x = block(x, turn, plan_, by_modality)
+            x = block(x, rotary, plan, routing)
         return tokens.replace(content=self.norm_out(x))

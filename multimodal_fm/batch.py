@@ -1,229 +1,314 @@
-"""What an objective makes of one sample (`Example`), and what a microbatch of them looks like (`Batch`).
+"""What an objective makes of one sample (`Example`), and a microbatch of them (`Batch`).
 
-N tokens, M targets tokens, S sequences.
+N tokens, M target tokens, S sequences.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .tokens import WHOLE, Tokens, patterns_of
+from .attention import Plan, plan_attention
+from .tokens import WHOLE, Tokens, classify_orders, concatenate
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a shard holds under one key: one sequence a part, and which samples mean the same."""
+    """What a shard holds under one key: a sequence for each modality, and which samples mean the same."""
 
-    parts: dict[str, Tokens]  # by modality, in the task's order
-    group: int = 0  # samples of an equal group are not each other's negatives
+    tokens: dict[str, Tokens]  # by modality, in the task's order
+    group: int = 0  # samples of an equal group are never each other's negatives
 
 
 @dataclass(frozen=True)
 class Example:
-    """seen: what the backbone reads; targets: the raw tokens to be guessed, with their own position, sequence and modality.
+    """What an objective makes of a sample.
 
-    Both are lists of pieces of one modality; the sequence numbers are the sample's own, and one in all of a seen piece.
-    hidden: for each seen piece, the tokens (N,) whose content the model must not see. at: for each targets piece the row,
-    among all seen pieces laid end to end, whose output answers the token; -1 where the objective's own decoder answers.
+    inputs, targets: what the backbone reads, and the raw tokens to be predicted; lists of pieces, each of one modality.
+    Sequence numbers count within the sample, and a piece of `inputs` belongs to one sequence.
+    hidden: for each piece of `inputs` the tokens (N,) whose content the model must not see, or None.
+    rows: for each piece of `targets` the row, among all `inputs` laid end to end, whose output answers each token; -1
+    where a decoder of the objective's own answers.
     """
 
-    seen: list[Tokens]
+    inputs: list[Tokens]
     hidden: list[Tensor | None]
     targets: list[Tokens] = field(default_factory=list)
-    at: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
     group: int = 0
 
 
 @dataclass(frozen=True)
-class Targets:
-    """One task's share of a microbatch: its targets tokens by modality and a table with a row a sequence."""
+class SequenceTable:
+    """A row for each sequence of a task. It stays on the CPU: pairs are worked out from it there."""
 
-    tokens: dict[str, Tokens]  # raw tokens to be guessed
-    at: dict[str, Tensor]  # rows (M,) of the batch's tokens; -1 where the objective's decoder answers
-    counts: dict[str, int]  # targets tokens by modality in the whole step, over all its microbatches
-    sequence: Tensor  # (S,) the numbers of the task's sequences
-    modality: Tensor  # (S,) of their first token
+    modality: Tensor  # (S,) of the sequence's first token
     sample: Tensor  # (S,) numbered over the whole step
     group: Tensor  # (S,)
 
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def clone(self) -> SequenceTable:
+        """The table in memory of its own: a view that is pickled takes all of the buffer along that it lies in."""
+        return SequenceTable(self.modality.clone(), self.sample.clone(), self.group.clone())
+
+    @staticmethod
+    def concatenate(tables: list[SequenceTable]) -> SequenceTable:
+        columns = zip(*((table.modality, table.sample, table.group) for table in tables), strict=True)
+        return SequenceTable(*(torch.cat(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which sequences of two modalities belong together, over a whole step: A of the one, B of the other."""
+
+    rows: tuple[Tensor, Tensor]  # (A,) and (B,): rows of the table
+    positive: Tensor  # (A, B) True: two sequences of one sample
+    ignored: Tensor  # (A, B) True: of an equal group, and so neither positive nor negative
+    forward: tuple[Tensor, Tensor]  # rows among A that have a positive, and its column
+    backward: tuple[Tensor, Tensor]  # rows among B that have a positive, and its column
+
+    def to(self, device) -> Pairs:
+        return Pairs(*(_move(getattr(self, f.name), device) for f in dataclasses.fields(self)))
+
+
+def find_pairs(table: SequenceTable, modalities: list[str]) -> dict[str, Pairs]:
+    """The pairs of modalities, named as in `text_image`, that meet in at least one sample of a step."""
+    pairs = {}
+    for a, b in itertools.combinations(range(len(modalities)), 2):
+        left, right = ((table.modality == number).nonzero()[:, 0] for number in (a, b))
+        positive = table.sample[left][:, None] == table.sample[right]
+        if min(positive.shape) < 2 or not positive.any():
+            continue
+        ignored = (table.group[left][:, None] == table.group[right]) & ~positive
+        pairs[f"{modalities[a]}_{modalities[b]}"] = Pairs(
+            (left, right), positive, ignored, _positive_columns(positive), _positive_columns(positive.T)
+        )
+    return pairs
+
+
+def _positive_columns(positive: Tensor) -> tuple[Tensor, Tensor]:
+    rows = positive.any(1).nonzero()[:, 0]
+    return rows, positive[rows].int().argmax(1)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One task's share of a microbatch: the tokens to be predicted, and its sequences."""
+
+    tokens: dict[str, Tokens]  # by modality, raw
+    rows: dict[str, Tensor]  # by modality (M,): rows of the batch's tokens; -1 where the objective's decoder answers
+    counts: dict[str, int]  # target tokens by modality in the whole step, over all microbatches and ranks
+    sequence: Tensor  # (S,) the numbers of the task's sequences in the batch
+    modality: Tensor  # (S,) as in the table
+    table: SequenceTable
+    plan: Any = None  # what the `plan` of the objective that arranged the samples returned
+
     def to(self, device) -> Targets:
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("sequence", "modality", "sample", "group"):
-            moved[name] = moved[name].to(device)
-        for name in ("tokens", "at"):
-            moved[name] = {modality: value.to(device) for modality, value in moved[name].items()}
-        return Targets(**moved)
-
-    def table(self) -> list[list[int]]:
-        """Sequence, modality, sample and group of its sequences, as plain numbers."""
-        return [getattr(self, name).tolist() for name in ("sequence", "modality", "sample", "group")]
-
-
-def table_of(tables: list[list], device) -> Targets:
-    """The tables of several microbatches (see `Targets.table`) as one, without their targets tokens."""
-    columns = (torch.tensor([row for table in tables for row in table[c]], device=device) for c in range(4))
-    return Targets({}, {}, {}, *columns)
+        moved = {
+            name: _move(getattr(self, name), device) for name in ("tokens", "rows", "sequence", "modality", "plan")
+        }
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch: raw content by modality, where each token goes, and the tasks' questions."""
+    """A microbatch: raw content by modality, where each token goes, how they are attended to, and what is asked."""
 
-    content: dict[str, Tensor]  # by modality, all raw tokens that are seen
+    content: dict[str, Tensor]  # by modality: all raw tokens that the backbone reads
     hidden: dict[str, Tensor]  # by modality (N,): 1.0 where the content must not be seen
-    tokens: Tokens  # in layout; its content (N,) is the row among all modalities' vectors laid end to end
-    sequences: int
+    tokens: Tokens  # as attention wants them; content (N,) is the row among all modalities' vectors laid end to end
+    num_sequences: int
+    attention: Plan
+    by_modality: Routing
     tasks: dict[str, Targets]
 
     def to(self, device) -> Batch:
-        return Batch(
-            {modality: value.to(device, non_blocking=True) for modality, value in self.content.items()},
-            {modality: value.to(device, non_blocking=True) for modality, value in self.hidden.items()},
-            self.tokens.to(device),
-            self.sequences,
-            {name: targets.to(device) for name, targets in self.tasks.items()},
-        )
+        moved = {f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)}
+        return Batch(**moved)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The rows modality by modality, and the way back, for a layer that has an expert for each modality."""
+
+    rows: Tensor  # (N,)
+    counts: tuple[int, ...]  # rows of each modality
+    inverse: Tensor  # (N,): where each row went
+
+    def to(self, device) -> Routing:
+        return Routing(_move(self.rows, device), self.counts, _move(self.inverse, device))
+
+
+def route(modality: Tensor, count: int) -> Routing:
+    """The rows of `modality` (N,) by each of the `count` modalities; on the CPU."""
+    order = torch.argsort(modality, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return Routing(order, tuple(torch.bincount(modality, minlength=count).tolist()), inverse)
+
+
+def _move(value: Any, device) -> Any:
+    """`value` on the device: a tensor, or whatever holds tensors; numbers and tables as they are."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _move(one, device) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_move(one, device) for one in value)
+    if value is None or isinstance(value, (int, SequenceTable)):
+        return value
+    return value.to(device)
 
 
 def with_counts(batch: Batch, counts: dict[str, dict[str, int]]) -> Batch:
-    """The batch with the step's counts of targets tokens, by task and modality, over all ranks."""
+    """The batch with the counts of the whole step's target tokens, by task and modality, over all ranks."""
     tasks = {name: dataclasses.replace(targets, counts=counts[name]) for name, targets in batch.tasks.items()}
     return dataclasses.replace(batch, tasks=tasks)
 
 
-def count_targets(arranged: list[Example], modalities: list[str]) -> dict[str, int]:
-    """How many tokens of each modality are targets."""
+def count_targets(examples: list[Example], modalities: list[str]) -> dict[str, int]:
+    """How many target tokens there are of each modality."""
     counts: dict[str, int] = {}
-    for one in arranged:
-        for piece in one.targets:
+    for example in examples:
+        for piece in example.targets:
             if len(piece):
                 modality = modalities[int(piece.modality[0])]
                 counts[modality] = counts.get(modality, 0) + len(piece)
     return counts
 
 
+Planner = Callable[[Batch, Targets], Any]
+
+
 def collate(
     tasks: dict[str, list[tuple[int, Example]]],
     modalities: list[str],
     counts: dict[str, dict[str, int]],
+    planners: dict[str, Planner] | None = None,
     round_to: int = 1,
     empty=torch.empty,
 ) -> Batch:
-    """Lay a microbatch's arranged samples end to end. tasks: by name, pairs of a sample's number and what it became.
+    """Lay the examples of a microbatch end to end.
 
-    `round_to`: the number of tokens is rounded up to a multiple of it with filler (of the first modality, and never read),
-    where a GPU wants round sizes. `empty`, called like `torch.empty`, makes the tensors of the raw content.
+    tasks: for each task pairs of a sample's number in the step and its example. planners: by task, the `plan` of the
+    objective that arranges. round_to: filler rounds the number of tokens up to a multiple. empty: called like
+    `torch.empty`, makes the tensors of raw content.
     """
-    samples = [(name, number, one) for name, own in tasks.items() for number, one in own]
-    pieces = [(i, *both) for i, (_, _, one) in enumerate(samples) for both in zip(one.seen, one.hidden, strict=True)]
+    examples = [(name, number, example) for name, own in tasks.items() for number, example in own]
+    pieces = [(i, *both) for i, (_, _, e) in enumerate(examples) for both in zip(e.inputs, e.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])
-    begin = np.cumsum(size) - size  # each piece's first row, sample by sample
-    modality, own = (_of_each([getattr(piece, name) for _, piece, _ in pieces], begin, size) for name in _OF_A_PIECE)
-    length, count = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
+    begin = np.cumsum(size) - size  # each piece's first row, example by example
+    modality, own = (_value_of_each([getattr(p, name) for _, p, _ in pieces], begin, size) for name in _SHARED)
+    length, count = np.zeros(len(examples), np.int64), np.zeros(len(examples), np.int64)
     np.add.at(length, owner, size)
     np.maximum.at(count, owner, own + 1)
-    start, first = np.cumsum(length) - length, np.cumsum(count) - count  # each sample's first row and sequence
-    sequence = own + first[owner]
+    first_row, first_sequence = np.cumsum(length) - length, np.cumsum(count) - count  # of each example
+    sequence = own + first_sequence[owner]
 
-    tokens, place = _laid_out([piece for _, piece, _ in pieces], size, modality, sequence)
-    final = _rows(size, place - begin)  # row sample by sample -> row in the layout
+    tokens, moved_to = _lay_out([piece for _, piece, _ in pieces], size, modality, sequence)
+    row_in_layout = _shifted_rows(size, moved_to - begin)  # (N,) for each row, example by example
 
     numbers, which = np.unique(sequence, return_index=True)  # and each sequence's first piece
     holder = owner[which]
-    sample, group = np.array([number for _, number, _ in samples]), np.array([one.group for _, _, one in samples])
+    sample, group = np.array([number for _, number, _ in examples]), np.array([e.group for _, _, e in examples])
     columns = numbers, modality[which], sample[holder], group[holder]
-    names = np.array([name for name, _, _ in samples])[holder]
+    names = np.array([name for name, _, _ in examples])[holder]
     by_modality = {modalities[k]: [pieces[p] for p in np.flatnonzero(modality == k)] for k in np.unique(modality)}
-    return Batch(
-        {name: _joined([piece.content for _, piece, _ in own], empty) for name, own in by_modality.items()},
+    tokens = _fill(tokens, round_to)
+    batch = Batch(
+        {name: _concatenate_content([p.content for _, p, _ in own], empty) for name, own in by_modality.items()},
         {name: _hidden([(len(piece), hide) for _, piece, hide in own]) for name, own in by_modality.items()},
-        _fill(tokens, round_to),
+        tokens,
         int(count.sum()),
-        {
-            name: Targets(
-                *_targets(
-                    [(i, one) for i, (task, _, one) in enumerate(samples) if task == name],
-                    modalities,
-                    start,
-                    first,
-                    final,
-                ),
-                counts[name],
-                *(torch.from_numpy(column[names == name]) for column in columns),
-            )
-            for name in tasks
-        },
+        plan_attention(tokens),
+        route(tokens.modality, len(modalities)),
+        {},
     )
+    for name in tasks:
+        mine = [(i, example) for i, (task, _, example) in enumerate(examples) if task == name]
+        ids, kind, *rest = (torch.from_numpy(column[names == name]) for column in columns)
+        found = _targets(mine, modalities, first_row, first_sequence, row_in_layout)
+        targets = Targets(*found, counts[name], ids, kind, SequenceTable(kind, *rest))
+        if planner := (planners or {}).get(name):
+            targets = dataclasses.replace(targets, plan=planner(batch, targets))
+        batch.tasks[name] = targets
+    return batch
 
 
-def _joined(contents: list[Tensor], empty) -> Tensor:
+_SHARED = ("modality", "sequence")  # what all tokens of a piece have in common
+
+
+def _concatenate_content(contents: list[Tensor], empty) -> Tensor:
     dtype = functools.reduce(torch.promote_types, {content.dtype for content in contents})
     return torch.cat(contents, out=empty(sum(map(len, contents)), *contents[0].shape[1:], dtype=dtype))
 
 
-def _of_each(fields: list[Tensor], begin: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The number (P,) that is in all rows of each piece's field. Raises ValueError where there are two."""
+def _value_of_each(fields: list[Tensor], begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The number (P,) that stands in all rows of each piece's field. Raises ValueError where there are two."""
     rows = torch.cat(fields).numpy()
-    found = rows[begin]
-    if not np.array_equal(rows, np.repeat(found, size)):
-        raise ValueError("a piece that is seen is of one modality and one sequence: split it")
-    return found
+    values = rows[begin]
+    if not np.array_equal(rows, np.repeat(values, size)):
+        raise ValueError("a piece of the inputs is of one modality and one sequence: split it")
+    return values
 
 
-def _laid_out(
+def _lay_out(
     pieces: list[Tokens], size: np.ndarray, modality: np.ndarray, sequence: np.ndarray
 ) -> tuple[Tokens, np.ndarray]:
-    """The tokens of all pieces in layout (content: a row among the contents modality by modality), and each piece's first row.
-
-    size, modality, sequence: each piece's (P,).
+    """The tokens of all pieces in `tokens.layout` (content: a row among the contents, modality by modality), and each
+    piece's first row there. size, modality, sequence: each piece's (P,).
     """
-    turn = _turns(sequence, size, [piece.order for piece in pieces])
-    place, content = _laid(size, turn), _laid(size, np.argsort(modality, kind="stable"))
+    order = _piece_order(sequence, size, [piece.order for piece in pieces])
+    row, content = _first_rows(size, order), _first_rows(size, np.argsort(modality, kind="stable"))
     tokens = Tokens(
-        _rows(size[turn], (content - place)[turn]),
-        torch.cat([pieces[p].position for p in turn]),
-        torch.from_numpy(np.repeat(sequence[turn], size[turn])),
-        torch.cat([pieces[p].order for p in turn]),
-        torch.from_numpy(np.repeat(modality[turn], size[turn])),
+        _shifted_rows(size[order], (content - row)[order]),
+        torch.cat([pieces[p].position for p in order]),
+        torch.from_numpy(np.repeat(sequence[order], size[order])),
+        torch.cat([pieces[p].order for p in order]),
+        torch.from_numpy(np.repeat(modality[order], size[order])),
     )
-    return tokens, place
+    return tokens, row
 
 
-def _rows(size: np.ndarray, shift: np.ndarray) -> Tensor:
-    """0, 1, 2, ... over the tokens of all pieces, each piece's moved by its shift."""
+def _shifted_rows(size: np.ndarray, shift: np.ndarray) -> Tensor:
+    """0, 1, 2, ... over the tokens of all pieces, each piece's numbers shifted by its own amount."""
     return torch.from_numpy(np.arange(size.sum()) + np.repeat(shift, size))
 
 
-def _turns(sequence: np.ndarray, size: np.ndarray, orders: list[Tensor]) -> np.ndarray:
-    """The pieces, each of one sequence, in the order that `tokens.layout` would bring their tokens into."""
+def _piece_order(sequence: np.ndarray, size: np.ndarray, orders: list[Tensor]) -> np.ndarray:
+    """The pieces, each of one sequence, in the order into which `tokens.layout` would bring their tokens."""
     together = np.argsort(sequence, kind="stable")
     heads = np.flatnonzero(np.diff(sequence[together], prepend=-1))  # each sequence's first piece among them
     lengths = np.add.reduceat(size[together], heads)
-    if len(heads) == len(size) and all(order.stride(0) == 0 for order in orders):  # pieces of `constant` order: alike
+    if len(heads) == len(size) and all(order.stride(0) == 0 for order in orders):  # each piece has one order throughout
         pattern = np.full_like(lengths, WHOLE)
     else:
-        pattern = patterns_of(torch.from_numpy(lengths), torch.cat([orders[p] for p in together])).numpy()
+        pattern = classify_orders(torch.from_numpy(lengths), torch.cat([orders[p] for p in together])).numpy()
     rank = np.empty_like(heads)
     rank[np.lexsort((lengths, pattern))] = np.arange(len(heads))
     pieces = np.diff(heads, append=len(together))
     return together[np.argsort(np.repeat(rank, pieces), kind="stable")]
 
 
-def _laid(size: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Each piece's first row where the pieces lie in the order `turn`."""
-    found = np.empty_like(size)
-    found[turn] = np.cumsum(size[turn]) - size[turn]
-    return found
+def _first_rows(size: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Each piece's first row where the pieces lie in this order."""
+    first = np.empty_like(size)
+    first[order] = np.cumsum(size[order]) - size[order]
+    return first
 
 
 def _hidden(pieces: list[tuple[int, Tensor | None]]) -> Tensor:
-    """1.0 where a piece hides a token: pieces as pairs of a length and the hidden tokens, end to end."""
+    """1.0 where a token is hidden; pieces: pairs of a length and the hidden tokens."""
     hidden, end = torch.zeros(sum(length for length, _ in pieces)), 0
     for length, hide in pieces:
         end += length
@@ -233,39 +318,28 @@ def _hidden(pieces: list[tuple[int, Tensor | None]]) -> Tensor:
 
 
 def _targets(
-    samples: list[tuple[int, Example]], modalities: list[str], start, first, final: Tensor
-) -> tuple[dict, dict]:
-    """The targets tokens of a task's samples by modality, and the rows that answer them.
-
-    start, first: each sample's first row, sample by sample, and its first sequence; final: where those rows went.
-    """
-    found: dict[str, list] = {}
-    for i, one in samples:
-        for piece, at in zip(one.targets, one.at, strict=True):
+    examples: list[tuple[int, Example]], modalities: list[str], first_row, first_sequence, row_in_layout: Tensor
+) -> tuple[dict[str, Tokens], dict[str, Tensor]]:
+    """The target tokens of a task's examples by modality, and the rows that answer them."""
+    pieces: dict[str, list] = {}
+    for i, example in examples:
+        for piece, rows in zip(example.targets, example.rows, strict=True):
             if len(piece):
-                found.setdefault(modalities[int(piece.modality[0])], []).append((i, piece, at))
-    tokens, rows = {}, {}
-    for modality in sorted(found, key=modalities.index):
-        owners = np.repeat([i for i, _, _ in found[modality]], [len(piece) for _, piece, _ in found[modality]])
-        targets = _cat([piece for _, piece, _ in found[modality]])
-        tokens[modality] = targets.replace(sequence=targets.sequence + torch.from_numpy(first[owners]))
-        at = torch.cat([at for _, _, at in found[modality]])
-        row = final.index_select(0, at.clamp(min=0) + torch.from_numpy(start[owners]))
-        rows[modality] = torch.where(at >= 0, row, -1)
-    return tokens, rows
-
-
-_OF_A_PIECE = ("modality", "sequence")  # what all tokens of a piece share
-
-
-def _cat(pieces: list[Tokens]) -> Tokens:
-    return Tokens(*(torch.cat([getattr(p, f.name) for p in pieces]) for f in dataclasses.fields(Tokens)))
+                pieces.setdefault(modalities[int(piece.modality[0])], []).append((i, piece, rows))
+    tokens, answers = {}, {}
+    for modality in sorted(pieces, key=modalities.index):
+        owners = np.repeat([i for i, _, _ in pieces[modality]], [len(piece) for _, piece, _ in pieces[modality]])
+        targets = concatenate([piece for _, piece, _ in pieces[modality]])
+        tokens[modality] = targets.replace(sequence=targets.sequence + torch.from_numpy(first_sequence[owners]))
+        rows = torch.cat([rows for _, _, rows in pieces[modality]])
+        row = row_in_layout.index_select(0, rows.clamp(min=0) + torch.from_numpy(first_row[owners]))
+        answers[modality] = torch.where(rows >= 0, row, -1)
+    return tokens, answers
 
 
 def _fill(tokens: Tokens, round_to: int) -> Tokens:
     missing = -len(tokens) % round_to
     if not missing:
         return tokens
-    rows = torch.zeros(missing, dtype=torch.long)
-    filler = tokens.select(rows)
-    return _cat([tokens, filler.replace(sequence=torch.full_like(filler.sequence, -1))])
+    filler = tokens.select(torch.zeros(missing, dtype=torch.long))
+    return concatenate([tokens, filler.replace(sequence=torch.full_like(filler.sequence, -1))])

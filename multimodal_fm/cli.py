@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated
+import time
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, printable
+
+SECONDS_FOR_THE_FIRST = 10  # that a process waits for the first to fail, before it prints why it failed itself
 
 app = App(
     name="mmfm",
@@ -20,36 +26,46 @@ app = App(
 
 @app.command
 def pretrain(
-    config: str, *settings: str, resume: bool = False, smoke: bool = False, allow_data_change: bool = False
+    config: str,
+    /,
+    *settings: str,
+    resume: Annotated[Literal["yes", "auto"] | None, Parameter(negative=())] = None,
+    smoke: Annotated[bool, Parameter(negative=())] = False,
+    allow_data_change: Annotated[bool, Parameter(negative=())] = False,
+    profile: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Train as a YAML file says, e.g. `mmfm pretrain configs/demo.yaml steps=50 model.width=128`.
+    """Train as a YAML file says, e.g. `mmfm pretrain configs/demo.yaml steps=50 model.backbone.width=128`.
 
     Parameters
     ----------
     config
         The YAML file.
     settings
-        key=value pairs that stand in for the file's (dots go deeper); run=FOLDER names the run folder.
+        key=value pairs that stand in for the file's (dots go deeper); run_dir=FOLDER names the run folder.
     resume
-        Go on from the newest whole checkpoint in the run folder.
+        Go on from the newest whole checkpoint in the run folder. `--resume auto`: or begin, where there is none.
     smoke
-        The same run at toy size for ten steps, in RUN-smoke.
+        The same run at toy size for ten steps, in a temporary folder.
     allow_data_change
         With --resume: go on although the sources' shards are others than before.
+    profile
+        Write RUN/profile.json and RUN/profile.txt: where the time of the steps 4 to 6 goes.
     """
-    from .config import load
     from .train import loop
+    from .train.config import load
     from .train.smoke import toy
 
     loaded = load(config, list(settings))
     if smoke and resume:
         raise UserError("--smoke always starts afresh: leave out --resume")
-    loop.pretrain(toy(loaded) if smoke else loaded, resume=resume, allow_data_change=allow_data_change)
+    how = {"yes": True, "auto": "auto", None: False}[resume]
+    loop.pretrain(toy(loaded) if smoke else loaded, how, allow_data_change, profile)
 
 
 @app.command
 def evaluate(
     run: str,
+    /,
     *,
     on: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     group: str = "",
@@ -57,6 +73,8 @@ def evaluate(
     where: Annotated[list[str] | None, Parameter(negative=())] = None,
     labels: str = "",
     modalities: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    evaluators: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    trust: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     device: str = "auto",
 ) -> None:
@@ -65,65 +83,76 @@ def evaluate(
     Parameters
     ----------
     run
-        A run folder, or one checkpoint's folder.
+        A run folder, or the folder of one checkpoint.
     on
-        Shards: .tar, .jsonl or .txt files or patterns. Without it, what the run's config says under `evaluate`.
+        Shards: .tar, .jsonl or .txt files or patterns. Without it, what the run's config names under `evaluate`.
     group
-        The field that says which samples are right answers for each other; without it, those of an equal text.
+        The field whose equal values belong together: right answers of retrieval; never neighbors or training data of
+        each other in kNN and probe. Without it, samples of an equal text are right answers.
     within
-        Keep each query's gallery to the samples with the same value of this field.
+        Limit each query's gallery to the samples with the same value of this field.
     where
         FIELD=VALUE: keep the samples whose JSON has this value. May be given again.
     labels
-        The field with the labels for kNN and the probe; without it, the `.cls` member.
+        The field with the classes for kNN and the probe; without it, the `.cls` member.
     modalities
-        The modalities to read; without it, all that the data has.
+        The modalities to read; without it, all that the corpus has.
+    evaluators
+        Import paths of your own evaluators, to be run beside the built-in ones.
+    trust
+        Without --on: read what the config of a checkpoint names that was not trained here by you.
     json
-        One JSON object on standard output, everything else on standard error.
+        Print one JSON object to standard output, everything else to standard error.
     device
         cpu, cuda, or auto.
     """
-    import json as json_
-
-    from .config import Evaluation
+    from . import objectives
+    from .evals.base import Evaluation
     from .evals.run import evaluate as measure
-    from .evals.run import render, table
+    from .evals.run import load_evaluations, render, table
     from .model import load
+    from .run_dir import checkpoint
     from .run_dir.records import Skipped
 
-    model = load(run, device=device)
+    folder = checkpoint.newest(run)
     if on:
-        named = {"": Evaluation(on, _pairs(where), group, within, labels, modalities or [])}
+        evaluations = {"": Evaluation(on, _pairs(where), group, within, labels, modalities or [], evaluators or [])}
     else:
-        named = model.evaluations
-        if not named:
+        evaluations = load_evaluations(folder, trust)
+        if not evaluations:
             raise UserError("--on SHARDS is missing, and the run's config has no `evaluate`")
-    everything = {}
-    for name, evaluation in named.items():
-        figures, encoded = measure(model, evaluation)
-        everything |= {f"{name}/{key}" if name else key: value for key, value in figures.items()}
-        if encoded.lost:
-            print("\n".join(Skipped(encoded.lost).lines()), file=sys.stderr)
+    model = load(folder, device=device, plugins=trust)
+    trained = objectives.load(folder, model, plugins=trust)
+    all_figures = {}
+    for name, evaluation in evaluations.items():
+        figures, embedded = measure(model, trained, evaluation, folder)
+        all_figures |= {f"{name}/{key}" if name else key: value for key, value in figures.items()}
+        if embedded.skipped:
+            print("\n".join(Skipped(embedded.skipped).lines()), file=sys.stderr)
         if not json:
-            print(f"\n{name}" if name else "", render(table(figures)), sep="\n")
+            print(f"\n{printable(name)}" if name else "", render(table(figures)), sep="\n")
+        for note in embedded.notes:
+            print(f"note: {printable(note)}", file=sys.stderr if json else sys.stdout)
     if json:
-        print(json_.dumps(everything))
+        print(dumps(all_figures))
 
 
 @app.command
-def report(run: str, *, device: str = "auto") -> None:
-    """Write RUN/report.html, one page that needs no network: a gallery, the measurements, the curves, the config.
+def report(run: str, /, *, trust: Annotated[bool, Parameter(negative=())] = False, device: str = "auto") -> None:
+    """Write RUN/report.html, one page that needs no network: a gallery, the evaluations, the curves, the config.
 
     Parameters
     ----------
     run
         A run folder whose config has an `evaluate`.
+    trust
+        Read the files and URLs that the config names although the run was not trained here by you.
     device
         cpu, cuda, or auto.
     """
     from .reports.run import write
 
-    write(run, device)
+    write(run, device, trust)
 
 
 @app.command
@@ -158,7 +187,7 @@ def inspect(
     samples
         Decode everything: one JSON line a sample with what a training run would get.
     piece
-        .txt files are cut to pieces of at most so many bytes, as `piece` of a source says.
+        .txt files are cut to pieces of at most so many bytes, as `piece_bytes` of a source says.
     """
     from .inspect.run import inspect as look
 
@@ -169,12 +198,14 @@ def inspect(
 def search(
     run: str,
     query: str = "",
+    /,
     *,
     in_: Annotated[list[str], Parameter(name="--in", consume_multiple=True, negative=())],
     image: str = "",
     audio: str = "",
     where: Annotated[list[str] | None, Parameter(negative=())] = None,
     top: int = 5,
+    json: Annotated[bool, Parameter(negative=())] = False,
     device: str = "auto",
 ) -> None:
     """Find the samples nearest to a text, a picture or a sound: `mmfm search runs/demo --in SHARDS "a red bus"`.
@@ -182,7 +213,7 @@ def search(
     Parameters
     ----------
     run
-        A run folder, or one checkpoint's folder.
+        A run folder, or the folder of one checkpoint.
     query
         The text to search for.
     in_
@@ -195,16 +226,18 @@ def search(
         FIELD=VALUE: keep the samples whose JSON has this value. May be given again.
     top
         How many of each modality.
+    json
+        Print one JSON object a hit.
     device
         cpu, cuda, or auto.
     """
-    from .corpus.shards import SHARDS
     from .model import load
+    from .run_dir.records import Skipped
+    from .search.query import render, split_query
     from .search.query import search as find
 
-    words = [one for one in in_ if not one.endswith(SHARDS)]  # the query, where it stands behind the shards
-    if words and not query and not image and not audio:
-        query, in_ = " ".join(words), [one for one in in_ if one.endswith(SHARDS)]
+    if not query and not image and not audio:
+        in_, query = split_query(in_)
     given = {modality: value for modality, value in (("text", query), ("image", image), ("audio", audio)) if value}
     if len(given) != 1:
         raise UserError("search for one thing: a text, --image FILE or --audio FILE")
@@ -212,7 +245,10 @@ def search(
         raise UserError("--top is at least 1")
     if not in_:
         raise UserError("--in names no shards: give .tar, .jsonl or .txt files")
-    find(load(run, device=device), given, in_, _pairs(where), top)
+    hits, skipped = find(load(run, device=device), given, in_, _pairs(where), top)
+    if skipped:
+        print("\n".join(Skipped(skipped).lines()), file=sys.stderr)
+    print(render(hits, json))
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:
@@ -242,60 +278,109 @@ def pack(
     group: str = "",
     dedup: str = "exact",
     piece_bytes: int = 2000,
+    allow_outside: Annotated[bool, Parameter(negative=())] = False,
     workers: int | None = None,
 ) -> None:
     """Make checked webdataset shards and a data card of what you have: `mmfm pack photos --to shards/photos`.
 
-    A SOURCE is a folder of media (files of one stem are a sample: photo.jpg, photo.txt, photo.json; or a folder a
-    label), a table (.csv, .tsv, .parquet, or .jsonl with a column named below), text (.jsonl, .txt), webdataset shards
-    (.tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst), or a Hugging Face data set (a folder of save_to_disk, or a name).
-    Stopped at any time, the same command goes on; what it makes does not depend on --workers.
+    A SOURCE is a folder of media (files of one stem are a sample: photo.jpg, photo.txt, photo.json; where all files are
+    media, one folder down, the folders' names are labels), a table (.csv, .tsv, .parquet, or .jsonl with a column of
+    images or audio or one named below), text (.jsonl, .txt), webdataset shards (.tar, .tar.gz, .tar.bz2, .tar.xz,
+    .tar.zst), or a Hugging Face data set (a folder of save_to_disk, or hf:owner/name). Stopped at any time, the same
+    command continues; the result does not depend on --workers.
 
     Parameters
     ----------
     sources
-        Files, patterns, folders, or the name of a Hugging Face data set.
+        Files, patterns, folders, or hf:owner/name for a data set of the Hugging Face hub.
     to
-        The folder to write: shards, card.md, croissant.json, quarantine.jsonl (what was left out, and why).
+        The folder to write, outside of the sources: shards, card.md, croissant.json, quarantine.jsonl (what was left
+        out, and why).
     image_column
-        The column of a table with pictures: paths (from the table's folder), URLs, or their bytes.
+        The column of a table with images: paths below the table's folder, URLs, or their bytes; without it one of
+        image, img, picture, photo, image_path, image_url, image_file, img_path.
     text_column
         The column with text; without it one of text, caption, txt, captions.
     audio_column
-        The column with sounds: paths, URLs, or their bytes.
+        The column with audio: paths, URLs, or bytes; without it one of audio, sound, audio_path, audio_url, audio_file,
+        sound_path.
     label_column
-        The column with classes: whole numbers, or words that are numbered in their order.
+        The column with classes: whole numbers, or words that are numbered in order. Words of all sources share one
+        numbering; sources with whole numbers cannot be packed together with sources of words.
     key_column
         The column with names for the samples.
     longest_side
-        Make larger pictures smaller, to so many pixels (JPEG, quality 95); others keep their bytes.
+        Make larger images smaller, to so many pixels (JPEG, quality 95); others keep their bytes.
     rate
-        Make all sounds mono FLAC of so many samples a second; without it they keep their bytes.
+        Make all audio mono FLAC of so many samples a second; without it audio keeps its bytes.
     shard_size
         The most bytes a shard has, as in 256MB or 1GiB.
     split
-        Shares of train, validation and test, as in 0.9,0.05,0.05. Samples that share a picture, a sound, a text or a
-        translation are never on two sides; with --dedup near neither are near copies.
+        Shares of train, validation and test, as in 0.9,0.05,0.05. Samples that share an image, audio, a text or a
+        translation, and the pieces of one document (a text file is one), are never in two splits; with --dedup near
+        neither are near copies.
     group
-        Samples with an equal value in this field (dots go deeper) are never on two sides of the split either.
+        Samples with an equal value in this field (dots go deeper) are never in two splits either.
     dedup
-        none, exact (equal content: the first is kept), or near: also of samples whose parts are all nearly equal the
-        first is kept. Pictures of 64 pixels and more: perceptual hashes (64 bits) that differ in at most 4, and alike
-        colors; text: a similarity (Jaccard, runs of 5 characters, by MinHash) of at least 0.8.
+        none; exact: of samples with equal media, texts, labels and other fields (but for ids, paths and URLs) the first
+        is kept; or near: also of samples that are nearly equal in all modalities. Images of 64 pixels and more:
+        perceptual hashes (64 bits) that differ in at most 4, and alike colors; text: a Jaccard similarity (runs of 5
+        characters, by MinHash) of at least 0.8.
     piece_bytes
-        Longer text that belongs to no picture or sound is cut into pieces of at most so many bytes.
+        Longer text that belongs to no image or audio is cut into pieces of at most so many bytes.
+    allow_outside
+        Let tables name files outside of their folder and URLs of hosts on private networks.
     workers
-        Processes; without it, one a core. 0: none but this one.
+        Processes; without it, one for each core. 0: none but this one.
     """
+    from .corpus import storage
     from .pack import settings, summary
     from .pack.run import pack as write
 
+    size, shares = storage.parse_size(shard_size, "--shard-size"), settings.parse_split(split)
     chosen = settings.Settings(
         list(sources), image_column, text_column, audio_column, label_column, key_column, longest_side, rate,
-        settings.parse_size(shard_size), settings.parse_split(split), group, dedup, piece_bytes,
+        size, shares, group, dedup, piece_bytes, allow_outside,
     )  # fmt: skip
     facts = write(chosen, to, len(os.sched_getaffinity(0)) if workers is None else workers, show=True)
     print(summary(facts, to))
+
+
+def arguments(words: list[str]) -> list[str]:
+    """`--resume` alone is `--resume yes`."""
+    if "--resume" in words and (words[words.index("--resume") + 1 :] or [""])[0] != "auto":
+        words = [word for given in words for word in ((given, "yes") if given == "--resume" else (given,))]
+    return words
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with the words of a command line."""
+    command = " ".join(error.command_chain or ())
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[-1].removesuffix(".")
+    if isinstance(error, MissingArgumentError) and error.argument:
+        name = error.argument.name
+        text = f"{command}: {name} {'needs a value' if name in sys.argv else 'is missing'}"
+    elif isinstance(error, UnknownOptionError) and command == "pretrain":
+        text += "; settings of the configuration are written without dashes, as in steps=50"
+    return f"{text} (see mmfm {command + ' ' if command else ''}--help)"
+
+
+def fail(what: str) -> NoReturn:
+    """Print one line on standard error and exit with 2.
+
+    Of several processes the first prints it. torchrun ends the others when the first has failed; one that is still
+    there some seconds later has failed alone, and says so.
+    """
+    line = f"mmfm: {printable(what)}"
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats what stands there below its own traceback
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(dumps({"message": message}))
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_THE_FIRST)
+    print(line, file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
@@ -307,18 +392,16 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a corpus may hold what a terminal cannot show
     try:
-        app(exit_on_error=False, print_error=False)
-    except (UserError, CycloptsError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        hint = "" if isinstance(error, UserError) else " (see mmfm --help)"
-        print(f"mmfm: {lines[-1] if lines else type(error).__name__}{hint}", file=sys.stderr)
-        sys.exit(2)
+        app(arguments(sys.argv[1:]), exit_on_error=False, print_error=False)
+    except UserError as error:
+        fail(" ".join(str(error).splitlines()) or type(error).__name__)
+    except CycloptsError as error:
+        fail(_usage(error))
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"mmfm: {error.filename or 'reading or writing'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

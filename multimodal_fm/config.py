@@ -1,7 +1,7 @@
-"""A run's configuration: YAML <-> the dataclasses that stand beside what they set.
+"""Configuration: YAML <-> the dataclasses that stand beside what they set.
 
-A plug-in's name is the file of that name (`objective: masked` is `objectives/masked.py`), a dotted name an import path.
-All that is wrong with a configuration comes in one message.
+A plug-in is named by its file (`masked` is `objectives/masked.py`) or, from elsewhere, by its import path
+(`my_package.my_objective`). All that is wrong with a configuration comes in one message.
 """
 
 from __future__ import annotations
@@ -9,144 +9,116 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import itertools
 import pkgutil
 import re
 import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from torch import nn
 
-from . import backbone
-from .corpus import shards
 from .errors import UserError
 from .tokenizers.base import Tokenizer
-from .train import optim
+
+Override = str  # `key=value`; dots in the key go deeper, the value is YAML
+
+SYNONYMS = {  # what other programs call a key, for the hints of error messages
+    **dict.fromkeys(("learning_rate", "base_lr", "peak_lr"), "lr"),
+    **dict.fromkeys(("batch", "bs", "batchsize", "per_device_train_batch_size", "global_batch_size"), "batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_epochs", "max_steps", "num_steps"), "steps"),
+    **dict.fromkeys(("iterations", "max_iters", "train_steps"), "steps"),
+    **dict.fromkeys(("hidden_size", "hidden_dim", "dim", "d_model", "n_embd"), "width"),
+    **dict.fromkeys(("layers", "n_layers", "num_layers", "n_layer", "num_hidden_layers", "num_blocks"), "depth"),
+    **dict.fromkeys(("heads", "n_heads", "n_head", "num_attention_heads", "nhead"), "num_heads"),
+    **dict.fromkeys(("mlp", "mlp_expansion", "ffn_ratio"), "mlp_ratio"),
+    **dict.fromkeys(("projection_dim", "embedding_dim", "embedding_size"), "embed_dim"),
+    **dict.fromkeys(("workers", "n_workers", "num_proc", "dataloader_num_workers"), "num_workers"),
+    **dict.fromkeys(("output_dir", "out_dir", "output", "out", "log_dir", "save_dir", "run"), "run_dir"),
+    **dict.fromkeys(("patch_size",), "patch"),
+    **dict.fromkeys(("vocab", "vocabulary", "vocabulary_size"), "vocab_size"),
+    **dict.fromkeys(("max_length", "max_len", "seq_len", "context_length", "block_size"), "max_tokens"),
+    **dict.fromkeys(("warmup", "num_warmup_steps", "warmup_iters"), "warmup_steps"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("clip", "clip_grad", "grad_norm", "max_grad_norm", "gradient_clip_val"), "grad_clip"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "schedule"),
+    **dict.fromkeys(("accum_freq", "grad_accum", "gradient_accumulation_steps", "num_microbatches"), "microbatches"),
+    **dict.fromkeys(("amp", "bf16", "dtype", "mixed_precision"), "precision"),
+    **dict.fromkeys(("ema", "model_ema_decay"), "ema_decay"),
+    **dict.fromkeys(("random_seed",), "seed"),
+    **dict.fromkeys(("save_steps", "save_freq", "checkpoint_every", "save_interval"), "save_every"),
+    **dict.fromkeys(("save_total_limit",), "keep"),
+    **dict.fromkeys(("eval_steps", "eval_every", "val_every", "val_interval"), "validate_every"),
+    **dict.fromkeys(("report_to", "logger", "log_with"), "track"),
+    **dict.fromkeys(("data", "datasets", "train_data"), "sources"),
+    **dict.fromkeys(("val", "val_data", "valid"), "validation"),
+    **dict.fromkeys(("mask_prob", "mlm_probability", "masking_ratio"), "mask_ratio"),
+    **dict.fromkeys(("logit_scale", "init_scale"), "scale"),
+    **dict.fromkeys(("init_from", "pretrained", "checkpoint", "load_from"), "init"),
+}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the plug-ins of a field come from: `dict[str, Annotated[Plugin, Folder("heads", "Head")]]`."""
+
+    name: str  # of the folder in this package
+    cls: str  # the class that each of its files defines
+    instantiate: bool = False  # whether the field holds `cls(config)` rather than a `Plugin`
+
+    @property
+    def key(self) -> str:
+        """The key that names the plug-in where it is not the name of its entry."""
+        return self.cls.lower()
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A file of a plug-in folder with its settings."""
+    """A plug-in as a configuration names it: its class, and an instance of `cls.Config`."""
 
+    folder: Folder
     name: str
-    module: Any = field(compare=False, repr=False)
-    settings: Any
+    cls: Any
+    config: Any
 
 
-@dataclass
-class Task:
-    """A share of every step: `batch_size` samples from weighted sources, arranged and scored by an objective.
+class _YAML(yaml.SafeLoader):
+    """YAML 1.2's plain words: `on`, `off`, `yes` and `no` are text, 1e-3 is a number. A key may stand only once."""
 
-    The objective's own settings stand beside these keys. `also` names further objectives that score the same reading.
-    """
-
-    objective: Plugin
-    modalities: list[str]
-    batch_size: int
-    sources: dict[str, float | dict[str, float]] | list[str]
-    """The weight of each source, or weights by the step from which they hold, {0: 2, 10000: 1}; a list: all weigh 1."""
-    by: Literal["sample", "token"] = "sample"  # what the weights share out
-    temperature: float | None = None  # weights times the source's size, in what `by` names, to this power
-    weight: float = 1.0
-    also: dict[str, Also] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if isinstance(self.sources, list):
-            self.sources = dict.fromkeys(self.sources, 1.0)
-        self.phases()
-
-    def phases(self) -> list[tuple[int, dict[str, float]]]:
-        """The weights and the step from which they hold, in order, the first at step 0. Raises ValueError."""
-        tables = {n: w if isinstance(w, dict) else {"0": w} for n, w in self.sources.items()}
-        if not all(step.isdigit() for table in tables.values() for step in table):
-            raise ValueError("sources: weights by step are written {0: 2, 10000: 1}")
-        steps = sorted({0, *(int(step) for table in tables.values() for step in table)})
-        found = []
-        for step in steps:
-            past = {
-                n: [w for s, w in sorted(table.items(), key=lambda o: int(o[0])) if int(s) <= step]
-                for n, table in tables.items()
-            }
-            found.append((step, {n: float(weights[-1]) if weights else 0.0 for n, weights in past.items()}))
-        return found
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, str) and name in seen and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands twice", key.start_mark)
+            seen.add(name if isinstance(name, str) else repr(name))
+        return super().construct_mapping(node, deep)
 
 
-@dataclass
-class Also:
-    objective: Plugin
-    weight: float = 1.0
-
-
-@dataclass
-class Evaluation:
-    """What `mmfm evaluate` and the report measure; the command's flags of the same names."""
-
-    on: str | list[str]
-    where: dict[str, str] = field(default_factory=dict)
-    group: str = ""
-    within: str = ""
-    labels: str = ""
-    modalities: list[str] = field(default_factory=list)  # empty: all that the data has
-
-
-@dataclass
-class Config:
-    """One run. `mmfm pretrain CONFIG.yaml [key=value ...]` reads it."""
-
-    sources: dict[str, shards.Config]
-    tasks: dict[str, Task]
-    tokenizers: dict[str, Tokenizer] = field(default_factory=dict)  # empty: text, image and audio as they come
-    model: backbone.Config = field(default_factory=backbone.Config)
-    embedding: int = 256  # the dimension of the vectors that search compares
-    optim: optim.Config = field(default_factory=optim.Config)
-    run: str = ""  # the run folder; empty: runs/NAME for NAME.yaml
-    steps: int = 1000
-    microbatches: int = 1  # each step's samples are dealt into so many; memory falls, results stay
-    seed: int = 0
-    strict: bool = False  # the first thing that cannot be read ends the run, and is named
-    max_bad: float = 0.05  # the share of a source's samples that may be bad before the run ends
-    ema: float = 0.999  # the decay of the averaged weights, reached gradually
-    workers: int = 1  # how many read ahead; results do not depend on it
-    readers: Literal["processes", "threads"] = "processes"  # processes are faster and survive a crashing decoder
-    trace: bool = False  # write the samples of every step to RUN/samples.jsonl
-    threads: int = 0  # 0: as many as torch chooses
-    device: str = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    round_to: int = 1  # tokens of a microbatch are rounded up to a multiple with filler, where a GPU wants it
-    save_every: int = 200
-    keep: int = 2  # checkpoints
-    evaluate: dict[str, Evaluation] = field(default_factory=dict)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain words: `on`, `off`, `yes` and `no` are text, 1e-3 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
+_YAML.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
+_YAML.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_YAML.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (dots go deeper, values are YAML). Raises UserError."""
+def read_yaml(path: str | Path, overrides: Sequence[Override] = ()) -> dict:
+    """The plain data of a YAML file with the overrides applied. Raises UserError."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _YAML) or {}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"{path}: not YAML{line}: {str(getattr(error, 'problem', error)).splitlines()[0]}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: not YAML{where}: {str(getattr(error, 'problem', error)).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a map of keys, not {type(data).__name__}")
     for override in overrides:
@@ -154,14 +126,13 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         if not equals or not key:
             raise UserError(f"{override!r} is not key=value")
         try:
-            _set(data, key.split("."), override, yaml.load(value, _Loader))
+            _set(data, key.split("."), override, yaml.load(value, _YAML))
         except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"{override!r}: the value is not YAML") from None
-    data.setdefault("run", f"runs/{path.stem}")
-    return build(data, str(path))
+    return data
 
 
-def _set(data: dict, keys: list[str], override: str, value) -> None:
+def _set(data: dict, keys: list[str], override: Override, value) -> None:
     for key in keys[:-1]:
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
@@ -169,15 +140,14 @@ def _set(data: dict, keys: list[str], override: str, value) -> None:
     data[keys[-1]] = value
 
 
-def build(data: dict, where: str = "config") -> Config:
-    """Dataclasses from plain data. Raises UserError with all that is wrong in one message."""
-    problems = Problems()
-    data = dict(data)
-    if isinstance(data.get("tokenizers", {}), dict) and not data.get("tokenizers"):
-        data["tokenizers"] = {"text": {}, "image": {}, "audio": {}}
-    config = _build(Config, data, "", problems)
-    if not len(problems):
-        _cross_check(config, problems)
+def build(cls: type, data: dict, where: str = "config", plugins: bool = True) -> Any:
+    """An instance of the dataclass `cls` from plain data. Raises UserError with all that is wrong in one message.
+
+    plugins: whether a dotted name may import a plug-in from outside this package. False for what a stranger wrote.
+    A dataclass that has a method `problems()` yields (key, what is wrong) for what concerns several of its fields.
+    """
+    problems = Problems(plugins)
+    config = _build(cls, dict(data), "", problems)
     if len(problems):
         raise UserError(f"{where}: " + problems.message())
     return config
@@ -186,56 +156,110 @@ def build(data: dict, where: str = "config") -> Config:
 class Problems:
     """Collects what is wrong, and the names that would have been right."""
 
-    def __init__(self):
-        self.found: list[str] = []
+    def __init__(self, plugins: bool = True):
+        self.plugins = plugins
+        self.messages: list[str] = []
         self.unknown: list[str] = []
         self.known: list[str] = []
+        self.unset: list[tuple[str, Any]] = []  # keys that were left out, and the type of each
 
     def __len__(self) -> int:
-        return len(self.found) + len(self.unknown)
+        return len(self.messages) + len(self.unknown)
 
     def add(self, path: str, what: str) -> None:
-        self.found.append(f"{path} {what}")
+        self.messages.append(f"{path} {what}".strip())
 
     def message(self) -> str:
         lines = []
-        for path in dict.fromkeys(self.unknown):
-            near = difflib.get_close_matches(path, self.known, 1, 0.6)
-            lines.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
-        return "; ".join([*lines, *dict.fromkeys(self.found)])
+        if self.unknown:
+            known = [*self.known, *(key for path, hint in self.unset for key in _keys(path, hint))]
+            for path in dict.fromkeys(self.unknown):
+                near = nearest_keys(path, list(dict.fromkeys(known)))
+                lines.append(f"unknown key {path}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+        return "; ".join([*lines, *dict.fromkeys(self.messages)])
 
 
-def _build(cls, data, path: str, problems: Problems):
+def nearest_keys(path: str, known: list[str]) -> list[str]:
+    """The known keys that an unknown one may have meant: at most three, of equal merit; empty where none is near.
+
+    Those of the name that it is a synonym of, and those of its own last name, each at the nearest place; else the
+    nearest in spelling.
+    """
+    parts, last = path.split("."), path.rpartition(".")[2]
+    by_last: dict[str, list[str]] = {}
+    for key in known:
+        by_last.setdefault(key.rpartition(".")[2], []).append(key)
+
+    def nearest(name: str) -> list[str]:
+        """The keys of this last name that share the most of the path's beginning, the shortest of them."""
+        ranks = {}
+        for key in by_last.get(name, []):
+            shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(key.split("."), parts, strict=False))
+            ranks[key] = (-len(list(shared)), key.count("."))
+        return [key for key, rank in ranks.items() if rank == min(ranks.values())]
+
+    meant = dict.fromkeys((SYNONYMS.get(last.lower().replace("-", "_"), last), last))
+    if near := [key for name in meant for key in nearest(name)]:
+        return near[:3]
+    alike = difflib.get_close_matches(last, by_last, len(by_last), 0.6)
+    spelled = difflib.get_close_matches(path, [key for name in alike for key in by_last[name]], 1, 0.6)
+    return spelled or [key for name in alike[:1] for key in nearest(name)][:3]
+
+
+def name_problem(used, defined, what: str) -> str:
+    """What is wrong with the first of the names `used` that is not among the `defined`; empty where all are."""
+    for name in used:
+        if name not in defined:
+            near = difflib.get_close_matches(name, list(defined), 1, 0.5)
+            hint = f" (did you mean {near[0]}?)" if near else f" (there are: {', '.join(defined)})"
+            return f"names no {what}: {name!r}{hint}"
+    return ""
+
+
+def _build(cls, data, path: str, problems: Problems) -> Any:
     """An instance of dataclass `cls`, or None with problems added."""
+    if isinstance(data, cls):
+        return data
     if not isinstance(data, dict):
-        problems.add(path, f"holds keys, not {data!r}")
-        return None
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+        return problems.add(path, f"holds keys, not {data!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     values, before = {}, len(problems)
-    for name, one in fields.items():
+    for name, field in fields.items():
         here = f"{path}.{name}" if path else name
         problems.known.append(here)
-        problems.known += [f"{here}.{leaf}" for leaf in _leaves(hints[name])]
         if name in data:
             values[name] = _value(hints[name], data[name], here, problems)
-        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            continue
+        problems.unset.append((here, hints[name]))
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.add(here, "is missing")
-    for name in data.keys() - fields.keys():
+    for name in (name for name in data if name not in fields):
         here = f"{path}.{name}" if path else str(name)
         problems.unknown += sorted(f"{here}.{leaf}" for leaf in _names(data[name])) or [here]
     if len(problems) > before:
         return None
     try:
-        return cls(**values)
+        config = cls(**values)
     except (ValueError, TypeError, ArithmeticError) as error:
-        problems.add(f"{path}:" if path else "config:", str(error))
+        return problems.add(f"{path}:" if path else "config:", str(error))
+    if "problems" in vars(cls):
+        for key, what in config.problems():
+            problems.add(f"{path}.{key}" if path else key, what)
+    return config if len(problems) == before else None
 
 
-def _leaves(hint) -> list[str]:
-    if not dataclasses.is_dataclass(hint):
-        return []
-    return [f.name for f in dataclasses.fields(hint)]
+def _keys(path: str, hint) -> list[str]:
+    """The keys below one that was left out: a dataclass's, and those of each built-in plug-in that may stand there."""
+    if dataclasses.is_dataclass(hint):
+        fields = typing.get_type_hints(hint, include_extras=True).items()
+        return [key for name, of in fields for key in (f"{path}.{name}", *_keys(f"{path}.{name}", of))]
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is dict and typing.get_origin(args[1]) is Annotated:
+        folder = typing.get_args(args[1])[1]
+        names = plugin_names(folder.name)
+        return [key for name in names for key in _keys(f"{path}.{name}", plugin_class(folder, name).Config)]
+    return []
 
 
 def _names(data) -> list[str]:
@@ -246,20 +270,14 @@ def _names(data) -> list[str]:
 
 def _value(hint, data, path: str, problems: Problems):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Plugin:
-        return data
-    if hint is Tokenizer:
-        plugin = _plugin("tokenizers", "tokenizer", data, path, problems, default=path.rpartition(".")[2])
-        return plugin and plugin.module.Tokenizer(plugin.settings)
-    if hint is Task:
-        return _task(data, path, problems)
-    if hint is Also:
-        return _also(data, path, problems)
     if dataclasses.is_dataclass(hint):
         return _build(hint, data, path, problems)
     if origin is dict:
         if not isinstance(data, dict):
             return problems.add(path, f"holds keys, not {data!r}")
+        if typing.get_origin(args[1]) is Annotated:
+            folder = typing.get_args(args[1])[1]
+            return {str(k): _plugin(folder, str(k), v, f"{path}.{k}", problems) for k, v in data.items()}
         return {str(k): _value(args[1], v, f"{path}.{k}", problems) for k, v in data.items()}
     if origin is list:
         if not isinstance(data, list):
@@ -273,142 +291,87 @@ def _value(hint, data, path: str, problems: Problems):
         return data
     if origin in (typing.Union, types.UnionType):
         for option in args:
-            trial = Problems()
+            trial = Problems(problems.plugins)
             value = _value(option, data, path, trial)
             if not len(trial):
                 return value
-        return problems.add(path, f"is {' or '.join(_call(a) for a in args)}, not {data!r}")
+        return problems.add(path, f"is {' or '.join(_describe(a) for a in args)}, not {data!r}")
     if hint is float and isinstance(data, (int, float)) and not isinstance(data, bool):
         return float(data)
     if hint is str and isinstance(data, (int, float)) and not isinstance(data, bool):
         return str(data)
     if hint is not Any and (not isinstance(data, hint) or (hint is int and isinstance(data, bool))):
-        return problems.add(path, f"is {_call(hint)}, not {data!r}")
+        return problems.add(path, f"is {_describe(hint)}, not {data!r}")
     return data
 
 
-def _call(hint) -> str:
+def _describe(hint) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return names.get(hint) or {list: "a list", dict: "a map"}.get(typing.get_origin(hint), str(hint))
 
 
-def _task(data, path: str, problems: Problems):
-    if not isinstance(data, dict):
-        return problems.add(path, f"holds keys, not {data!r}")
-    own = {f.name for f in dataclasses.fields(Task)} - {"objective"}
-    settings = {k: v for k, v in data.items() if k not in own}
-    if "objective" not in settings:
-        return problems.add(f"{path}.objective", "is missing")
-    problems.known += [f"{path}.{name}" for name in own]
-    objective = _plugin("objectives", "objective", settings, path, problems)
-    if objective is None:
-        return None
-    return _build(Task, {**{k: v for k, v in data.items() if k in own}, "objective": objective}, path, problems)
-
-
-def _also(data, path: str, problems: Problems):
+def _plugin(folder: Folder, key: str, data, path: str, problems: Problems):
+    """The plug-in that an entry of a map names: by its key or by `data[folder.key]`; the other data set it up."""
     data = {} if data is None else data
-    if not isinstance(data, dict):
-        return problems.add(path, f"holds keys, not {data!r}")
-    settings = {k: v for k, v in data.items() if k != "weight"}
-    problems.known.append(f"{path}.weight")
-    objective = _plugin("objectives", "objective", settings, path, problems, default=path.rpartition(".")[2])
-    own = {"weight": data["weight"]} if "weight" in data else {}
-    return _build(Also, {**own, "objective": objective}, path, problems)
-
-
-def _plugin(folder: str, key: str, data, path: str, problems: Problems, default: str = "") -> Plugin | None:
-    """The plug-in that `data[key]` names, with the rest of `data` as its settings."""
-    if isinstance(data, Plugin) or (data is None and not default):
+    if isinstance(data, (Plugin, Tokenizer)):
         return data
-    data = {} if data is None else data
     if not isinstance(data, dict):
         return problems.add(path, f"holds keys, not {data!r}")
-    name = data.get(key, default)
-    here = f"{path}.{key}"
+    if "." in key:
+        return problems.add(path, f"cannot be a name: write {{NAME: {{{folder.key}: {key}}}}}")
+    name = str(data.get(folder.key, key))
+    here = f"{path}.{folder.key}"
     problems.known.append(here)
     try:
-        module = plugin_module(folder, str(name))
+        cls = plugin_class(folder, name, problems.plugins)
     except UserError as error:
         return problems.add(here, str(error))
-    if not hasattr(module, "Config"):
-        return problems.add(here, f"is no plug-in, it has no Config: {name!r}")
-    settings = _build(module.Config, {k: v for k, v in data.items() if k != key}, path, problems)
-    return Plugin(str(name), module, settings)
+    settings = {key: value for key, value in data.items() if key != folder.key}
+    config = _build(cls.Config, settings, path, problems)
+    if config is None:
+        return None
+    return cls(config) if folder.instantiate else Plugin(folder, name, cls, config)
 
 
-def plugin_module(folder: str, name: str):
-    """The module of a plug-in: a file of the folder, or whatever a dotted name imports. Raises UserError."""
+def plugin_names(folder: str) -> list[str]:
+    """The files of a plug-in folder that define a plug-in."""
     package = importlib.import_module(f"{__package__}.{folder}")
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+
+
+def plugin_class(folder: Folder, name: str, plugins: bool = True):
+    """The class of a plug-in: of a file of the folder, or, where `plugins` allows it, of a module by its import path.
+
+    Raises UserError.
+    """
+    names = plugin_names(folder.name)
     if "." not in name and name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.5)
         raise UserError(f"is none of {', '.join(names)}: {name!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if "." in name and not plugins:
+        raise UserError(
+            f"names code from outside this package: {name!r}; read it, then allow it with plugins=True, or --trust"
+        )
     try:
-        return importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
+        module = importlib.import_module(name if "." in name else f"{__package__}.{folder.name}.{name}")
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"cannot be imported: {error}") from None
-
-
-def _cross_check(config: Config, problems: Problems) -> None:
-    """Names that one part of the configuration uses and another defines."""
-    for name, task in config.tasks.items():
-        here = f"tasks.{name}"
-        _known(task.modalities, config.tokenizers, f"{here}.modalities", "tokenizer", problems)
-        _known(task.sources, config.sources, f"{here}.sources", "source", problems)
-        if task.batch_size < 1:
-            problems.add(f"{here}.batch_size", "is at least 1")
-        if not task.modalities or not task.sources:
-            problems.add(here, "needs at least one part and one source")
-        for step, weights in task.phases():
-            if not all(0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) <= 0:
-                when = f" (at step {step})" if step else ""
-                problems.add(f"{here}.sources", f"are weights, none below 0 and not all 0{when}")
-        for setting in ("share", "prefix"):
-            modalities = getattr(task.objective.settings, setting, ())
-            if isinstance(modalities, (dict, list)):
-                _known(modalities, config.tokenizers, f"{here}.{setting}", "tokenizer", problems)
-        for other, also in task.also.items():
-            if not getattr(also.objective.module.Objective, "whole_step", False):
-                problems.add(
-                    f"{here}.also", f"names objectives that compare whole sequences, as contrastive does: {other!r}"
-                )
-            if getattr(task.objective.settings, "fuse", False):
-                problems.add(f"{here}.also", "needs a sequence a part, and fuse makes one of them all")
-    for name in (*config.tasks, *config.tokenizers):
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
-            problems.add(name or "''", "cannot be a name: letters, digits, - and _, and no word of Python's own")
-    if not config.tasks:
-        problems.add("tasks", "names at least one task")
-    for name in ("steps", "microbatches", "round_to", "save_every", "keep", "embedding"):
-        if getattr(config, name) < 1:
-            problems.add(name, "is at least 1")
-    for name, most in (("workers", 256), ("threads", 4096), ("ema", 1), ("seed", 2**62), ("max_bad", 1)):
-        if not 0 <= getattr(config, name) <= most:
-            problems.add(name, f"is from 0 to {most}")
-    for name, evaluation in config.evaluate.items():
-        _known(evaluation.modalities, config.tokenizers, f"evaluate.{name}.modalities", "tokenizer", problems)
-
-
-def _known(used, defined, path: str, what: str, problems: Problems) -> None:
-    for name in used:
-        if name not in defined:
-            near = difflib.get_close_matches(name, list(defined), 1, 0.5)
-            hint = f" (did you mean {near[0]}?)" if near else f" (there are: {', '.join(defined)})"
-            problems.add(path, f"names no {what}: {name!r}{hint}")
+    cls = vars(module).get(folder.cls)
+    if not isinstance(cls, type):
+        raise UserError(f"is no plug-in, it defines no class {folder.cls}: {name!r}")
+    return cls
 
 
 def to_data(config) -> Any:
     """Plain data that `build` turns into the same configuration."""
-    if isinstance(config, (Task, Also)):
-        own = {f.name: to_data(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "objective"}
-        return {"objective": config.objective.name, **to_data(config.objective.settings), **own}
+    if isinstance(config, Plugin):
+        return {config.folder.key: config.name, **to_data(config.config)}
     if isinstance(config, Tokenizer):
         return {"tokenizer": config.name, **to_data(config.config)}
     if dataclasses.is_dataclass(config):
-        return {f.name: to_data(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {field.name: to_data(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, dict):
-        return {k: to_data(v) for k, v in config.items()}
+        return {key: to_data(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
-        return [to_data(v) for v in config]
+        return [to_data(value) for value in config]
     return config

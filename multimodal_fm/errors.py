@@ -1,17 +1,19 @@
-"""The two ways in which input can be bad."""
+"""The two ways in which input can be bad, and how what comes from it is shown."""
 
 
 class UserError(Exception):
-    """What the caller gave cannot be used: one line that says what, where and how to mend it.
+    """The user can mend it: one line that says what is wrong, where, and how to mend it.
 
-    The command line prints it and exits with 2.
+    The command line prints it and exits with code 2.
     """
 
 
 class SampleError(Exception):
-    """One part of one sample cannot be read. The run goes on without it and the ledger names it.
+    """One member or modality of a sample cannot be read. A run goes on without it and names it in quarantine.jsonl.
 
-    `reason` is one word or two from a fixed list (`REASONS`), `detail` is free text.
+    Attributes:
+        reason: a key of `REASONS`.
+        detail: free text.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -31,7 +33,7 @@ REASONS = {
     "not-finite": "the sound contains NaN or infinity",
     "crc": "the bytes differ from those that were indexed",
     "read": "the storage did not give the bytes",
-    "crash": "reading it ended the program twice",
+    "crash": "reading it crashed a process twice",
     "missing": "a file or URL that a manifest names is not there",
     "copy": "equal content came before",
     "near-copy": "nearly equal content came before",
@@ -39,3 +41,12 @@ REASONS = {
     "duplicate": "a key or a part of this name came before; the later one is left out",
     "name": "the member's name or type is not one that a sample may have",
 }
+
+
+def printable(text: str) -> str:
+    """`text` with backslash escapes for what a terminal would obey rather than show: controls, line ends, reordering.
+
+    Whatever comes from data passes through here before it is printed. The joiners that words of Persian and Indic
+    scripts and emoji contain are kept.
+    """
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in text)

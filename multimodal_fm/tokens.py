@@ -51,7 +51,7 @@ class Tokens:
         return Tokens(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
-def sequence_of(content: Tensor, position: Tensor, modality: int = 0) -> Tokens:
+def make_sequence(content: Tensor, position: Tensor, modality: int = 0) -> Tokens:
     """One sequence whose tokens all read each other (order 0): what a tokenizer's `read` returns."""
     zeros = constant(0, len(content))
     return Tokens(content, position, zeros, zeros, constant(modality, len(content)))
@@ -63,6 +63,11 @@ def constant(value: int, count: int) -> Tensor:
     return torch.full((1,), value, dtype=torch.long).expand(count)
 
 
+def concatenate(parts: list[Tokens]) -> Tokens:
+    """Lay `parts` (of equal content shape) end to end as they are, with their own sequence numbers."""
+    return Tokens(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Tokens)))
+
+
 def join(parts: list[Tokens]) -> Tokens:
     """Lay `parts` (of equal content shape) end to end; sequences of different parts stay apart."""
     moved, start = [], 0
@@ -70,8 +75,7 @@ def join(parts: list[Tokens]) -> Tokens:
         filler = part.sequence == FILLER
         moved.append(part.sequence.add(start).masked_fill(filler, FILLER))
         start += int(part.sequence.max()) + 1 if len(part) else 0
-    fields = [torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Tokens)]
-    return Tokens(*fields).replace(sequence=torch.cat(moved))
+    return concatenate(parts).replace(sequence=torch.cat(moved))
 
 
 def split(tokens: Tokens) -> list[Tokens]:
@@ -96,10 +100,10 @@ def patterns(sequence: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     WHOLE: all orders equal. RISING: each later than the one before. MIXED: anything else. NOTHING: filler.
     """
     numbers, lengths, rows = runs(sequence)
-    return patterns_of(lengths, order).masked_fill(numbers == FILLER, NOTHING), lengths, rows
+    return classify_orders(lengths, order).masked_fill(numbers == FILLER, NOTHING), lengths, rows
 
 
-def patterns_of(lengths: Tensor, order: Tensor) -> Tensor:
+def classify_orders(lengths: Tensor, order: Tensor) -> Tensor:
     """The pattern (R,) of each run, where runs of these `lengths` lie end to end with `order` (N,)."""
     pattern = torch.full_like(lengths, MIXED)
     if len(lengths):

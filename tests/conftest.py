@@ -1,7 +1,9 @@
 """What the tests share: a tiny corpus of all three modalities, made on the spot, and a tiny configuration over it."""
 
 import io
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default tests are for the CPU; `gpu` ones ask for more
 
@@ -13,6 +15,7 @@ import yaml
 from PIL import Image
 
 from multimodal_fm.corpus import shards
+from multimodal_fm.stream.tasks import build_stream
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 
@@ -63,43 +66,80 @@ def corpus(tmp_path_factory):
 
 
 def tiny(corpus, **changes) -> dict:
-    """The plain data of a configuration that trains in a second or two."""
+    """The plain data of a configuration that trains in a second or two, with changes.
+
+    `tokenizers`, `backbone` and `heads` are those of its model, the other changes keys of the configuration.
+    """
     data = {
         "sources": {"all": {"shards": f"{corpus}/train-*.tar", "group": "color"}},
         "tasks": {
-            "words": {"objective": "masked", "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}},
-            "next": {"objective": "causal", "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}},
+            "words": {"objectives": {"masked": {}}, "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}},
+            "next": {"objectives": {"causal": {}}, "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}},
             "looks": {
-                "objective": "masked",
-                "hide": "drop",
-                "share": {"image": 0.5, "audio": 0.5},
-                "decoder": {"width": 32, "depth": 1, "heads": 2},
+                "objectives": {
+                    "masked": {
+                        "hide": "drop",
+                        "mask_ratio": {"image": 0.5, "audio": 0.5},
+                        "decoder": {"width": 32, "depth": 1, "num_heads": 2},
+                    }
+                },
                 "modalities": ["image", "audio"],
                 "batch_size": 6,
                 "sources": {"all": 1},
             },
             "pairs": {
-                "objective": "contrastive",
+                "objectives": {"contrastive": {}},
                 "modalities": ["text", "image", "audio"],
                 "batch_size": 8,
                 "sources": {"all": 1},
             },
         },
-        "tokenizers": {
-            "text": {"vocab_size": 300, "max_tokens": 24},
-            "image": {"patch": 8, "max_tokens": 12, "min_crop_scale": 0.6, "hflip": 0.5},
-            "audio": {"patch_frames": 8, "n_mels": 32, "patch_mels": 32, "max_tokens": 8},
+        "model": {
+            "tokenizers": {
+                "text": {"vocab_size": 300, "max_tokens": 24},
+                "image": {"patch": 8, "max_tokens": 12, "min_crop_scale": 0.6, "hflip": 0.5},
+                "audio": {"patch_frames": 8, "n_mels": 32, "patch_mels": 32, "max_tokens": 8},
+            },
+            "backbone": {"width": 48, "depth": 2, "num_heads": 2},
+            "heads": {"retrieval": {"embed_dim": 32}},
         },
-        "model": {"width": 48, "depth": 2, "heads": 2},
-        "embedding": 32,
-        "optim": {"lr": 3e-3, "warmup": 3},
+        "optim": {"lr": 3e-3, "warmup_steps": 3},
         "steps": 12,
         "save_every": 4,
-        "workers": 0,
+        "num_workers": 0,
         "threads": 1,
     }
-    data.update(changes)
+    for name in ("tokenizers", "backbone", "heads"):
+        if name in changes:
+            data["model"][name] = changes.pop(name)
+    return {**data, "track": [], **changes}
+
+
+def text_only(corpus, run_dir, **changes) -> dict:
+    """The tiny configuration with its one masked task over text: a run of it takes a fraction of a second."""
+    data = tiny(corpus, **{"run_dir": str(run_dir), **changes})
+    tokenizers = data["model"]["tokenizers"]
+    data["model"]["tokenizers"] = {"text": tokenizers["text"]} if "tokenizers" not in changes else tokenizers
+    if "tasks" not in changes:
+        data["tasks"] = {"words": data["tasks"]["words"]}
     return data
+
+
+def records(run, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / f"{name}.jsonl").read_text().splitlines()]
+
+
+def losses(run) -> dict[int, dict]:
+    """Losses and other figures of each step that do not depend on the machine's pace."""
+    kept = ("grad_norm", "lr", "skipped", "tokens")
+    rows = [row for row in records(run) if "loss" in row]
+    return {row["step"]: {k: v for k, v in row.items() if k.startswith("loss") or k in kept} for row in rows}
+
+
+def dataset_of(config, corpora, **settings):
+    """The stream of a configuration whose tokenizers have learned."""
+    own = (config.tasks, corpora, config.model.tokenizers, config.seed, config.microbatches, config.round_to)
+    return build_stream(*own, **settings)
 
 
 @pytest.fixture
@@ -108,7 +148,7 @@ def write_config(tmp_path, corpus):
 
     def write(name="tiny.yaml", **changes):
         path = tmp_path / name
-        path.write_text(yaml.safe_dump({"run": str(tmp_path / "run"), **tiny(corpus, **changes)}))
+        path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), **tiny(corpus, **changes)}, sort_keys=False))
         return path
 
     return write
@@ -117,3 +157,11 @@ def write_config(tmp_path, corpus):
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for test in items:
+            if "gpu" in test.keywords:
+                test.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

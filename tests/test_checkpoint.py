@@ -1,19 +1,25 @@
+"""Checkpoints: whole or absent, loaded from anywhere, and never a way to run somebody else's code."""
+
+import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
+import time
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import text_only, tiny
 
 from multimodal_fm import load as load_model
-from multimodal_fm.config import build
+from multimodal_fm import objectives
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.run_dir import checkpoint
 from multimodal_fm.tokenizers import text
 from multimodal_fm.train import loop
+from multimodal_fm.train.config import build
 
 
 def publish(run, step, size=8):
@@ -91,8 +97,6 @@ def test_kill_during_a_save_never_publishes_half(tmp_path, delay):
         for step in range(2, 1000):
             publish(tmp_path, step, size=200_000)
         os._exit(0)
-    import time
-
     time.sleep(0.05 + delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -109,23 +113,95 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path):
     assert checkpoint.verify(folder)
 
 
-def test_a_moved_run_loads_and_embeds(tmp_path, corpus):
-    loop.pretrain(build({**tiny(corpus), "run": str(tmp_path / "run")}))
-    before = load_model(tmp_path / "run").embed(text=["a red square"])["text"]
-    (tmp_path / "run").rename(tmp_path / "elsewhere")
-    model = load_model(tmp_path / "elsewhere")
-    torch.testing.assert_close(model.embed(text=["a red square"])["text"], before, rtol=0, atol=0)
-    last = load_model(tmp_path / "elsewhere", ema=False).embed(text=["a red square"])["text"]
-    assert not torch.equal(last, before)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus):
+    """A short run of text alone."""
+    run = tmp_path_factory.mktemp("checkpoint") / "run"
+    loop.pretrain(build(text_only(corpus, run, steps=2)))
+    return run
 
 
-def test_two_kinds_that_learn_one_tokenizer_each_keep_their_own(tmp_path, corpus):
+def test_a_moved_run_loads_and_embeds(run, tmp_path):
+    before = load_model(run).embed(text=["a red square"])["text"]
+    shutil.copytree(run, tmp_path / "elsewhere")
+    run.rename(run.with_name("hidden"))
+    try:
+        model = load_model(tmp_path / "elsewhere")
+        torch.testing.assert_close(model.embed(text=["a red square"])["text"], before, rtol=0, atol=0)
+        last = load_model(tmp_path / "elsewhere", ema=False).embed(text=["a red square"])["text"]
+        assert not torch.equal(last, before)
+    finally:
+        run.with_name("hidden").rename(run)
+
+
+PLUGIN = """
+from pathlib import Path
+from multimodal_fm.{folder} import {base}
+
+Path({marker!r}).touch()
+
+
+class {cls}({base}.{cls}):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "file, folder, base, cls",
+    [
+        ("model", "tokenizers", "text", "Tokenizer"),
+        ("model", "heads", "retrieval", "Head"),
+        ("config", "objectives", "masked", "Objective"),
+    ],
+)
+def test_a_strangers_checkpoint_runs_no_code(run, tmp_path, monkeypatch, file, folder, base, cls):
+    """It names a plug-in whose file lies in its own folder, which is the current one and on the import path."""
+    checkpoint_dir = shutil.copytree(checkpoint.newest(run), tmp_path / "checkpoint")
+    name, marker = f"stranger_{folder}.plugin", tmp_path / "code-ran"
+    module = checkpoint_dir / f"stranger_{folder}" / "plugin.py"
+    module.parent.mkdir()
+    module.write_text(PLUGIN.format(folder=folder, base=base, cls=cls, marker=str(marker)))
+    data = checkpoint.read_data(checkpoint_dir, file)
+    own = data["tasks"]["words"] if file == "config" else data
+    (settings,) = own[folder].values()
+    settings[cls.lower()] = name
+    (checkpoint_dir / f"{file}.json").write_text(json.dumps(data))
+    manifest = json.loads((checkpoint_dir / "MANIFEST.json").read_text())
+    text = (checkpoint_dir / f"{file}.json").read_bytes()
+    manifest[f"{file}.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (checkpoint_dir / "MANIFEST.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(checkpoint_dir)
+    monkeypatch.syspath_prepend(checkpoint_dir)
+
+    def load(**options):
+        return objectives.load(checkpoint_dir, load_model(checkpoint_dir, **options), **options)
+
+    with pytest.raises(UserError, match="names code from outside this package") as caught:
+        load()
+    assert "\n" not in str(caught.value) and not marker.exists()
+    assert list(load(plugins=True)) == ["words/masked"] and marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"tokenizers": 3}', '{"tokenizers": {"text": 3}}', "{", '{"backbone": {"width": -1}}']
+)
+def test_a_model_that_cannot_be_read_is_a_line(run, tmp_path, text, monkeypatch):
+    checkpoint_dir = shutil.copytree(checkpoint.newest(run), tmp_path / "checkpoint")
+    (checkpoint_dir / "model.json").write_text(text)
+    monkeypatch.setattr(checkpoint, "verify", lambda _: "")
+    with pytest.raises(UserError, match="model.json"):
+        load_model(checkpoint_dir)
+
+
+def test_two_modalities_that_learn_a_tokenizer_each_keep_their_own(tmp_path, corpus):
     """Through a run, a resume and a load from where the run was moved to."""
-    data = tiny(corpus, steps=2, save_every=2, run=str(tmp_path / "run"))
+    data = tiny(corpus, steps=2, save_every=2, run_dir=str(tmp_path / "run"))
     shards.write(tmp_path / "code.tar", [{"__key__": str(i), "txt": f"def f{i}(x): return x[{i}]"} for i in range(9)])
     data["sources"]["code"] = {"shards": f"{tmp_path}/code.tar"}
-    data["tokenizers"] |= {"code": {"tokenizer": "text", "vocab_size": 280, "max_tokens": 24, "fields": ["txt"]}}
-    task = {"objective": "causal", "batch_size": 4}
+    data["model"]["tokenizers"] |= {
+        "code": {"tokenizer": "text", "vocab_size": 280, "max_tokens": 24, "fields": ["txt"]}
+    }
+    task = {"objectives": {"causal": {}}, "batch_size": 4}
     data["tasks"] = {
         "words": {**task, "modalities": ["text"], "sources": ["all"]},
         "code": {**task, "modalities": ["code"], "sources": ["code"]},
@@ -135,7 +211,7 @@ def test_two_kinds_that_learn_one_tokenizer_each_keep_their_own(tmp_path, corpus
     (tmp_path / "run").rename(tmp_path / "moved")
     model = load_model(tmp_path / "moved")
     learned = {modality: model.tokenizers[modality].config for modality in ("text", "code")}
-    assert text.bpe(learned["text"].file).n_vocab > text.bpe(learned["code"].file).n_vocab
+    assert text.load_merges(learned["text"].file).n_vocab > text.load_merges(learned["code"].file).n_vocab
     assert len(text.Tokenizer(learned["code"]).encode("return x[")) < len(
         text.Tokenizer(learned["text"]).encode("return x[")
     )

@@ -1,3 +1,5 @@
+"""Configurations: what is read, and what is said of one that is wrong."""
+
 import os
 import resource
 import subprocess
@@ -8,9 +10,12 @@ import pytest
 import yaml
 from conftest import tiny
 
-from multimodal_fm.config import build, load, to_data
+from multimodal_fm import cli
+from multimodal_fm.config import to_data
 from multimodal_fm.corpus import storage
 from multimodal_fm.errors import UserError
+from multimodal_fm.model import Model
+from multimodal_fm.train.config import build, load
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
 
@@ -26,7 +31,7 @@ def test_every_config_is_read_and_opens_with_its_command(path):
     config = load(path)
     head = path.read_text().split("\n\n")[0]
     assert f"mmfm pretrain configs/{path.name}" in head and "minute" in head
-    assert to_data(build(yaml.safe_load(yaml.safe_dump(to_data(config))))) == to_data(config)
+    assert to_data(build(yaml.safe_load(yaml.safe_dump(to_data(config), sort_keys=False)))) == to_data(config)
 
 
 def test_odd_surroundings_are_a_line_or_no_matter(corpus, tmp_path):
@@ -41,7 +46,7 @@ def test_odd_surroundings_are_a_line_or_no_matter(corpus, tmp_path):
     assert "Traceback" not in limited.stderr
 
 
-def test_who_has_no_home_keeps_the_cache_among_temporary_files(monkeypatch, tmp_path):
+def test_without_a_home_the_cache_lies_among_temporary_files(monkeypatch, tmp_path):
     monkeypatch.delenv("MMFM_CACHE", raising=False)
 
     def no_home():
@@ -58,55 +63,93 @@ def test_a_config_survives_the_round_trip(corpus):
 
 
 def test_all_wrong_keys_come_in_one_message(write_config):
+    wrong = ["modle.backbone.width=64", "optim.lrr=1", "tasks.words.objectives.masked.mask_ration=0.1", "steps=many"]
     with pytest.raises(UserError) as caught:
-        load(write_config(), ["modle.width=64", "optim.lrr=1", "tasks.words.shrae=0.1", "steps=many", "model.heads=7"])
+        load(write_config(), [*wrong, "model.backbone.num_heads=7"])
     message = str(caught.value)
-    assert "modle.width (did you mean model.width?)" in message
+    assert "modle.backbone.width (did you mean model.backbone.width?)" in message
     assert "optim.lrr (did you mean optim.lr?)" in message
-    assert "tasks.words.shrae (did you mean tasks.words.share?)" in message
+    assert "objectives.masked.mask_ration (did you mean tasks.words.objectives.masked.mask_ratio?)" in message
     assert "steps is a whole number, not 'many'" in message
+    assert "model.backbone: width (48) must be num_heads (7) times an even number" in message
     assert "\n" not in message
+
+
+TASK = "{objectives: {masked: {}}, modalities: [text], batch_size: 1, sources: {all: 1}}"
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (["tasks.words.objective=maskd"], "did you mean masked?"),
-        (["tasks.words.modalities=[txt]"], "did you mean text?"),
-        (["tasks.words.sources.al=1"], "did you mean all?"),
-        (["tasks.words.batch_size=0"], "tasks.words.batch_size is at least 1"),
-        (["optim.name=muonn"], "did you mean muon?"),
-        (["model.heads=5"], "must be heads (5) times an even number"),
-        (["tokenizers.audio.patch_mels=7"], "must be a multiple of patch_mels"),
-        (["precision=float16"], "is one of float32, bfloat16"),
-        (["tasks.words.objective=no.such.module"], "cannot be imported"),
-        (["tasks={}"], "at least one task"),
-        (["model.heads=0"], "at least 1"),
-        (["tokenizers.image.patch=0"], "patch and max_tokens are at least 1"),
-        (["tokenizers.image.min_crop_scale=0"], "a share above 0"),
-        (["tokenizers.audio.hop_length=0"], "at least 1"),
-        (["tokenizers.text.vocab_size=100"], "at least 258"),
-        (["tokenizers.text.fields=[]"], "at least one field"),
-        (["optim.betas=[1]"], "two numbers"),
-        (["optim.clip=-1"], "from 0 up"),
-        (["sources.all.piece=0"], "at least 16"),
-        (["ema=2"], "is from 0 to 1"),
-        (["tasks.looks.share={imgae: 0.5}"], "did you mean image?"),
-        (["tasks.looks.also={causal: {}}"], "compare whole sequences"),
-        (["tasks.words.sources.all=.nan"], "are weights"),
-        (
-            ["tasks.items={objective: masked, modalities: [text], batch_size: 1, sources: {all: 1}}"],
-            "cannot be a name",
-        ),
-        (["tasks.words.objective=os.path"], "no plug-in"),
-        (["run=2024-13-45"], "the value is not YAML"),
-        (["steps"], "is not key=value"),
+        ("tasks.words.objectives={maskd: {}}", "tasks.words.objectives.maskd.objective is none of"),
+        ("tasks.words.objectives={maskd: {}}", "did you mean masked?"),
+        ("tasks.words.modalities=[txt]", "did you mean text?"),
+        ("tasks.words.modalities=[text, text]", "names one of them twice"),
+        ("tasks.words.modalities=[]", "at least one modality"),
+        ("tasks.words.sources.al=1", "did you mean all?"),
+        ("tasks.words.sources.all={now: 1}", "weights by step are written {0: 2, 10000: 1}"),
+        ("tasks.words.batch_size=0", "tasks.words.batch_size is at least 1"),
+        ("tasks.words.objectives.masked.weight=-1", "weight is a number from 0 up"),
+        ("optim.name=muonn", "did you mean muon?"),
+        ("model.backbone.num_heads=5", "must be num_heads (5) times an even number"),
+        ("model.tokenizers.audio.patch_mels=7", "must be a multiple of patch_mels"),
+        ("model.tokenizers.keys={tokenizer: text}", "model.tokenizers.keys cannot be a name"),
+        ("model.heads.retrieval.embed_dim=0", "embed_dim is at least 1"),
+        ("precision=float16", "is one of float32, bfloat16"),
+        ("tasks.words.objectives={mine: {objective: no.such.module}}", "mine.objective cannot be imported"),
+        ("tasks={}", "at least one task"),
+        ("model.backbone.num_heads=0", "at least 1"),
+        ("model.tokenizers.image.patch=0", "patch and max_tokens are at least 1"),
+        ("model.tokenizers.image.min_crop_scale=0", "min_crop_scale"),
+        ("model.tokenizers.audio.hop_length=0", "at least 1"),
+        ("model.tokenizers.text.vocab_size=100", "at least 258"),
+        ("model.tokenizers.text.fields=[]", "at least one field"),
+        ("optim.betas=[1]", "two numbers"),
+        ("optim.grad_clip=-1", "from 0 up"),
+        ("sources.all.piece_bytes=0", "at least 16"),
+        ("ema_decay=2", "ema_decay is from 0 to 1"),
+        ("tasks.looks.objectives.masked.mask_ratio={imgae: 0.5}", "names no modality of the task: imgae"),
+        ("tasks.looks.objectives.masked.mask_ratio={image: 0}", "hides nothing"),
+        ("tasks.looks.objectives.causal={}", "tasks.looks.objectives.causal must stand first"),
+        ("tasks.words.objectives={causal: {prefix: [text]}}", "leaves no modality to predict"),
+        ("tasks.words.objectives={contrastive: {}}", "tasks.words.modalities must be at least two"),
+        ("tasks.pairs.objectives.contrastive.pairs={text_video: 1}", "pairs names text_video; there are text_image"),
+        ("tasks.pairs.objectives={masked: {fuse: true}, contrastive: {}}", "needs a sequence for each modality"),
+        ("tasks.words.sources.all=.nan", "are weights"),
+        (f"tasks.a/b={TASK}", "cannot be a name"),
+        ("tasks.words.objectives={mine: {objective: os.path}}", "is no plug-in"),
+        ("tasks.words.objectives={os.path: {}}", "cannot be a name: write {NAME: {objective: os.path}}"),
+        ("validate_every=5", "needs `validation` shards"),
+        ("evaluate_every=5", "needs something to measure"),
+        ("best=validation/loss", "needs validate_every or evaluate_every"),
+        ("track=[tensorbord]", "did you mean tensorboard?"),
+        ("run_dir=2024-13-45", "the value is not YAML"),
+        ("steps", "is not key=value"),
     ],
 )
 def test_what_is_wrong_is_named(write_config, change, said):
-    with pytest.raises(UserError, match=".") as caught:
-        load(write_config(), change)
-    assert said in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        load(write_config(), [change])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["steps: 5\nseed: 1\nsteps: 6", "optim: {lr: 1, lr: 2}"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, text):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"line \d: the key (steps|lr) stands twice"):
+        load(path)
+
+
+def test_only_what_the_tasks_read_is_built(corpus):
+    """Without `tokenizers` an audio-only model needs no tokenizer of text, nor its file."""
+    data = tiny(corpus)
+    del data["model"]["tokenizers"]
+    data["tasks"] = {"looks": {**data["tasks"]["looks"], "modalities": ["audio"]}}
+    data["tasks"]["looks"]["objectives"] = {"masked": {"mask_ratio": 0.5}}
+    config = build(data)
+    assert list(config.model.tokenizers) == ["audio"]
+    assert list(Model(config.model).embedders) == ["audio"]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "\x00", ""])
@@ -129,24 +172,39 @@ def test_files_are_utf_8_whatever_the_machine_takes_for_text(write_config, corpu
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_line_says_it_in_one_line_and_exits_2(write_config):
-    for words in (
-        ("pretrain", write_config(), "modle.width=64"),
+CONFIG = "(the tiny configuration)"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain", CONFIG, "modle.backbone.width=64"),
         ("pretrain", "no-such.yaml"),
-        ("pretrain", write_config(), "sources.all.shards=nothing-*.tar"),
-        ("pretrain", write_config(), "--resume"),
+        ("pretrain", CONFIG, "sources.all.shards=nothing-*.tar"),
+        ("pretrain", CONFIG, "--resume"),
         ("evaluate", "no-such-run", "--on", "x.tar"),
         ("search", "no-such-run", "a", "--in", "x.tar"),
         ("search", "no-such-run", "a", "--in", "x.tar", "--top", "many"),
-        ("pretrain", write_config(), f"run={__file__}"),
-        ("pretrain", write_config(), "tokenizers.text.file=/nonexistent", "workers=1"),
+        ("pretrain", CONFIG, f"run_dir={__file__}"),
+        ("pretrain", CONFIG, "model.tokenizers.text.file=/nonexistent", "num_workers=1"),
         ("evaluate", "x" * 300, "--on", "x.tar"),
         ("nonsense",),
-    ):
-        done = mmfm(*words)
-        assert done.returncode == 2, (words, done)
-        assert done.stdout == ""
-        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, (words, done.stderr)
+    ],
+    ids=" ".join,
+)
+def test_the_command_line_says_it_in_one_line_and_exits_2(write_config, monkeypatch, capsys, words):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(sys, "argv", ["mmfm", *(str(write_config()) if word == CONFIG else word for word in words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == ""
+    assert said.err.count("\n") == 1 and "Traceback" not in said.err
+
+
+def test_a_process_exits_with_2(write_config):
+    done = mmfm("pretrain", write_config(), "modle.backbone.width=64")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
 def test_help_is_quick_and_complete():

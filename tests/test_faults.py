@@ -15,7 +15,7 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
  9 replaced after indexing          test_a_shard_that_was_replaced_is_named_with_the_mend
 10 renamed or reordered             test_renamed_shards_are_other_data; test_train: test_resume_refuses_*
 11 a key twice, adjacent            malformed: key-twice-adjacent
-12 a key twice, apart               malformed: key-again; test_shards: test_keys_and_parts_that_come_again
+12 a key twice, apart               malformed: key-again; test_shards: test_keys_that_come_again
 13 members apart                    malformed: sorted-by-ending
 14 a part twice                     malformed: part-twice*
 15 the same keys in two shards      test_no_cut_mixes_samples
@@ -27,20 +27,20 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
 33 a decoder that ends the program  test_stream: test_a_decoder_that_ends_*, test_a_run_that_was_killed_blames_nobody
 34 too much that is bad             test_stream: test_a_source_with_too_much_bad_*, test_much_bad_in_a_part_*
 35 permuted captions                `mmfm inspect --verify`
-36 more workers than shards         test_more_readers_than_shards
+36 more workers than shards         test_more_workers_than_shards
 37 an uneven end                    test_every_rank_takes_as_many_steps
-38 a rank without samples             test_no_rank_is_without_samples, test_a_rank_whose_items_are_all_lost_goes_on
-39 fewer samples than a step takes    test_a_source_smaller_than_a_step
+38 a rank without samples             test_no_rank_is_without_samples, test_a_rank_whose_samples_are_all_lost_goes_on
+39 fewer samples than a step takes    test_a_source_smaller_than_a_step_is_refused
 40 weights of zero or next to it    test_weights_of_zero_and_next_to_it
 41 another mixture on resume        test_stream: test_a_mixture_changed_on_resume_begins_a_new_phase
-42 any number of workers            test_stream: test_readers_change_nothing
+42 any number of workers            test_stream: test_workers_change_nothing
 43 any prefetching                  test_what_was_read_ahead_does_not_count
 44 any number of ranks              test_stream: test_ranks_may_change_between_resumes, test_every_rank_has_its_share_*
-45 exactly once an epoch            test_mixture: test_weights_are_exact_*; here: test_every_item_once_an_epoch
+45 exactly once an epoch            test_mixture: test_weights_are_exact_*; here: test_every_sample_once_an_epoch
 46 second and third resume, edges   test_resumes_around_the_edge_of_an_epoch
 47 resume in constant time          test_opening_far_on_reads_no_more
-48 what an augmentation hangs on    test_a_view_hangs_on_seed_item_and_epoch
-49 a worker that is killed          test_stream: test_a_killed_worker_*, test_an_exception_in_*; here: test_a_reader_*
+48 what an augmentation hangs on    test_a_view_depends_on_seed_sample_and_epoch_alone
+49 a worker that is killed          test_stream: test_a_killed_worker_*, test_an_exception_in_*, test_a_job_*
 50 memory and open files            test_memory_and_open_files_stay_flat (slow)
 51 to 56 servers and the cache      test_storage
 
@@ -49,7 +49,7 @@ go through the scanner and the tokenizers in test_malformed.py and through the t
 
 import dataclasses
 import json
-import multiprocessing.queues
+import multiprocessing
 import os
 import pickle
 import random
@@ -65,25 +65,25 @@ import numpy as np
 import pytest
 import test_malformed
 import torch
-from conftest import samples, tiny
+from conftest import dataset_of, samples, tiny
 from test_config import mmfm
 from test_stream import fitted, rows
 
-from multimodal_fm.batch import Example, with_counts
-from multimodal_fm.config import build
+from multimodal_fm.batch import Example, find_pairs, with_counts
 from multimodal_fm.corpus import index, scan, shards, storage, tar
 from multimodal_fm.errors import REASONS, UserError
-from multimodal_fm.model import Model
-from multimodal_fm.stream import workers
-from multimodal_fm.stream.crash_log import Journal
-from multimodal_fm.stream.dataset import Steps, Task
-from multimodal_fm.stream.mixture import BLOCK, Mixture, Source, quotas
+from multimodal_fm.stream import mixture
+from multimodal_fm.stream.crash_log import CrashLog
+from multimodal_fm.stream.dataset import StepDataset, Task
+from multimodal_fm.stream.loader import Loader
+from multimodal_fm.stream.mixture import BLOCK, Mixture, Source, apportion
 from multimodal_fm.stream.quarantine import refused_row
-from multimodal_fm.stream.tasks import steps_of, tasks_of, weights_of
-from multimodal_fm.stream.workers import Loader
+from multimodal_fm.stream.tasks import build_tasks
 from multimodal_fm.train import loop
+from multimodal_fm.train.config import build
 from multimodal_fm.train.grad_cache import forward_backward
 from multimodal_fm.train.parallel import Ranks
+from multimodal_fm.train.train_step import TrainStep
 
 ROW = {"source", "shard", "key", "part", "reason", "detail", "step"}
 
@@ -98,9 +98,11 @@ def everything(corpus) -> dict[str, dict[str, bytes]]:
 
 def text_config(folder, **changes) -> dict:
     """Plain data of a run over the text of `folder/*.tar`."""
-    data = tiny(folder, run=str(folder / "run"), trace=True, **changes)
-    data["sources"] = {"all": {"shards": f"{folder}/*.tar", "group": "color"}}
-    data["tasks"] = {"words": {"objective": "masked", "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}}}
+    data = tiny(folder, run_dir=str(folder / "run"), log_samples=True, **changes)
+    data["sources"] = {"all": {"shards": f"{folder}/*.tar"}}
+    data["tasks"] = {
+        "words": {"objectives": {"masked": {}}, "modalities": ["text"], "batch_size": 4, "sources": {"all": 1}}
+    }
     return data
 
 
@@ -108,11 +110,11 @@ def text_steps(folder, batch_size=4, **changes):
     data = text_config(folder)
     data["tasks"]["words"]["batch_size"] = batch_size
     config, corpora = fitted(build(data))
-    return Steps(tasks_of(config, corpora), config.tokenizers, 0, **changes)
+    return StepDataset(build_tasks(config.tasks, corpora), config.model.tokenizers, 0, **changes)
 
 
 def keys(step) -> list[str]:
-    return [name for _, _, name in sorted(step.keys)]
+    return [name for _, _, name in sorted(step.samples)]
 
 
 # --- shards and samples ---
@@ -130,8 +132,8 @@ def test_a_flipped_bit_in_a_text_is_never_delivered(tmp_path):
     os.utime(tmp_path / "a.tar", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     steps = text_steps(tmp_path, batch_size=8)
     step = steps[0]
-    assert [(row["key"], row["part"], row["reason"]) for row in step.lost][:1] == [("sample0003", "text", "crc")]
-    assert {row["key"] for row in step.lost} == {"sample0003"} and all(row.keys() == ROW for row in step.lost)
+    assert [(row["key"], row["part"], row["reason"]) for row in step.errors][:1] == [("sample0003", "text", "crc")]
+    assert {row["key"] for row in step.errors} == {"sample0003"} and all(row.keys() == ROW for row in step.errors)
     assert "all/sample0003" not in keys(step) and len(keys(step)) == 8
 
 
@@ -188,7 +190,7 @@ def test_300_flipped_bits_of_an_index(tmp_path):
         for key, members in found.items():
             assert key in whole and all(whole[key].get(e) == own for e, own in members.items()), (seed, place, key)
         if len(found) == 12 and all(found[key].keys() == whole[key].keys() for key in found):
-            assert corpus.having({"txt"}) == range(12)
+            assert corpus.samples_with({"txt"}) == range(12)
 
 
 @pytest.mark.parametrize("change", [-1, -40, 1])
@@ -220,13 +222,13 @@ def test_a_shard_that_changes_while_it_is_indexed_is_refused(tmp_path, monkeypat
     """9."""
     path = tmp_path / "a.tar"
     shards.write(path, samples(3))
-    real = index.digest_of
+    real = index.hash_shard
 
     def meanwhile(shard, size):
         os.utime(path, (1, 1))
         return real(shard, size)
 
-    monkeypatch.setattr(index, "digest_of", meanwhile)
+    monkeypatch.setattr(index, "hash_shard", meanwhile)
     with pytest.raises(UserError, match="a.tar: changes while it is read"):
         index.build(str(path))
 
@@ -234,15 +236,15 @@ def test_a_shard_that_changes_while_it_is_indexed_is_refused(tmp_path, monkeypat
 def test_a_member_over_the_limit_of_bytes_is_not_read(tmp_path, monkeypatch):
     """32."""
     shards.write(tmp_path / "a.tar", samples(3))
-    corpus, asked, real = source(tmp_path / "a.tar", bytes=2000), [], storage.read
+    corpus, asked, real = source(tmp_path / "a.tar", max_bytes=2000), [], storage.read
     corpus.key(0)
     monkeypatch.setattr(storage, "read", lambda path, at, length: asked.append(length) or real(path, at, length))
     members, failed = corpus.read(0)
     assert [(ending, error.reason) for ending, error in failed] == [("flac", "byte-limit")] and "jpg" in members
     assert max(asked) <= 2000
-    monkeypatch.setattr(scan, "LARGEST", 2000)  # what an index can say
+    monkeypatch.setattr(scan, "MAX_MEMBER_BYTES", 2000)  # what an index can say
     made = index.build(str(tmp_path / "a.tar"))
-    assert [(r.part, r.reason) for r in made.refused] == [("flac", "byte-limit")] * 3
+    assert [(r.member, r.reason) for r in made.rejections] == [("flac", "byte-limit")] * 3
 
 
 def test_a_substitute_takes_the_place_of_what_is_lost(tmp_path):
@@ -250,7 +252,7 @@ def test_a_substitute_takes_the_place_of_what_is_lost(tmp_path):
     made = [{"__key__": f"k{i}", "txt": b"\xff" if i % 2 else b"text"} for i in range(8)]
     shards.write(tmp_path / "a.tar", made)
     steps = text_steps(tmp_path, batch_size=8)
-    found = steps._read(0, steps.mixtures[0].draws(0, 8), list(range(8)), 0, [], [])
+    found = steps._read_task(0, steps.mixtures[0].draws(0, 8), list(range(8)), 0, [], [])
     assert list(found) == list(range(8))
 
 
@@ -267,7 +269,7 @@ def test_a_shard_that_goes_away_while_it_is_read_is_named(tmp_path):
     shards.write(tmp_path / "a.tar", samples(4))
     corpus = source(tmp_path / "a.tar")
     (tmp_path / "a.tar").unlink()
-    storage.forget(str(tmp_path / "a.tar"))
+    storage.reopen_files()
     members, failed = corpus.read(0)
     assert not members and {error.reason for _, error in failed} == {"read"}
 
@@ -337,7 +339,7 @@ def test_no_cut_mixes_samples(tmp_path):
         (tmp_path / "a.tar").write_bytes(data[:cut])
         first = index.build(str(tmp_path / "a.tar"))
         corpus = source(tmp_path / "*.tar")
-        assert first.refused or cut > len(data) - 10_240 + 511
+        assert first.rejections or cut > len(data) - 10_240 + 511
         parts = 0
         for sample in range(len(corpus)):
             name, key = Path(corpus.shard(sample)).stem, corpus.key(sample)
@@ -370,7 +372,9 @@ def test_a_checksum_of_signed_bytes_is_right_too(tmp_path):
     for head, name in ((old, "\u00e9t\u00e9"), (old[:300] + b"x" + old[301:], "")):
         (tmp_path / "a.tar").write_bytes(head + malformed.padded(b"text") + malformed.END)
         made = index.build(str(tmp_path / "a.tar"))
-        assert [made.key(i) for i in range(len(made))] == ([name] if name else []) and bool(made.refused) == (not name)
+        assert [made.key(i) for i in range(len(made))] == ([name] if name else []) and bool(made.rejections) == (
+            not name
+        )
 
 
 BROKEN = [b"17 path=hurt.txtX", b"0 path=hurt.txt\n", b"3 path=hurt.txt\n", b"99 path=hurt.txt", b"16 path:hurt.txt\n"]
@@ -382,6 +386,15 @@ def test_a_damaged_pax_record_names_nothing(record):
     data = malformed.member("PaxHeaders/note", record, b"x") + malformed.member("x.txt", b"text") + malformed.END
     [fault] = tar.walk(lambda offset, length: data[offset : offset + length], len(data))
     assert (fault.offset, fault.detail) == (0, "a pax header that cannot be read")
+
+
+def test_a_member_whose_extended_header_lies_about_its_size_is_not_delivered():
+    """3, 16. Its real name is lost with that header; the members after it are delivered."""
+    data = malformed.header(b"PaxHeaders/x", 1 << 30, b"x") + malformed.padded(b"17 path=real.txt\n")
+    data += malformed.member("x.txt", b"text") + malformed.member("y.txt", b"text") + malformed.END
+    found = list(tar.walk(lambda offset, length: data[offset : offset + length], len(data)))
+    assert [one.detail for one in found if isinstance(one, tar.Fault)] == ["ends inside a header"]
+    assert [one.name for one in found if isinstance(one, tar.Member)] == ["y.txt"]
 
 
 @pytest.mark.parametrize("modality", [b"1", b"2", b"3", b"4", b"5", b"6"])
@@ -407,7 +420,7 @@ def test_a_size_in_base_256_is_a_small_positive_number(first):
 
 def test_a_line_of_any_length_is_read_by_stretches(tmp_path, monkeypatch):
     """21. Lines that end anywhere in a stretch, and one over many of them."""
-    monkeypatch.setattr(scan, "CHUNK", 64)
+    monkeypatch.setattr(scan, "READ_BYTES", 64)
     lines = [b'{"text": "%s"}' % (b"x" * n) for n in (0, 5, 40, 51, 52, 53, 700, 3)] + [b"", b" " * 200, b"[]"]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines))
@@ -416,41 +429,43 @@ def test_a_line_of_any_length_is_read_by_stretches(tmp_path, monkeypatch):
     longest = []
     real = storage.read
     monkeypatch.setattr(storage, "read", lambda path, at, length: longest.append(length) or real(path, at, length))
-    monkeypatch.setattr(scan, "LARGEST", 600)
+    monkeypatch.setattr(scan, "MAX_MEMBER_BYTES", 600)
     made = index.build(str(tmp_path / "a.jsonl"))
-    assert max(longest) <= 64 and [(r.key, r.reason) for r in made.refused] == [("6", "byte-limit")] and len(made) == 8
+    assert (
+        max(longest) <= 64 and [(r.key, r.reason) for r in made.rejections] == [("6", "byte-limit")] and len(made) == 8
+    )
 
 
 def test_more_endings_than_an_index_counts_are_refused_by_name(tmp_path, monkeypatch):
     """16. `x.000001.jpg`: every member has an ending of its own."""
-    monkeypatch.setattr(scan, "KINDS", 3)
+    monkeypatch.setattr(index, "MAX_EXTENSIONS", 3)
     made = [{"__key__": f"a{i}", f"{i:06d}.jpg": b"1", "txt": b"text"} for i in range(6)]
     shards.write(tmp_path / "a.tar", made)
     corpus = source(tmp_path / "a.tar")
     assert [sorted(own) for own in everything(corpus).values()] == [["000000.jpg", "txt"], ["000001.jpg", "txt"]] + [
         ["txt"]
     ] * 4
-    assert [(r.key, r.reason) for r in corpus.refused] == [(f"a{i}", "name") for i in range(2, 6)]
+    assert [(r.key, r.reason) for r in corpus.rejections] == [(f"a{i}", "name") for i in range(2, 6)]
     makeups = [("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b",)]
     shards.write(
         tmp_path / "b.tar", [{"__key__": f"a{i}", **dict.fromkeys(own, b"1")} for i, own in enumerate(makeups)]
     )
     corpus = source(tmp_path / "b.tar")
     assert list(everything(corpus)) == ["a0", "a1", "a2", "a5"]
-    assert [(r.key, r.reason) for r in corpus.refused] == [("a3", "name"), ("a4", "name")]
+    assert [(r.key, r.reason) for r in corpus.rejections] == [("a3", "name"), ("a4", "name")]
 
 
-def test_an_item_of_a_very_long_name_is_blamed_too(tmp_path):
+def test_a_sample_of_a_very_long_name_is_blamed_too(tmp_path):
     """33."""
     names = [("folder/" * 130 + "\u00e9" * n) for n in (40, 41)]
     shards.write(tmp_path / "a.tar", [{"__key__": name, "txt": "text"} for name in names])
     corpus = source(tmp_path / "a.tar")
     for _ in range(2):
-        Journal(tmp_path / "reading-0", 2).note(corpus, 1)
+        CrashLog(tmp_path / "reading-0", 2).begin(corpus, 1)
         (tmp_path / "reading-0.fault").write_text("Fatal Python error: Aborted")
-        journal = Journal(tmp_path / "reading-0", 2)
+        log = CrashLog(tmp_path / "reading-0", 2)
         (tmp_path / "reading-0.fault").unlink()
-    assert journal.blocks(corpus, 1) and not journal.blocks(corpus, 0)
+    assert log.excludes(corpus, 1) and not log.excludes(corpus, 0)
 
 
 def test_a_kind_that_is_missing_learns_nothing(tmp_path):
@@ -463,21 +478,22 @@ def test_a_kind_that_is_missing_learns_nothing(tmp_path):
         shards.write(tmp_path / f"{name}.tar", made)
     grown = {}
     for name in ("none", "all"):
-        data = tiny(tmp_path, run=str(tmp_path / name))
+        data = tiny(tmp_path, run_dir=str(tmp_path / name))
         data["sources"] = {"all": {"shards": f"{tmp_path}/{name}.tar", "group": "color"}}
         config, corpora = fitted(build(data))
         corpus = corpora["all"]
-        assert len(corpus.having({"flac"})) == (0 if name == "none" else 12) and len(corpus.having({"jpg"})) == 12
-        step = steps_of(config, corpora)[0]
-        model = Model(config)
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight)
-        weights = weights_of(config)
-        report = forward_backward(model, weights, [with_counts(b, step.counts) for b in step.batches])
-        assert np.isfinite(float(report["loss"])) and not step.lost
+        assert (
+            len(corpus.samples_with({"flac"})) == (0 if name == "none" else 12)
+            and len(corpus.samples_with({"jpg"})) == 12
+        )
+        step = dataset_of(config, corpora)[0]
+        trained = TrainStep(config, torch.device("cpu"))
+        batches = [with_counts(b, step.counts) for b in step.batches]
+        report = forward_backward(trained.model, trained.objectives, trained.weights, batches)
+        assert np.isfinite(float(report["loss"])) and not step.errors
         parts = sum(head["samples"] for head in (one.head for one in corpus.indexes))
         assert parts == 12
-        grown[name] = {n: float(p.grad.abs().sum()) for n, p in model.named_parameters() if "audio" in n}
+        grown[name] = {n: float(p.grad.abs().sum()) for n, p in trained.trained.named_parameters() if "audio" in n}
     assert grown["none"] and set(grown["none"].values()) == {0.0}
     assert max(grown["all"].values()) > 0
 
@@ -485,14 +501,13 @@ def test_a_kind_that_is_missing_learns_nothing(tmp_path):
 # --- loader and mixture ---
 
 
-@pytest.mark.parametrize("how", ["threads", "processes"])
-def test_more_readers_than_shards(tmp_path, how):
-    """36. One shard, four readers on each of two ranks: an epoch is every sample once."""
+def test_more_workers_than_shards(tmp_path):
+    """36. One shard, four workers on each of two ranks: an epoch is every sample once."""
     shards.write(tmp_path / "a.tar", samples(24))
     seen = Counter()
     for rank in range(2):
         steps = text_steps(tmp_path, batch_size=8, microbatches=2, rank=rank, ranks=2)
-        for step in Loader(steps, 0, 3, 4, how):
+        for step in Loader(steps, 0, 3, 4):
             seen.update(keys(step))
     assert len(seen) == 24 and set(seen.values()) == {1}
 
@@ -517,154 +532,156 @@ def test_no_rank_is_without_samples(tmp_path):
         text_steps(tmp_path, batch_size=2, microbatches=4)
     for rank in range(4):
         steps = text_steps(tmp_path, batch_size=4, microbatches=4, rank=rank, ranks=4)
-        assert all(len(steps[step].batches) == 1 and len(steps[step].keys) == 1 for step in range(9))
+        assert all(len(steps[step].batches) == 1 and len(steps[step].samples) == 1 for step in range(9))
 
 
-def test_a_rank_whose_items_are_all_lost_goes_on(tmp_path, corpus):
+def test_a_rank_whose_samples_are_all_lost_goes_on(tmp_path, corpus):
     """38. It has no batch in that step; its gradients are zero, and it does not leave the others waiting."""
-    config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"))))
-    model = Model(config)
-    report = forward_backward(model, weights_of(config), [])
+    config, corpora = fitted(build(tiny(corpus, run_dir=str(tmp_path / "run"))))
+    trained = TrainStep(config, torch.device("cpu"))
+    model, weights = trained.model, trained.weights
+    report = forward_backward(model, trained.objectives, weights, [])
     assert float(report["loss"]) == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
-    [batch] = steps_of(config, corpora)[0].batches
-    asked, objective = batch.tasks["pairs"], model.objectives["pairs"]
+    [batch] = dataset_of(config, corpora)[0].batches
+    targets, objective = batch.tasks["pairs"], trained.objectives["pairs/contrastive"]
     with torch.no_grad():
-        features = objective.features(model(batch), asked)
+        features = objective.features(model(batch), targets)
 
     class Beside(Ranks):
         """The first of two ranks; the other one has a batch."""
 
         def all_gather_objects(self, value):
-            return [value, [asked.table()] if isinstance(value, list) else features.shape[1]]
+            return [value, [targets.table] if isinstance(value, list) else features.shape[1]]
 
         def all_gather(self, rows):
             return [rows, features]
 
-    report = forward_backward(model, weights_of(config), [], ranks=Beside(0, 2))
-    assert abs(float(report["loss/pairs"]) - float(objective.compare(features, asked)[0].detach()) / 2) < 1e-5
+    report = forward_backward(model, trained.objectives, weights, [], ranks=Beside(0, 2))
+    expected = float(objective.compare(features, find_pairs(targets.table, model.modalities))[0].detach()) / 2
+    assert abs(float(report["loss/pairs/contrastive"]) - expected) < 1e-5
 
 
-def test_a_source_smaller_than_a_step(tmp_path):
-    """39."""
-    shards.write(tmp_path / "a.tar", samples(3))
-    steps = text_steps(tmp_path, batch_size=8)
-    seen = Counter()
-    for step in range(3):
-        assert len(keys(steps[step])) == 8
-        seen.update(keys(steps[step]))
-        assert max(seen.values()) - min(seen.values()) <= 1 and len(seen) == 3
+def test_a_source_smaller_than_a_step_is_refused(tmp_path):
+    """39. A step would hold a sample twice. Of a mixture what counts is the source's share of a step."""
+    for name, count in (("a", 3), ("b", 40)):
+        shards.write(tmp_path / f"{name}.tar", samples(count))
+    data = text_config(tmp_path)
+    data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar"} for n in "ab"}
+
+    def steps(**changes):
+        data["tasks"]["words"] |= {"batch_size": 8, **changes}
+        return dataset_of(*fitted(build(data)))
+
+    wanted = "task words: with batch_size=8 a step reads {} samples of source a, of which the task can use 3: lower"
+    with pytest.raises(UserError, match=wanted.format(8)):
+        steps(sources={"a": 1})
+    with pytest.raises(UserError, match=wanted.format(5) + ".*weight"):
+        steps(sources={"a": {"0": 0, "5": 1}, "b": 0.7})
+    assert len(keys(steps(sources={"a": 3, "b": 5})[0])) == 8
+    with pytest.raises(UserError, match=wanted.format(8)):
+        steps(sources={"a": 1}, weigh_by="token")
+    config = build(data)
+    [task] = build_tasks(config.tasks, {"a": source(tmp_path / "a.tar")})
+    task = dataclasses.replace(task, by="")  # what a step reads is not known before the tokenizers can count
+    assert StepDataset([task], config.model.tokenizers, 0)
 
 
 def test_weights_of_zero_and_next_to_it():
     """40. Zero is never read; however small another is, a block holds one."""
     weights = [1.0, 0.0, 1e-12, 3.0]
-    shares = quotas(weights)
+    shares = apportion(weights)
     assert shares[1] == 0 and shares[2] == 1 and sum(shares) == BLOCK
     mixture = Mixture(0, [Source(str(i), 5000) for i in range(4)], [(0, weights)])
     counts = np.bincount(mixture.draws(0, 10 * BLOCK).source, minlength=4)
     assert counts.tolist() == [10 * share for share in shares]
 
 
-@pytest.mark.parametrize("how", ["threads", "processes"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_was_read_ahead_does_not_count(tmp_path, how, workers):
+def test_what_was_read_ahead_does_not_count(tmp_path, workers):
     """43. A loader that is left in the middle, with steps read that nobody took; the next one goes on there."""
     shards.write(tmp_path / "a.tar", samples(10))
     steps = text_steps(tmp_path)
     wanted = [keys(steps[step]) for step in range(9)]
     found, at = [], 0
     for take in (1, 3, 5):
-        loader = Loader(steps, at, 9, workers, how)
+        loader = Loader(steps, at, 9, workers)
         for _, step in zip(range(take), loader):
             found.append(keys(step))
         loader.close()
         at += take
-    assert found == wanted
+    assert found == wanted and not multiprocessing.active_children()
 
 
-def test_a_reader_that_dies_before_its_step_was_fetched_is_replaced(tmp_path, monkeypatch):
-    """49. Tensors are fetched from the process that made them; where it is gone, the connection breaks."""
+@pytest.mark.parametrize("error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no threads left")])
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_workers_that_cannot_be_started_are_said(tmp_path, monkeypatch, error, when):
+    """A user may have no processes, memory or open files left, at the start or when a dead worker is replaced."""
     shards.write(tmp_path / "a.tar", samples(10))
     steps = text_steps(tmp_path)
-    wanted = [keys(steps[step]) for step in range(5)]
-    real, calls = workers._Deaths.told, []
-
-    def told(iterator):
-        calls.append(iterator)
-        if len(calls) == 3:
-            os.kill(iterator._workers[0].pid, signal.SIGKILL)
-            raise ConnectionResetError
-        return real(iterator)
-
-    monkeypatch.setattr(workers._Deaths, "told", told)
-    assert [keys(step) for step in Loader(steps, 0, 5, 1, "processes")] == wanted
-    assert calls[2] is not calls[3]
-
-
-def test_readers_without_threads_for_their_queues_are_said(tmp_path, monkeypatch):
-    """Where a limit lets processes begin and nothing more."""
-    shards.write(tmp_path / "a.tar", samples(10))
-    steps = text_steps(tmp_path)
-
-    def refused(_):
-        raise RuntimeError("can't start new thread")
-
-    others = set(multiprocessing.active_children())
-    monkeypatch.setattr(multiprocessing.queues.Queue, "_start_thread", refused)
-    with pytest.raises(UserError, match="readers=processes: .*: can't start new thread; take readers=threads"):
-        next(iter(Loader(steps, 0, 5, 2, "processes")))
-    assert set(multiprocessing.active_children()) == others
-
-
-def test_readers_that_cannot_be_started_are_said(tmp_path, monkeypatch):
-    """In a container /dev/shm may be full, and a user may have no processes left."""
-    shards.write(tmp_path / "a.tar", samples(10))
-    steps = text_steps(tmp_path)
-
     real, started = os.fork, []
 
     def fork():
-        if started:
-            raise OSError(11, "Resource temporarily unavailable")
+        if len(started) == (1 if when == "at the start" else 2):
+            raise error
         started.append(real())
-        return started[0]
+        return started[-1]
 
+    others = set(multiprocessing.active_children())
     monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(
-        UserError, match="readers=processes: .*: Resource temporarily unavailable; take readers=threads"
-    ):
-        next(iter(Loader(steps, 0, 5, 2, "processes")))
-    with pytest.raises(OSError):  # the first one, which ignores what an interrupt sends, was ended
-        for _ in range(100):
-            os.kill(started[0], 0)
-            time.sleep(0.02)
-            multiprocessing.active_children()  # buries the dead
+    with pytest.raises(UserError, match=r"worker processes cannot be started: (Res|no).*; use fewer workers, or 0"):
+        for _ in Loader(steps, 0, 5, 2):
+            os.kill(started[0], signal.SIGKILL)
+    assert set(multiprocessing.active_children()) == others  # the first one, which ignores interrupts, was ended
 
 
-def test_bad_input_is_one_line_from_any_reader(tmp_path):
-    """An index that is damaged after the start is met by a reader, whose traceback nobody wants to see."""
+def test_bad_input_is_one_line_from_any_worker(tmp_path):
+    """An index that is damaged after the start is met by a worker, whose traceback nobody wants to see."""
     shards.write(tmp_path / "a.tar", samples(10))
     text_steps(tmp_path)
     file = tmp_path / "a.tar.mmidx"
     data = bytearray(file.read_bytes())
     data[-3] ^= 255
     file.write_bytes(data)
-    for how in ("threads", "processes"):
+    for workers in (0, 1):
         with pytest.raises(UserError) as raised:
-            list(Loader(text_steps(tmp_path), 0, 5, 1, how))
+            list(Loader(text_steps(tmp_path), 0, 5, workers))
         assert "is damaged" in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_source_that_has_nothing_for_a_section_is_refused(tmp_path):
-    """19, 38."""
-    shards.write(tmp_path / "a.tar", [{"__key__": "a", "jpg": samples(1)[0]["jpg"]}])
-    config = build(text_config(tmp_path))
-    corpora = {"all": source(tmp_path / "a.tar")}
-    with pytest.raises(UserError, match="task words: no sample of source all has any of: text"):
-        Steps(tasks_of(config, corpora), config.tokenizers, 0)
+def test_a_source_that_has_nothing_for_a_task_is_refused(tmp_path):
+    """19, 38. The line says what the source offers."""
+    pictures = [{"__key__": f"a{i}", "jpg": one["jpg"]} for i, one in enumerate(samples(4))]
+    shards.write(tmp_path / "a.tar", pictures)
+    config, corpora = build(text_config(tmp_path)), {"all": source(tmp_path / "a.tar")}
+    [task] = build_tasks(config.tasks, corpora)
+    refused = r"task words: no sample of source all has {}: {}; the source offers image \(4 samples\): change"
+    with pytest.raises(UserError, match=refused.format("any of", "text")):
+        StepDataset([task], config.model.tokenizers, 0)
+    task = dataclasses.replace(task, modalities=["text", "image", "audio"], min_modalities=2)
+    with pytest.raises(UserError, match=refused.format("2 of", "text, image, audio")):
+        StepDataset([task], config.model.tokenizers, 0)
+    shards.write(tmp_path / "b.tar", [*pictures, *samples(5)])
+    task = dataclasses.replace(task, corpora=[source(tmp_path / "b.tar")])
+    assert StepDataset([task], config.model.tokenizers, 0).usable[0][0].tolist() == [4, 5, 6, 7, 8]
+    task = dataclasses.replace(task, min_modalities=1)
+    assert StepDataset([task], config.model.tokenizers, 0).usable[0][0] == range(9)
 
 
-def test_every_item_once_an_epoch(tmp_path):
+def test_what_scores_another_reading_needs_samples_to_compare(tmp_path):
+    """Pictures alone teach the masked objective; a contrastive one beside it would train at a loss of 0."""
+    shards.write(tmp_path / "a.tar", [{"__key__": sample["__key__"], "jpg": sample["jpg"]} for sample in samples(9)])
+    data = text_config(tmp_path)
+    both = {"masked": {"hide": "drop", "mask_ratio": {"image": 0.5}}, "contrastive": {}}
+    data["tasks"] = {
+        "pairs": {"objectives": both, "modalities": ["text", "image"], "batch_size": 4, "sources": ["all"]}
+    }
+    config = build(data)
+    corpora = {"all": shards.Corpus(config.sources["all"], "all")}
+    with pytest.raises(UserError, match="no sample of all has 2 of: text, image, which contrastive compares"):
+        dataset_of(config, corpora, fitted=False)
+
+
+def test_every_sample_once_an_epoch(tmp_path):
     """45. At 50 random positions of two sources each."""
     for name, count in (("a", 37), ("b", 5)):
         shards.write(tmp_path / f"{name}.tar", samples(count))
@@ -672,7 +689,7 @@ def test_every_item_once_an_epoch(tmp_path):
     data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar"} for n in "ab"}
     data["tasks"]["words"]["sources"] = {"a": 0.6, "b": 0.4}
     config, corpora = fitted(build(data))
-    mixture = steps_of(config, corpora).mixtures[0]
+    mixture = dataset_of(config, corpora).mixtures[0]
     draws = mixture.draws(0, 3000)
     for stop in np.random.default_rng(0).integers(1, 3000, 50).tolist():
         for which, size in enumerate((37, 5)):
@@ -683,13 +700,13 @@ def test_every_item_once_an_epoch(tmp_path):
 def test_resumes_around_the_edge_of_an_epoch(tmp_path):
     """46. 12 samples, 4 a step, so that an epoch ends with the third: stopped after the second, third and fourth."""
     shards.write(tmp_path / "a.tar", samples(12))
-    optim = {"lr": 3e-3, "warmup": 2, "decay": 0.0}  # a rate that does not hang on the number of steps
+    optim = {"lr": 3e-3, "warmup_steps": 2, "decay_fraction": 0.0}  # a rate that does not hang on the number of steps
     data = text_config(tmp_path, save_every=100, optim=optim)
-    loop.pretrain(build({**data, "steps": 8, "run": str(tmp_path / "whole")}))
+    loop.pretrain(build({**data, "steps": 8, "run_dir": str(tmp_path / "whole")}))
     for number, stop in enumerate((2, 3, 4, 8)):
         loop.pretrain(build({**data, "steps": stop}), resume=bool(number))
     assert rows(tmp_path / "run", "samples.jsonl") == rows(tmp_path / "whole", "samples.jsonl")
-    own = ("seconds", "tokens_per_second")
+    own = ("seconds", "tokens_per_second", "data_wait", "optimizer_share", "memory_gb")
     for one, other in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
         assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
     first = [name for row in rows(tmp_path / "run", "samples.jsonl")[:3] for name in row["samples"]]
@@ -716,8 +733,8 @@ def test_opening_far_on_reads_no_more(tmp_path, monkeypatch):
     counting(storage, "read", lambda path, offset, length: length)
     counting(index.Index, "spans", lambda *_: 1)
     counting(index.Index, "key", lambda *_: 1)
-    counting(Mixture, "_lay_out", lambda *_: 1)
-    monkeypatch.setattr("multimodal_fm.stream.mixture.permute", _counted_permute(counts))
+    counting(Mixture, "_lay_out_block", lambda *_: 1)
+    monkeypatch.setattr(mixture, "permute", _counted_permute(counts))
     found = []
     for start in (0, 10_000_000 // 4):
         steps = text_steps(tmp_path)
@@ -725,7 +742,7 @@ def test_opening_far_on_reads_no_more(tmp_path, monkeypatch):
         for step in range(start, start + 4):
             steps[step]
         found.append(dict(counts))
-    assert found[0].keys() == found[1].keys() == {"read", "spans", "key", "_lay_out", "permute"}
+    assert found[0].keys() == found[1].keys() == {"read", "spans", "key", "_lay_out_block", "permute"}
     for name in found[0]:
         assert found[1][name] <= found[0][name] * 2 + 64 and found[0][name] < 20_000, found
     assert found[0]["spans"] == found[1]["spans"] == 16
@@ -741,20 +758,20 @@ def _counted_permute(counts):
     return counted
 
 
-def recorded(steps: Steps, which: range) -> dict[tuple[str, int], list]:
+def recorded(steps: StepDataset, which: range) -> dict[tuple[str, int], list]:
     """The parts of every sample as an objective gets them, by name and how often it came before."""
     got = []
 
     def record(sample, generator):
-        got.append((sample.parts, torch.randint(2**31, (2,), generator=generator)))
-        return Example([part for part in sample.parts.values()], [None] * len(sample.parts), group=sample.group)
+        got.append((sample.tokens, torch.randint(2**31, (2,), generator=generator)))
+        return Example([part for part in sample.tokens.values()], [None] * len(sample.tokens), group=sample.group)
 
     steps.tasks = [dataclasses.replace(task, arrange=record) for task in steps.tasks]
     found, times = {}, Counter()
     for number in which:
         got.clear()
         step = steps[number]
-        for (_, _, name), parts in zip(step.keys, got, strict=True):
+        for (_, _, name), parts in zip(step.samples, got, strict=True):
             found[name, times[name]] = parts
             times[name] += 1
     return found
@@ -767,21 +784,28 @@ def same(one, other) -> bool:
     )
 
 
-def test_a_view_hangs_on_seed_item_and_epoch(tmp_path):
+def test_a_view_depends_on_seed_sample_and_epoch_alone(tmp_path):
     """48. Not on the step, the place in it, the microbatch, the rank or what other sources there are."""
     shards.write(tmp_path / "a.tar", samples(8))
-    shards.write(tmp_path / "b.tar", samples(8, 50))
-    data = tiny(tmp_path, run=str(tmp_path / "run"))
+    shards.write(tmp_path / "b.tar", samples(9, 50))
+    data = tiny(tmp_path, run_dir=str(tmp_path / "run"))
     data["sources"] = {n: {"shards": f"{tmp_path}/{n}.tar", "group": "color"} for n in "ab"}
-    task = {"objective": "contrastive", "modalities": ["text", "image", "audio"], "batch_size": 4, "sources": {"a": 1}}
+    task = {
+        "objectives": {"contrastive": {}},
+        "modalities": ["text", "image", "audio"],
+        "batch_size": 4,
+        "sources": {"a": 1},
+    }
     data["tasks"] = {"pairs": task}
     config, corpora = fitted(build(data))
-    alone = recorded(Steps(tasks_of(config, corpora), config.tokenizers, 0), range(4))  # two epochs
+    alone = recorded(
+        StepDataset(build_tasks(config.tasks, corpora), config.model.tokenizers, 0), range(4)
+    )  # two epochs
     task |= {"batch_size": 12, "sources": {"a": 0.3, "b": 0.7}}
     both, corpora = fitted(build(data))
     found = {}
     for rank in range(2):
-        steps = Steps(tasks_of(both, corpora), config.tokenizers, 0, 4, rank=rank, ranks=2)
+        steps = StepDataset(build_tasks(both.tasks, corpora), config.model.tokenizers, 0, 4, rank=rank, ranks=2)
         mine = recorded(steps, range(4))
         found |= {k: v for k, v in mine.items() if k not in found}
     first = {name for name, turn in found if name.startswith("a/")}
@@ -789,7 +813,7 @@ def test_a_view_hangs_on_seed_item_and_epoch(tmp_path):
     for name in first:
         assert same(found[name, 0], alone[name, 0])
     assert sum(same(alone[name, 0], alone[name, 1]) for name in {name for name, _ in alone}) == 0
-    other = recorded(Steps(tasks_of(config, corpora), config.tokenizers, 1), range(2))
+    other = recorded(StepDataset(build_tasks(config.tasks, corpora), config.model.tokenizers, 1), range(2))
     assert not any(same(alone[name], other[name]) for name in other)
 
 
@@ -833,12 +857,12 @@ def plugins_at(folder: Path) -> dict:
     return plugins
 
 
-def stream_over(path: str, plugins: dict) -> Steps | None:
+def stream_over(path: str, plugins: dict) -> StepDataset | None:
     """One step of it is an epoch. None where no sample has text, picture or sound."""
     corpus = shards.Corpus(shards.Config([path]), "all")
     task = Task("all", 1, list(plugins), [corpus], [(0, [1.0])], None)
     try:
-        steps = Steps([task], plugins, 0)
+        steps = StepDataset([task], plugins, 0)
     except UserError as error:
         assert "no sample of source all has any of" in str(error)
         return None
@@ -852,17 +876,17 @@ def complaints(case: malformed.Case, plugins: dict, sound: dict) -> list[str]:
     if steps is None:
         return [] if not any(k in case.healthy for k in sound) else ["no sample can be used"]
     corpus, lost, got = steps.tasks[0].corpora[0], [], {}
-    real = steps._read
+    real = steps._read_task
 
-    def read(which, draws, places, step, losses, names):
-        found = real(which, draws, places, step, losses, names)
+    def read(number, draws, own, step, losses, names):
+        found = real(number, draws, own, step, losses, names)
         lost.extend(losses)
         return found
 
-    steps._read = read
+    steps._read_task = read
     for (name, _), (parts, _) in recorded(steps, range(1)).items():
         got.setdefault(name.removeprefix("all/"), parts)
-    refused = [refused_row("all", row) for row in corpus.refused]
+    refused = [refused_row("all", row) for row in corpus.rejections]
     wrong = [f"a row {row}" for row in lost + refused if row.keys() != ROW or row["reason"] not in REASONS]
     wrong += [f"a row of another shard: {row}" for row in lost + refused if row["shard"] != case.path]
     told = [(row["key"], row["part"], row["reason"]) for row in refused]
@@ -893,7 +917,7 @@ def sound_parts(folder: Path, plugins: dict) -> dict:
 def trained(name: str, cases: list, folder: Path) -> list[str]:
     """What is wrong with a short run over these cases as one source."""
     run = folder / f"run-{name}"
-    data = tiny(folder, run=str(run), steps=3, save_every=3, max_bad=1.0, microbatches=2, trace=True)
+    data = tiny(folder, run_dir=str(run), steps=3, save_every=3, max_bad_fraction=1.0, microbatches=2, log_samples=True)
     data["sources"] = {"all": {"shards": [case.path for case in cases]}}
     data["tasks"] = {n: data["tasks"][n] | {"batch_size": 40} for n in ("looks", "pairs")}
     loop.pretrain(build(data))
@@ -902,7 +926,7 @@ def trained(name: str, cases: list, folder: Path) -> list[str]:
         if row.keys() != ROW or row["reason"] not in REASONS or row["source"] != "all":
             wrong.append(f"a row {row}")
     if not found:
-        wrong.append("nothing in the ledger")
+        wrong.append("nothing in quarantine.jsonl")
     for row in rows(run):
         if row["skipped"] or not np.isfinite(row["loss"]):
             wrong.append(f"step {row['step']}: {row['loss']}")

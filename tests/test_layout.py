@@ -29,9 +29,19 @@ def test_the_root_is_small():
 def test_nothing_imports_the_training_but_the_command_line():
     for file in ROOT.rglob("*.py"):
         room = file.relative_to(ROOT).parts[0]
-        if room not in ("train", "cli.py", "tune.py", "__init__.py", "config.py"):
+        if room not in ("train", "cli.py", "tune.py", "__init__.py"):
             assert not [name for name in imports(file) if name.startswith("train")], file
 
 
 def test_tokens_imports_nothing_of_ours():
     assert not imports(ROOT / "tokens.py")
+
+
+def test_files_of_one_plugin_folder_do_not_import_each_other():
+    """But for `base` and, among the evaluations, what they share."""
+    shared = {"base", "embed_corpus", "metrics"}
+    for room in PLUGINS:
+        others = {file.stem for file in (ROOT / room).glob("*.py")} - shared - {"__init__", "run"}
+        for name in others:
+            parts = [module.split(".") for module in imports(ROOT / room / f"{name}.py")]
+            assert not {part[1] for part in parts if part[0] == room and part[1:]} & others, (room, name)

@@ -60,13 +60,13 @@ def read(raw: dict, plugins: dict) -> tuple[set[str], list[tuple[str, str]]]:
 
 
 def refused_in(path: str) -> list[tuple[str, str, str]]:
-    return [(r.key, r.part, r.reason) for r in index.opened(path, 2000).refused]
+    return [(r.key, r.member, r.reason) for r in index.open_index(path, 2000).rejections]
 
 
 def observe(path: str, plugins: dict) -> tuple[list, dict, dict]:
     """Of a file: (key, part, reason) of what is refused, the samples' members and their parts, both by key."""
     corpus = shards.Corpus(shards.Config([path]))
-    refused = [(r.key, r.part, r.reason) for r in corpus.refused]
+    refused = [(r.key, r.member, r.reason) for r in corpus.rejections]
     keys = [corpus.key(i) for i in range(len(corpus))]
     assert len(set(keys)) == len(keys), f"keys twice: {[k for k, n in Counter(keys).items() if n > 1]}"
     members = {key: corpus.raw(i) for i, key in enumerate(keys)}

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from multimodal_fm.stream.mixture import BLOCK, WINDOW, Mixture, Source, mix, permute, place_of, quotas, shuffle
+from multimodal_fm.stream.mixture import (
+    BLOCK,
+    WINDOW,
+    Mixture,
+    Source,
+    apportion,
+    invert_permute,
+    mix,
+    permute,
+    shuffle,
+)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
@@ -15,7 +25,7 @@ def test_a_permutation_visits_everything_once(size):
 @pytest.mark.parametrize("size", [1, 5, 100, 4097])
 def test_a_permutation_is_undone(size):
     there = permute(np.arange(size), size, 5)
-    assert [place_of(int(sample), size, 5) for sample in there] == list(range(size))
+    assert [invert_permute(int(sample), size, 5) for sample in there] == list(range(size))
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(1, 64), (63, 64), (1000, 64), (50_000, 64), (WINDOW * 2, 256), (7, 2)])
@@ -38,7 +48,7 @@ def test_a_permutation_mixes():
 
 def test_quotas_add_up():
     for weights in ([1], [1, 1, 1], [0.37, 0.63], [1e-9, 1], [5, 0, 1], [1] * 100):
-        shares = quotas(weights)
+        shares = apportion(weights)
         assert sum(shares) == BLOCK
         for share, weight in zip(shares, weights):
             assert abs(share - BLOCK * weight / sum(weights)) <= 1
@@ -53,7 +63,7 @@ def visits(draws, source):
     return np.bincount(draws.sample[draws.source == source], minlength=SOURCES[source].size)
 
 
-def test_weights_are_exact_and_every_item_equally_often():
+def test_weights_are_exact_and_every_sample_equally_often():
     """One source is a thousand times smaller than another; at any point its samples were seen equally often, ± 1."""
     mixture = Mixture(3, SOURCES, [(0, WEIGHTS)])
     draws = mixture.draws(0, 50 * BLOCK)
@@ -64,13 +74,13 @@ def test_weights_are_exact_and_every_item_equally_often():
         for source in range(3):
             counts = visits(before, source)
             assert counts.max() - counts.min() <= 1
-        assert mixture.drawn(stop).tolist() == np.bincount(before.source, minlength=3).tolist()
+        assert mixture.counts_before(stop).tolist() == np.bincount(before.source, minlength=3).tolist()
 
 
 def test_any_position_is_reached_at_once():
     mixture = Mixture(3, [Source("a", 10**9), Source("b", 7)], [(0, [0.5, 0.5])])
     far, laid = 10**15, []
-    mixture._block = lambda *which: laid.append(which) or mixture._lay_out(*which)
+    mixture._block = lambda *which: laid.append(which) or mixture._lay_out_block(*which)
     draws = mixture.draws(far, far + 100)
     assert len(set(laid)) <= 2  # no block before is looked at
     assert len(set(draws.sample[draws.source == 0])) == (draws.source == 0).sum() > 20
@@ -94,7 +104,7 @@ def test_a_new_phase_goes_on_where_each_source_was():
 def test_a_phase_that_begins_with_counts_is_the_one_that_came_from_there():
     """What a checkpoint keeps is enough: how much was drawn, not what was before."""
     whole = Mixture(3, SOURCES, [(0, WEIGHTS), (5_000, [0.1, 0.1, 0.8])])
-    rest = Mixture(3, SOURCES, [(5_000, [0.1, 0.1, 0.8])], whole.drawn(5_000).tolist())
+    rest = Mixture(3, SOURCES, [(5_000, [0.1, 0.1, 0.8])], whole.counts_before(5_000).tolist())
     one, other = whole.draws(5_000, 15_000), rest.draws(5_000, 15_000)
     assert (one.sample == other.sample).all() and (one.epoch == other.epoch).all()
 

@@ -1,19 +1,25 @@
+"""The objectives: what they hide, what they predict from what, and their losses against the formulas."""
+
+import functools
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from multimodal_fm.batch import Example, Sample, collate, count_targets
-from multimodal_fm.config import build
-from multimodal_fm.model import Model
-from multimodal_fm.objectives import causal, contrastive, masked
-from multimodal_fm.tokens import join, sequence_of
+from multimodal_fm import config
+from multimodal_fm.backbone import Config as BackboneConfig
+from multimodal_fm.batch import Example, Sample, collate, count_targets, find_pairs
+from multimodal_fm.model import Model, ModelConfig
+from multimodal_fm.objectives import OBJECTIVES, causal, contrastive, masked
+from multimodal_fm.tokens import join, make_sequence
 
-KINDS = ["text", "image", "audio"]
+MODALITIES = ["text", "image", "audio"]
+DECODER = BackboneConfig(width=32, depth=1, num_heads=2)
 
 
-def part(modality: str, n: int):
+def tokens(modality: str, n: int):
     position = torch.zeros(n, 3)
     position[:, 0] = torch.arange(n)
     content = {
@@ -21,152 +27,158 @@ def part(modality: str, n: int):
         "image": lambda: torch.randint(0, 255, (n, 192), dtype=torch.uint8),
         "audio": lambda: torch.randn(n, 256),
     }[modality]()
-    return sequence_of(content, position, KINDS.index(modality))
+    return make_sequence(content, position, MODALITIES.index(modality))
 
 
-def item(group=0, **lengths):
-    return Sample({modality: part(modality, n) for modality, n in lengths.items()}, group)
+def make_sample(group=0, **lengths):
+    return Sample({modality: tokens(modality, n) for modality, n in lengths.items()}, group)
 
 
-def model(tasks, **changes) -> Model:
+def make_model(**backbone) -> Model:
     torch.manual_seed(0)
-    for task in tasks.values():
-        task |= {"modalities": KINDS, "batch_size": 2, "sources": {"all": 1}}
-    return Model(
-        build(
-            {
-                "sources": {"all": {"shards": "none"}},
-                "tasks": tasks,
-                "tokenizers": {
-                    "text": {"vocab_size": 300},
-                    "image": {"patch": 8},
-                    "audio": {"patch_frames": 8, "n_mels": 32, "patch_mels": 32},
-                },
-                "model": {"width": 48, "depth": 2, "heads": 2},
-                "embedding": 16,
-                **changes,
-            }
-        )
-    )
+    tokenizers = {
+        "text": {"vocab_size": 300},
+        "image": {"patch": 8},
+        "audio": {"patch_frames": 8, "n_mels": 32, "patch_mels": 32},
+    }
+    backbone = {"width": 48, "depth": 2, "num_heads": 2, **backbone}
+    heads = {"retrieval": {"embed_dim": 16}}
+    return Model(config.build(ModelConfig, {"tokenizers": tokenizers, "backbone": backbone, "heads": heads}))
 
 
-def batch_of(name, arranged, **more):
-    return collate({name: list(enumerate(arranged))}, KINDS, {name: count_targets(arranged, KINDS)}, **more)
+def make(name: str, backbone: dict | None = None, **settings):
+    """A model and an objective beside it."""
+    cls, model = config.plugin_class(OBJECTIVES, name), make_model(**backbone or {})
+    return model, cls(cls.Config(**settings), model, MODALITIES)
 
 
-def draw(seed=0):
+def make_batch(examples, objective=None, **more):
+    """A microbatch of one task, `task`; the objective's plan travels with it."""
+    plan = {"task": functools.partial(objective.plan, objective.config)} if objective else None
+    counts = {"task": count_targets(examples, MODALITIES)}
+    return collate({"task": list(enumerate(examples))}, MODALITIES, counts, plan, **more)
+
+
+def score(model, objective, batch):
+    return objective.loss(model(batch), batch.tasks["task"])
+
+
+def compare(model, objective, samples):
+    """Features, the table of their sequences, the loss and its figures, of samples in one step."""
+    batch = make_batch([objective.arrange(objective.config, sample) for sample in samples])
+    targets = batch.tasks["task"]
+    features = objective.features(model(batch), targets)
+    return features, targets.table, *objective.compare(features, find_pairs(targets.table, MODALITIES))
+
+
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("modality", KINDS)
-def test_replace_hides_the_share_it_says(modality):
-    config = masked.Config(share=0.4)
-    one = item(**{modality: 100})
-    made = masked.arrange(config, one, draw())
-    assert len(made.targets[0]) == 40 and len(made.seen[0]) == 100
-    rows = made.at[0]
-    assert torch.equal(made.targets[0].content, one.parts[modality].content[rows])
-    covered = made.hidden[0].sum()
-    assert 20 < covered <= 40 and made.hidden[0][rows].sum() == covered
-    changed = (made.seen[0].content != one.parts[modality].content).flatten(1 if made.seen[0].content.ndim > 1 else 0)
-    changed = changed.any(1) if changed.ndim > 1 else changed
-    assert set(changed.nonzero()[:, 0].tolist()) <= set(rows.tolist()), "only targets tokens are replaced"
-    again, other = masked.arrange(config, one, draw()), masked.arrange(config, one, draw(1))
-    assert torch.equal(again.at[0], rows) and not torch.equal(other.at[0], rows)
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_replace_hides_the_ratio_it_says(modality):
+    settings, sample = masked.Config(mask_ratio=0.4), make_sample(**{modality: 100})
+    example = masked.Objective.arrange(settings, sample, seeded())
+    assert len(example.targets[0]) == 40 and len(example.inputs[0]) == 100
+    rows, content = example.rows[0], sample.tokens[modality].content
+    assert torch.equal(example.targets[0].content, content[rows])
+    hidden = example.hidden[0].sum()
+    assert 20 < hidden <= 40 and example.hidden[0][rows].sum() == hidden
+    changed = (example.inputs[0].content != content).reshape(100, -1).any(1)
+    assert set(changed.nonzero()[:, 0].tolist()) <= set(rows.tolist()), "only target tokens are replaced"
+    again, other = (masked.Objective.arrange(settings, sample, seeded(seed)) for seed in (0, 1))
+    assert torch.equal(again.rows[0], rows) and not torch.equal(other.rows[0], rows)
 
 
 def test_drop_keeps_hidden_tokens_out():
-    one = item(image=64)
-    made = masked.arrange(masked.Config(hide="drop", share={"image": 0.75}), one, draw())
-    assert len(made.seen[0]) == 16 and len(made.targets[0]) == 48 and (made.at[0] == -1).all()
-    places = {tuple(p) for t in (made.seen[0], made.targets[0]) for p in t.position.tolist()}
-    assert len(places) == 64
+    settings = masked.Config(hide="drop", mask_ratio={"image": 0.75})
+    example = masked.Objective.arrange(settings, make_sample(image=64), seeded())
+    assert len(example.inputs[0]) == 16 and len(example.targets[0]) == 48 and (example.rows[0] == -1).all()
+    positions = {tuple(p) for t in (example.inputs[0], example.targets[0]) for p in t.position.tolist()}
+    assert len(positions) == 64
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.99])
-def test_at_least_one_token_stays(n, share):
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.99])
+def test_at_least_one_token_stays(n, ratio):
     for hide in ("replace", "drop"):
-        made = masked.arrange(masked.Config(hide=hide, share=share), item(text=n), draw())
-        targets = len(made.targets[0])
-        assert targets == (0 if share == 0 or n == 1 else max(1, min(round(share * n), n - 1)))
+        settings = masked.Config(hide=hide, mask_ratio=ratio)
+        targets = len(masked.Objective.arrange(settings, make_sample(text=n), seeded()).targets[0])
+        assert targets == (0 if ratio == 0 or n == 1 else max(1, min(round(ratio * n), n - 1)))
 
 
 def test_causal_answers_from_the_row_before():
-    made = causal.arrange(causal.Config(), item(text=6, image=4))
-    assert made.seen[0].order.tolist() == list(range(6)) and made.at[0].tolist() == [0, 1, 2, 3, 4]
-    assert made.at[1].tolist() == [6, 7, 8] and made.seen[1].sequence.tolist() == [1] * 4
+    example = causal.Objective.arrange(causal.Config(), make_sample(text=6, image=4))
+    assert example.inputs[0].order.tolist() == list(range(6)) and example.rows[0].tolist() == [0, 1, 2, 3, 4]
+    assert example.rows[1].tolist() == [6, 7, 8] and example.inputs[1].sequence.tolist() == [1] * 4
 
 
-def test_captioning_reads_the_picture_and_guesses_the_text():
-    made = causal.arrange(causal.Config(fuse=True, prefix=["image"]), item(image=4, text=3))
-    assert made.seen[0].order.tolist() == [0] * 4 and made.seen[1].order.tolist() == [1, 2, 3]
-    assert len(made.targets[0]) == 0 and made.at[1].tolist() == [3, 4, 5]
-    assert made.seen[1].position[0, 0] > made.seen[0].position[:, 0].max()
+def test_captioning_reads_the_image_and_predicts_the_text():
+    settings = causal.Config(fuse=True, prefix=["image"])
+    example = causal.Objective.arrange(settings, make_sample(image=4, text=3))
+    image, text = example.inputs
+    assert image.order.tolist() == [0] * 4 and text.order.tolist() == [1, 2, 3]
+    assert len(example.targets[0]) == 0 and example.rows[1].tolist() == [3, 4, 5]
+    assert text.position[0, 0] > image.position[:, 0].max()
 
 
-def test_the_model_cannot_see_what_it_guesses():
-    """Changing a hidden token's content changes no prediction; changing a seen one does."""
-    for settings in ({"objective": "masked", "keep": 0.0, "swap": 0.0, "share": 0.5},
-                     {"objective": "masked", "hide": "drop", "share": 0.5,
-                      "decoder": {"width": 32, "depth": 1, "heads": 2}}):  # fmt: skip
-        net = model({"it": settings})
-        config = net.objectives["it"].config
-        one = item(text=12)
-        made = masked.arrange(config, one, draw())
-        gone = made.targets[0].position[:, 0].long().tolist()
+@pytest.mark.parametrize("settings", [{"keep_ratio": 0.0, "random_ratio": 0.0}, {"hide": "drop", "decoder": DECODER}])
+def test_the_model_cannot_see_what_it_predicts(settings):
+    """Changing a hidden token's content changes no prediction; changing a visible one does."""
+    model, objective = make("masked", mask_ratio=0.5, **settings)
+    sample = make_sample(text=12)
+    content = sample.tokens["text"].content
+    hidden = objective.arrange(objective.config, sample, seeded()).targets[0].position[:, 0].long().tolist()
 
-        def answers(content, net=net, config=config, one=one):
-            changed = Sample({"text": one.parts["text"].replace(content=content)})
-            batch = batch_of("it", [masked.arrange(config, changed, draw())])
-            output, targets = net(batch), batch.tasks["it"]
-            if config.hide == "drop":
-                return net.objectives["it"]._decode(output, targets)["text"]
-            return output.tokens.content.index_select(0, targets.at["text"])
+    def answers(content):
+        changed = Sample({"text": sample.tokens["text"].replace(content=content)})
+        batch = make_batch([objective.arrange(objective.config, changed, seeded())], objective)
+        output, targets = model(batch), batch.tasks["task"]
+        if objective.config.hide == "drop":
+            return objective._decode(output, targets)["text"]
+        return output.tokens.content.index_select(0, targets.rows["text"])
 
-        base = answers(one.parts["text"].content)
-        hidden = one.parts["text"].content.clone()
-        hidden[gone[0]] = (hidden[gone[0]] + 1) % 300
-        torch.testing.assert_close(answers(hidden), base, rtol=0, atol=0)
-        seen = one.parts["text"].content.clone()
-        rest = next(i for i in range(12) if i not in gone)
-        seen[rest] = (seen[rest] + 1) % 300
-        assert (answers(seen) - base).abs().max() > 1e-4
+    def change(row):
+        changed = content.clone()
+        changed[row] = (changed[row] + 1) % 300
+        return changed
+
+    before, visible = answers(content), next(i for i in range(12) if i not in hidden)
+    torch.testing.assert_close(answers(change(hidden[0])), before, rtol=0, atol=0)
+    assert (answers(change(visible)) - before).abs().max() > 1e-4
 
 
 def test_a_causal_model_does_not_see_ahead():
-    net = model({"it": {"objective": "causal"}})
-    one = item(text=10)
+    model, sample = make_model(), make_sample(text=10)
 
     def outputs(content):
-        batch = batch_of(
-            "it", [causal.arrange(causal.Config(), Sample({"text": one.parts["text"].replace(content=content)}))]
-        )
-        return net(batch).tokens.content
+        changed = Sample({"text": sample.tokens["text"].replace(content=content)})
+        return model(make_batch([causal.Objective.arrange(causal.Config(), changed)])).tokens.content
 
-    base, content = outputs(one.parts["text"].content), one.parts["text"].content.clone()
-    content[6] = (content[6] + 1) % 300
-    moved = (outputs(content) - base).abs().amax(1)
+    content = sample.tokens["text"].content
+    changed = content.clone()
+    changed[6] = (changed[6] + 1) % 300
+    moved = (outputs(changed) - outputs(content)).abs().amax(1)
     assert (moved[:6] == 0).all() and (moved[6:] > 1e-6).all()
 
 
-def test_a_batch_equals_its_items_alone():
+def test_a_batch_equals_its_samples_alone():
     """Every sample's loss in a batch of all sorts is the sample's own: nothing leaks between sequences."""
-    net = model({"it": {"objective": "causal"}})
-    made = [
-        causal.arrange(causal.Config(), item(text=5, image=4)),
-        causal.arrange(causal.Config(), item(audio=7, text=9)),
-        causal.arrange(causal.Config(fuse=True), item(image=4, text=3)),
+    model, objective = make("causal")
+    examples = [
+        causal.Objective.arrange(causal.Config(), make_sample(text=5, image=4)),
+        causal.Objective.arrange(causal.Config(), make_sample(audio=7, text=9)),
+        causal.Objective.arrange(causal.Config(fuse=True), make_sample(image=4, text=3)),
     ]
-    together = batch_of("it", made, round_to=16)
-    scores = {k: net.objectives["it"].score(net(together), together.tasks["it"], k) for k in KINDS}
-    alone = {modality: [] for modality in KINDS}
-    for one in made:
-        batch = batch_of("it", [one])
-        for modality in batch.tasks["it"].tokens:
-            alone[modality].append(net.objectives["it"].score(net(batch), batch.tasks["it"], modality))
-    for modality in KINDS:
-        torch.testing.assert_close(scores[modality], torch.cat(alone[modality]), rtol=0, atol=1e-5)
+    batch = make_batch(examples, round_to=16)
+    together = {m: objective.score(model(batch), batch.tasks["task"], m) for m in MODALITIES}
+    alone = {modality: [] for modality in MODALITIES}
+    for example in examples:
+        batch = make_batch([example])
+        for modality in batch.tasks["task"].tokens:
+            alone[modality].append(objective.score(model(batch), batch.tasks["task"], modality))
+    for modality in MODALITIES:
+        torch.testing.assert_close(together[modality], torch.cat(alone[modality]), rtol=0, atol=1e-5)
 
 
 def reference_info_nce(features, rows, scale, weights=(1.0, 1.0, 1.0)):
@@ -192,99 +204,125 @@ def reference_info_nce(features, rows, scale, weights=(1.0, 1.0, 1.0)):
     return (torch.stack(losses) * weights).sum() / weights.sum()
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.4, 2.0)])
-def test_info_nce_is_the_formula_and_leaves_equal_groups_out(weights):
-    pairs = dict(zip(("text_image", "text_audio", "image_audio"), weights))
-    net = model({"it": {"objective": "contrastive", "pairs": pairs}})
+@pytest.mark.parametrize(
+    "pairs, weights",
+    [
+        ({}, (1.0, 1.0, 1.0)),
+        ({"text_audio": 0.4, "image_audio": 2.0}, (1.0, 0.4, 2.0)),
+        ({"audio_text": 0.4, "audio_image": 2.0}, (1.0, 0.4, 2.0)),  # either way round
+    ],
+)
+def test_info_nce_is_the_formula_and_leaves_equal_groups_out(pairs, weights):
+    model, objective = make("contrastive", pairs=pairs)
     samples = [
-        item(1, text=3, image=4),
-        item(2, text=4, audio=5),
-        item(1, text=3, image=4, audio=2),
-        item(3, text=2, image=5),
-        item(2, audio=3),
-        item(4, image=2, audio=4),
+        make_sample(1, text=3, image=4),
+        make_sample(2, text=4, audio=5),
+        make_sample(1, text=3, image=4, audio=2),
+        make_sample(3, text=2, image=5),
+        make_sample(2, audio=3),
+        make_sample(4, image=2, audio=4),
     ]
-    batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in samples])
-    targets, objective = batch.tasks["it"], net.objectives["it"]
-    features = objective.features(net(batch), targets)
+    features, table, loss, figures = compare(model, objective, samples)
     assert torch.allclose(features.norm(dim=-1), torch.ones(len(features)))
-    loss, report = objective.compare(features, targets)
-    rows = list(zip(targets.modality.tolist(), targets.sample.tolist(), targets.group.tolist()))
+    rows = list(zip(table.modality.tolist(), table.sample.tolist(), table.group.tolist()))
     torch.testing.assert_close(loss, reference_info_nce(features, rows, objective.log_scale.exp(), weights))
-    assert {"text_image_accuracy", "text_audio_accuracy", "image_audio_accuracy"} == report.keys()
+    assert {"text_image_accuracy", "text_audio_accuracy", "image_audio_accuracy"} == figures.keys()
 
 
 def test_a_pair_that_there_is_not_is_named():
-    with pytest.raises(ValueError, match="audio_text; there are text_image, text_audio, image_audio"):
-        model({"it": {"objective": "contrastive", "pairs": {"audio_text": 2}}})
+    problems = dict(contrastive.Objective.problems(contrastive.Config(pairs={"text_video": 2}), MODALITIES))
+    assert problems == {"pairs": "names text_video; there are text_image, text_audio, image_audio"}
 
 
 def test_the_sigmoid_loss_is_the_formula():
-    net = model({"it": {"objective": "contrastive", "loss": "sigmoid"}})
-    samples = [item(g, text=3, image=4) for g in (1, 2, 1)]
-    batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in samples])
-    targets, objective = batch.tasks["it"], net.objectives["it"]
-    features = objective.features(net(batch), targets)
-    loss, _ = objective.compare(features, targets)
-    total = 0.0
-    text, image = features[targets.modality == 0], features[targets.modality == 1]
-    for i in range(3):
-        for j in range(3):
-            if i == j or samples[i].group != samples[j].group:
-                sign = 1 if i == j else -1
-                total += -F.logsigmoid(sign * (objective.log_scale.exp() * (text[i] @ image[j]) + objective.bias))
+    model, objective = make("contrastive", loss="sigmoid")
+    groups = [1, 2, 1]
+    features, table, loss, _ = compare(model, objective, [make_sample(g, text=3, image=4) for g in groups])
+    text, image, total = features[table.modality == 0], features[table.modality == 1], 0.0
+    for i, j in itertools.product(range(3), range(3)):
+        if i == j or groups[i] != groups[j]:
+            sign = 1 if i == j else -1
+            total += -F.logsigmoid(sign * (objective.log_scale.exp() * (text[i] @ image[j]) + objective.bias))
     torch.testing.assert_close(loss, total / 3)
 
 
-def test_items_that_lack_a_part_give_fewer_pairs():
-    net = model({"it": {"objective": "contrastive"}})
-    for samples in ([item(1, text=3)], [item(1, text=3), item(2, text=2)], [item(1, text=2), item(2, image=2)]):
-        batch = batch_of("it", [contrastive.arrange(contrastive.Config(), i) for i in samples])
-        loss, report = net.objectives["it"].compare(
-            net.objectives["it"].features(net(batch), batch.tasks["it"]), batch.tasks["it"]
-        )
-        assert float(loss.detach()) == 0.0 and not report
-        loss.backward()
+@pytest.mark.parametrize(
+    "lengths", [[{"text": 3}], [{"text": 3}, {"text": 2}], [{"text": 2}, {"image": 2}]], ids=["one", "text", "no pair"]
+)
+def test_samples_without_a_pair_cost_nothing(lengths):
+    samples = [make_sample(number, **own) for number, own in enumerate(lengths)]
+    *_, loss, figures = compare(*make("contrastive"), samples)
+    assert float(loss.detach()) == 0.0 and not figures
+    loss.backward()
+
+
+def test_the_temperature_leaves_its_bound_again():
+    """At its upper bound the scale still has a gradient, and a step downwards lowers it."""
+    model, objective = make("contrastive", scale=contrastive.MAX_SCALE)
+    samples = [make_sample(number, text=3, image=4) for number in range(4)]
+    _, table, *_ = compare(model, objective, samples)
+    optimizer = torch.optim.SGD([objective.log_scale], lr=1.0)
+    unit = F.normalize(torch.randn(4, 16, generator=seeded()), dim=-1)
+    matched, crossed = (torch.empty(8, 16) for _ in range(2))
+    matched[table.modality == 0], matched[table.modality == 1] = unit, unit
+    crossed[table.modality == 0], crossed[table.modality == 1] = unit, unit.flip(0)
+    with torch.no_grad():
+        objective.log_scale += 0.5  # as a step upwards would
+    objective.after_update()
+    assert objective.log_scale.exp().item() == pytest.approx(contrastive.MAX_SCALE)
+    for features, falls in ((matched, False), (crossed, True)):
+        optimizer.zero_grad()
+        objective.compare(features, find_pairs(table, MODALITIES))[0].backward()
+        optimizer.step()
+        objective.after_update()
+        scale = objective.log_scale.item()
+        assert (scale < math.log(contrastive.MAX_SCALE) - 0.1) is falls and math.isfinite(scale)
 
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_untouched_parameters_get_no_gradient_and_touched_ones_do(experts):
-    net = model({"it": {"objective": "masked"}}, model={"width": 48, "depth": 2, "heads": 2, "experts": experts})
-    batch = batch_of("it", [masked.arrange(masked.Config(), item(text=9), draw())])
-    net.objectives["it"].loss(net(batch), batch.tasks["it"])[0].backward()
-    assert net.embedders["text"].weight.grad.abs().sum() > 0
-    assert net.embedders["image"].project.weight.grad is None
+    model, objective = make("masked", {"experts": experts})
+    batch = make_batch([objective.arrange(objective.config, make_sample(text=9), seeded())])
+    score(model, objective, batch)[0].backward()
+    assert model.embedders["text"].weight.grad.abs().sum() > 0
+    assert model.embedders["image"].project.weight.grad is None
     if experts:
-        text, image, _ = net.backbone.blocks[0].feed_forward
-        assert text.project_in.weight.grad.abs().sum() > 0 and image.project_in.weight.grad.abs().sum() == 0
+        experts = model.backbone.blocks[0].feed_forward
+        assert experts["text"].project_in.weight.grad.abs().sum() > 0
+        assert experts["image"].project_in.weight.grad.abs().sum() == 0
 
 
 def test_filler_changes_nothing():
-    net = model({"it": {"objective": "masked"}})
-    made = [masked.arrange(masked.Config(), item(text=9, image=6), draw())]
-    losses = []
+    model, objective = make("masked")
+    examples, losses = [objective.arrange(objective.config, make_sample(text=9, image=6), seeded())], []
     for round_to in (1, 64):
-        batch = batch_of("it", made, round_to=round_to)
+        batch = make_batch(examples, round_to=round_to)
         assert len(batch.tokens) % round_to == 0
-        losses.append(net.objectives["it"].loss(net(batch), batch.tasks["it"])[0])
+        losses.append(score(model, objective, batch)[0])
     torch.testing.assert_close(losses[0], losses[1])
 
 
-@pytest.mark.parametrize("width, heads", [(128, 2), (1024, 16)])
-def test_the_start_is_stable_at_any_width(width, heads):
-    net = model({"it": {"objective": "causal"}}, model={"width": width, "depth": 6, "heads": heads})
-    batch = batch_of("it", [causal.arrange(causal.Config(), item(text=30, image=20, audio=10))])
-    tokens = batch.tokens
-    output = net(batch)
-    assert 0.5 < output.tokens.content.std() < 2
-    loss, report = net.objectives["it"].loss(output, batch.tasks["it"])
-    assert 5 < report["text"] < 7 and 0.5 < report["image"] < 2 and 0.5 < report["audio"] < 2
+@pytest.mark.parametrize("width, num_heads", [(128, 2), (1024, 16)])
+def test_the_start_is_stable_at_any_width(width, num_heads):
+    model, objective = make("causal", {"width": width, "depth": 6, "num_heads": num_heads})
+    batch = make_batch([objective.arrange(objective.config, make_sample(text=30, image=20, audio=10))])
+    output = model(batch)
+    assert 0.5 < output.tokens.content.std() < 2 and len(batch.tokens) == 60
+    loss, figures = objective.loss(output, batch.tasks["task"])
+    assert 5 < figures["text"] < 7 and 0.5 < figures["image"] < 2 and 0.5 < figures["audio"] < 2
     loss.backward()
-    first, last = (net.backbone.blocks[i].attention.project_in.weight.grad.norm() for i in (0, -1))
-    assert 0.02 < first / last < 50 and len(tokens) == 60
+    first, last = (model.backbone.blocks[i].attention.project_in.weight.grad.norm() for i in (0, -1))
+    assert 0.02 < first / last < 50
 
 
 def test_a_piece_of_two_sequences_is_refused():
-    two = join([sequence_of(torch.arange(3), torch.zeros(3, 3)), sequence_of(torch.arange(2), torch.zeros(2, 3))])
+    two = join([make_sequence(torch.arange(3), torch.zeros(3, 3)), make_sequence(torch.arange(2), torch.zeros(2, 3))])
     with pytest.raises(ValueError, match="one sequence"):
-        collate({"a": [(0, Example([two], [None]))]}, KINDS, {"a": {}})
+        collate({"task": [(0, Example([two], [None]))]}, MODALITIES, {"task": {}})
+
+
+@pytest.mark.parametrize("name", ["masked", "causal"])
+def test_predictors_are_built_for_what_the_task_reads_only(name):
+    """The modalities that no target comes from cost no parameters."""
+    cls, model = config.plugin_class(OBJECTIVES, name), make_model()
+    assert list(cls(cls.Config(), model, ["audio"]).predictors) == ["audio"]

@@ -26,9 +26,10 @@ from PIL import Image
 
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import SampleError, UserError
-from multimodal_fm.pack import dedup, run, sources, state, tables, validate
+from multimodal_fm.inspect.run import inspect
+from multimodal_fm.pack import dedup, fetch, run, sources, state, summary, tables, validate
 from multimodal_fm.pack import samples as sample
-from multimodal_fm.pack.settings import Settings, parse_size, parse_split
+from multimodal_fm.pack.settings import Settings, parse_split
 
 BAD = b"<html><body>404 Not Found</body></html>"
 
@@ -128,10 +129,10 @@ def test_a_folder_of_media(media, tmp_path):
     assert "CC0 (1)" in card and "en (1)" in card and "| decode | 3 |" in card
     assert facts["splits"]["train"]["samples"] == len(made)
     corpus = shards.Corpus(shards.Config(str(tmp_path / "out" / "*.tar")))
-    assert not corpus.refused and len(corpus) == len(made)
+    assert not corpus.rejections and len(corpus) == len(made)
 
 
-def test_links_and_the_output_are_not_followed(tmp_path):
+def test_links_are_not_followed(tmp_path):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "s.txt").write_text("not yours")
     folder = tmp_path / "media"
@@ -139,11 +140,50 @@ def test_links_and_the_output_are_not_followed(tmp_path):
     (folder / "a.txt").write_text("mine")
     (folder / "link.txt").symlink_to(tmp_path / "secret" / "s.txt")
     (folder / "all").symlink_to(tmp_path / "secret")
-    for _ in range(2):
-        pack(folder, folder / "out")
-        assert packed(folder / "out") == {"a": {"txt": b"mine"}}
-        assert quarantined(folder / "out") == [("link", "", "name")]
-        (folder / "out" / ".pack" / "done.json").unlink()  # the second time what was packed is there
+    shards.write(tmp_path / "secret" / "s.tar", samples(2))
+    (folder / "shard.tar").symlink_to(tmp_path / "secret" / "s.tar")
+    pack(folder, tmp_path / "out")
+    assert packed(tmp_path / "out") == {"a": {"txt": b"mine"}}
+    assert quarantined(tmp_path / "out") == [("link", "", "name"), ("shard", "", "name")]
+
+
+def test_the_output_does_not_lie_inside_a_source(tmp_path):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.txt").write_text("mine")
+    for to in ("media", "media/deep/out"):
+        with pytest.raises(UserError, match="--to .* lies inside the source"):
+            pack(tmp_path / "media", tmp_path / to)
+    assert os.listdir(tmp_path / "media") == ["a.txt"]
+
+
+def test_what_is_no_regular_file_is_left_out(tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    (folder / "a.txt").write_text("mine")
+    (folder / "t.csv").write_text("image,text\npipe.jpg,words\n")
+    for name in ("pipe.jpg", "pipe.tar", "pipe.jsonl"):
+        os.mkfifo(folder / name)
+    (folder / "null.png").symlink_to("/dev/null")
+    pack(folder, tmp_path / "out")
+    assert sorted(packed(tmp_path / "out")) == ["a", "t-0"]
+    assert collections.Counter(quarantined(tmp_path / "out")) == {
+        ("pipe", "", "name"): 3,
+        ("null", "", "name"): 1,
+        ("t-0", "image", "name"): 1,
+    }
+
+
+def test_names_and_values_that_are_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    (folder / os.fsdecode(b"\xff")).mkdir(parents=True)
+    (folder / os.fsdecode(b"\xff") / "x.txt").write_text("in a folder whose name is not UTF-8")
+    values = {"text": "words \ud800 and more", "label": "\ud800", "source": "\udfff", "captions": {"\ud800": "a"}}
+    (folder / "rows.jsonl").write_text(json.dumps(values) + "\n")
+    (folder / "table.csv").write_bytes(b"text,label\na text here,caf\xe9\n")
+    facts = pack(folder, tmp_path / os.fsdecode(b"out\xe9"), label_column="label")
+    assert facts["total"]["samples"] == 3 and facts["refused"] == {"text-decode": 1}
+    assert pack(folder / "rows.jsonl", tmp_path / "rows", split=[1.0])["total"]["samples"] == 1
+    assert "\\udce9" in (tmp_path / os.fsdecode(b"out\xe9") / "card.md").read_text()
 
 
 def test_folders_are_labels(tmp_path):
@@ -213,21 +253,84 @@ def test_tables(tmp_path, modality):
     assert "jpg" not in made["row_4"] and "txt" in made["row_4"]
     lost = {("row.4", "image", "missing")}
     lost |= {("table-5", "text", "json"), ("table-6", "text", "json")} if modality == "jsonl" else set()
-    lost |= {("5", "", "decode")} if modality == "csv" else set()
+    lost |= {("table-5", "", "decode")} if modality == "csv" else set()
     assert set(quarantined(tmp_path / "out")) == lost
 
 
 def test_columns_that_are_not_there(tmp_path):
-    (tmp_path / "a.csv").write_text("picture,words\nx.jpg,hello\n")
-    with pytest.raises(UserError, match="no column 'image'.*there are: picture, words"):
+    (tmp_path / "a.csv").write_text("shot,words\nx.jpg,hello\n")
+    with pytest.raises(UserError, match="no column 'image'.*there are: shot, words"):
         pack(tmp_path / "a.csv", tmp_path / "out", image_column="image")
     (tmp_path / "x.jpg").write_bytes(picture(1))
-    pack(tmp_path / "a.csv", tmp_path / "out", image_column="picture")  # the same folder, the right name
+    pack(tmp_path / "a.csv", tmp_path / "out", image_column="shot")  # the same folder, the right name
     assert packed(tmp_path / "out")["a-0"]["jpg"] == picture(1)
     with pytest.raises(UserError, match="name what its columns hold"):
         pack(tmp_path / "a.csv", tmp_path / "out2")
     with pytest.raises(UserError, match="no such file"):
         pack(tmp_path / "b.csv", tmp_path / "out3")
+
+
+def test_usual_columns_of_all_modalities_are_found(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "a.wav").write_bytes(tone(440, kind="WAV"))
+    (tmp_path / "t.csv").write_text("image,audio,caption,license,number\na.jpg,a.wav,a red bus,CC0,7\n")
+    row = {"img": "a.jpg", "sound": "a.wav", "text": "another bus", "city": "Rome"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"text": "no media here", "image": 3}) + "\n")
+    facts = pack([tmp_path / "t.csv", tmp_path / "r.jsonl", tmp_path / "plain.jsonl"], tmp_path / "out")
+    made = packed(tmp_path / "out")
+    assert [set(made[key]) for key in ("t-0", "r-0", "plain-0")] == [{"jpg", "wav", "txt", "json"}] * 2 + [{"json"}]
+    lines = summary(facts, "out").splitlines()
+    assert "train 3 samples (text 3, image 2, audio 2)" in lines[0]
+    assert lines[1].endswith("t.csv: image from column image, audio from column audio, text from column caption; "
+                             "in the JSON only: license, number")  # fmt: skip
+    assert "in the JSON only: city" in lines[2] and "r.jsonl: image from column img" in lines[2]
+
+
+def classes(folder) -> dict[str, tuple]:
+    return {k: (m["cls"].decode(), json.loads(m["json"]).get("label")) for k, m in packed(folder).items()}
+
+
+def test_numbers_and_words_are_no_classes_of_one_pack(tmp_path):
+    for i, name in enumerate(["clock_tick", "dog", "rain"]):
+        (tmp_path / "sounds" / name).mkdir(parents=True)
+        (tmp_path / "sounds" / name / f"{i}.wav").write_bytes(tone(200 + 50 * i, kind="WAV"))
+    (tmp_path / "news.jsonl").write_text(
+        "".join(json.dumps({"text": f"news {i}", "label": i}) + "\n" for i in range(3))
+    )
+    shards.write(tmp_path / "old.tar", [{"__key__": "a", "txt": "a text", "cls": "1"}])
+    for other in ("news.jsonl", "old.tar"):
+        with pytest.raises(UserError, match=f"the classes of .*{other} are whole numbers, those of .*sounds are words"):
+            pack([tmp_path / other, tmp_path / "sounds"], tmp_path / f"no-{other}", label_column="label")
+    pack(tmp_path / "news.jsonl", tmp_path / "news", label_column="label")
+    assert classes(tmp_path / "news") == {f"news-{i}": (f"{i}", i) for i in range(3)}
+    (tmp_path / "more.csv").write_text("text,label\na dog barks,dog\na cat purrs,cat\na number,1\n")
+    pack([tmp_path / "sounds", tmp_path / "more.csv"], tmp_path / "both", label_column="label")
+    assert classes(tmp_path / "both") == {
+        "clock_tick_0": ("0", "clock_tick"),
+        "dog_1": ("1", "dog"),
+        "rain_2": ("2", "rain"),
+        "more-0": ("1", "dog"),
+        "more-1": ("4", "cat"),
+        "more-2": ("3", "1"),
+    }
+
+
+def test_a_wrong_path_fails_at_once_and_the_hub_is_asked_for_by_name(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        return datasets.Dataset.from_dict({"text": ["one text", "another"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tables.load_dataset.cache_clear()
+    with pytest.raises(UserError, match="data/fotos: no such file or folder .*written hf:data/fotos"):
+        pack("data/fotos", tmp_path / "no")
+    assert not asked
+    pack("hf:owner/name", tmp_path / "out")
+    assert asked == ["owner/name"] and len(packed(tmp_path / "out")) == 2
 
 
 def test_a_dataset_of_the_hub(tmp_path):
@@ -249,7 +352,7 @@ def test_datasets_is_an_extra(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "dataset_info.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    tables.load_hub.cache_clear()
+    tables.load_dataset.cache_clear()
     with pytest.raises(UserError, match="pip install"):
         pack(tmp_path / "hub", tmp_path / "out")
 
@@ -294,7 +397,7 @@ def test_damaged_shards_give_what_is_whole(tmp_path):
 
 
 def test_a_gzip_bomb_stops_at_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FREE", 1 << 20)
+    monkeypatch.setattr(sources, "FREE_BYTES", 1 << 20)
     shards.write(tmp_path / "a.tar", samples(2))
     bomb = gzip.compress((tmp_path / "a.tar").read_bytes() + bytes(30 << 20))
     (tmp_path / "bomb.tar.gz").write_bytes(bomb)
@@ -320,6 +423,17 @@ def test_names_in_shards_are_no_paths(tmp_path):
     assert [row[2] for row in quarantined(tmp_path / "out")] == ["name"] * 4
 
 
+def test_member_names_that_webdataset_keeps_to_itself(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("x.txt", "y.txt", "y.__key__", "z.txt", "z._note"):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name.encode()))
+    pack(tmp_path / "a.tar", tmp_path / "out")
+    assert packed(tmp_path / "out") == {key: {"txt": f"{key}.txt".encode()} for key in "xyz"}
+    assert quarantined(tmp_path / "out") == [("y", "", "name"), ("z", "", "name")]
+
+
 def test_long_text_is_cut_and_its_row_kept(tmp_path):
     text = "Zwölf Boxkämpfer jagen Viktor. " * 100 + "日本語" * 500
     row = json.dumps({"text": text, "license": "MIT", "label": 3}, ensure_ascii=False)
@@ -338,7 +452,7 @@ def test_long_text_is_cut_and_its_row_kept(tmp_path):
 @pytest.mark.parametrize("most", [16, 17, 40, 300])
 def test_pieces_join_to_the_text(most):
     text = ("eins zwei drei. vier\nfünf\n\n" * 5 + "日本語" * 40 + "x" * 100).encode()
-    pieces = sample.cut(text, most)
+    pieces = sample.cut_text(text, most)
     assert b"".join(pieces) == text and max(map(len, pieces)) <= most and all(p.decode() for p in pieces)
 
 
@@ -368,7 +482,7 @@ def test_resampling_in_blocks_is_resampling_at_once(rate):
 
     wave = np.random.default_rng(0).normal(size=(50_011, 1)).astype(np.float32)
     blocks = [wave[i : i + 7001] for i in range(0, len(wave), 7001)]
-    made = np.concatenate(list(validate._resampled(iter(blocks), rate, 16_000)))[:, 0]
+    made = np.concatenate(list(validate.resample_blocks(iter(blocks), rate, 16_000)))[:, 0]
     whole = torchaudio.transforms.Resample(rate, 16_000)(torch.from_numpy(wave[:, 0])).numpy()
     assert made.shape == whole.shape and np.abs(made - whole).max() < 1e-5
 
@@ -404,17 +518,50 @@ def huge_png() -> bytes:
     ],
 )
 def test_parts_that_are_left_out(ending, data, reason):
-    kept, _, failed = validate.check(Settings(["x"]), {ending: data, "cls": b"1"})
-    assert kept == {"cls": b"1"} and [error.reason for _, error in failed] == [reason]
+    kept, record = validate.check_sample(Settings(["x"]), {ending: data, "cls": b"1"})
+    assert kept == {"cls": b"1"} and [error.reason for _, error in record["failed"]] == [reason]
 
 
-def test_sounds_beyond_the_limits(monkeypatch):
-    monkeypatch.setattr(validate.AUDIO, "seconds", 1)
+def test_audio_beyond_the_limits(tmp_path, monkeypatch):
+    data = io.BytesIO()
+    soundfile.write(data, np.zeros(3601 * 1000, np.int16), 1000, format="FLAC")  # an hour is the limit
     with pytest.raises(SampleError, match="duration-limit"):
-        validate.sound(Settings(["x"]), "wav", wav([0.1] * 16_001), {})
-    monkeypatch.setattr(validate.AUDIO, "bytes", 100)
+        validate.convert_audio(Settings(["x"]), "flac", data.getvalue())
+    (tmp_path / "long.wav").write_bytes(wav([0.1] * 1000))
+    monkeypatch.setattr(fetch, "MAX_BYTES", 100)
     with pytest.raises(SampleError, match="byte-limit"):
-        validate.sound(Settings(["x"]), "wav", wav([0.1] * 1000), {})
+        fetch.read_file(str(tmp_path / "long.wav"))
+
+
+def test_a_table_reads_below_its_folder(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(picture(1))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "own.jpg").write_bytes(picture(2))
+    (tmp_path / "here" / "link.jpg").symlink_to("../secret.jpg")
+    names = ["own.jpg", "../secret.jpg", f"{tmp_path}/secret.jpg", "link.jpg", f"file://{tmp_path}/secret.jpg"]
+    (tmp_path / "here" / "t.csv").write_text("image,text\n" + "".join(f"{name},words {name}\n" for name in names))
+    pack(tmp_path / "here" / "t.csv", tmp_path / "out")
+    assert ["jpg" in members for members in packed(tmp_path / "out").values()] == [True] + [False] * 4
+    assert quarantined(tmp_path / "out") == [(f"t-{i}", "image", "name") for i in range(1, 5)]
+    pack(tmp_path / "here" / "t.csv", tmp_path / "all", allow_outside=True)
+    assert ["jpg" in members for members in packed(tmp_path / "all").values()] == [True] * 4 + [False]
+
+
+def test_hosts_on_private_networks_are_not_asked(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    inside = ["127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "::1", "fe80::1%eth0", "fd00::1", "0.0.0.0"]
+    assert not any(map(fetch.is_public, [*inside, "::ffff:127.0.0.1", "224.0.0.1"]))
+    assert fetch.is_public("93.184.215.14") and fetch.is_public("2606:4700::1111")
+    with server({"/a": [picture(1)], "/b": [picture(2)]}) as url:
+        for name in (f"{url}/a", f"{url}/a".replace("127.0.0.1", "localhost")):
+            with pytest.raises(SampleError, match="not a public address"):
+                fetch.fetch(name, (str(tmp_path),))
+        assert fetch.fetch(f"{url}/a", (str(tmp_path),), allow_outside=True) == picture(1)
+        with server({"/": [f"{url}/b".replace("127.0.0.1", "127.0.0.2")], "/b": [f"{url}/b"]}) as outside:
+            monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+            assert fetch.fetch(f"{outside}/b", (str(tmp_path),)) == picture(2)
+            with pytest.raises(SampleError, match="127.0.0.2 is not a public address"):
+                fetch.fetch(f"{outside}/", (str(tmp_path),))
 
 
 URLS = ["pipe:touch sentinel", "ftp://example.org/a", "simplecache::file:///etc/passwd", "zip://a::b.zip"]
@@ -424,7 +571,7 @@ URLS = ["pipe:touch sentinel", "ftp://example.org/a", "simplecache::file:///etc/
 def test_urls_that_are_not_fetched(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SampleError, match="name"):
-        tables.fetch(url, str(tmp_path))
+        fetch.fetch(url, (str(tmp_path),))
     with pytest.raises(UserError):
         pack([url], tmp_path / "out")
     assert not (tmp_path / "sentinel").exists()
@@ -432,14 +579,16 @@ def test_urls_that_are_not_fetched(tmp_path, monkeypatch, url):
 
 @contextlib.contextmanager
 def server(answers: dict[str, list]):
-    """Answers for each path in turn, the last again and again: a status, or bytes."""
+    """Answers for each path in turn, the last again and again: a status, bytes, or where else to look."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             left = answers[self.path]
             answer = left.pop(0) if len(left) > 1 else left[0]
-            self.send_response(answer if isinstance(answer, int) else 200)
-            body = b"" if isinstance(answer, int) else answer
+            self.send_response(answer if isinstance(answer, int) else 302 if isinstance(answer, str) else 200)
+            if isinstance(answer, str):
+                self.send_header("Location", answer)
+            body = answer if isinstance(answer, bytes) else b""
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -455,12 +604,12 @@ def server(answers: dict[str, list]):
 
 def test_urls_in_tables(tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(tables, "PAUSE", 0.01)
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
     answers = {"/a.jpg": [picture(1)], "/b": [503, 503, picture(2)], "/c": [404], "/d": [500], "/e": [BAD]}
     with server(answers) as url:
         rows = "".join(f"{url}{name},words {name}\n" for name in answers)
         (tmp_path / "t.csv").write_text(f"url,text\n{rows}")
-        pack(tmp_path / "t.csv", tmp_path / "out", image_column="url")
+        pack(tmp_path / "t.csv", tmp_path / "out", image_column="url", allow_outside=True)
     made = packed(tmp_path / "out")
     assert [m.get("jpg") for m in made.values()] == [picture(1), picture(2), None, None, None]
     assert json.loads(made["t-0"]["json"]) == {"url": f"{url}/a.jpg"}
@@ -522,7 +671,7 @@ def test_exact_copies(tmp_path):
     same = {"jpg": picture(1), "txt": "a caption"}
     made = [
         {"__key__": "a", **same},
-        {"__key__": "b", **same, "json": {"n": 1}},
+        {"__key__": "b", **same, "json": {"id": 1, "url": "https://example.org/b", "meta": {"imageId": 7}}},
         {"__key__": "c", "jpg": picture(1), "txt": "another"},
         {"__key__": "d", "txt": "a caption"},
     ]
@@ -533,6 +682,22 @@ def test_exact_copies(tmp_path):
     assert (row["key"], row["reason"]) == ("b", "copy") and row["detail"] == f"of a in {tmp_path}/a.tar"
     pack(tmp_path / "a.tar", tmp_path / "all", dedup="none")
     assert len(packed(tmp_path / "all")) == 4
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+def test_rows_that_differ_in_a_field_are_no_copies(tmp_path, dedup):
+    (tmp_path / "bus.jpg").write_bytes(picture(1))
+    asked = [{"question": f"What is number {i}?", "answer": "a bus"} for i in range(5)]
+    rows = [{"image": "bus.jpg", "question_id": i, **row} for i, row in enumerate([*asked, asked[0]])]
+    (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack(tmp_path / "vqa.jsonl", tmp_path / "out", dedup=dedup)
+    kept = [json.loads(members["json"])["question"] for members in packed(tmp_path / "out").values()]
+    assert kept == [row["question"] for row in asked]
+    assert quarantined(tmp_path / "out") == [("vqa-5", "", "copy")]
+    labelled = [{"__key__": f"{i}", "jpg": picture(1), "cls": str(i % 2)} for i in range(3)]
+    shards.write(tmp_path / "a.tar", labelled)
+    pack(tmp_path / "a.tar", tmp_path / "out2", dedup=dedup)
+    assert list(packed(tmp_path / "out2")) == ["0", "1"]
 
 
 def again(data: bytes, quality: int = 60) -> bytes:
@@ -575,11 +740,12 @@ def test_a_picture_in_other_colors_is_no_copy_and_stays_on_its_side(tmp_path):
             data = io.BytesIO()
             Image.merge("RGB", bands).save(data, "PNG")
             made.append({"__key__": f"{name}{i}", "png": data.getvalue(), "txt": f"{'caption' * i} {name} {i * i}"})
+    made += [{"__key__": f"other{i}", "jpg": picture(i + 2)} for i in range(40)]
     shards.write(tmp_path / "a.tar", made)
     pack(tmp_path / "a.tar", tmp_path / "out", dedup="near", split=[0.5, 0.5])
     kept = set(packed(tmp_path / "out"))
     assert any(key.startswith("red") for key in kept) and any(key.startswith("blue") for key in kept)
-    assert len(list((tmp_path / "out").glob("*.tar"))) == 1
+    assert len({side for key, side in sides(tmp_path / "out").items() if not key.startswith("other")}) == 1
 
 
 def sides(folder) -> dict[str, str]:
@@ -607,15 +773,15 @@ def test_nothing_that_is_shared_straddles_the_split(tmp_path):
     assert len(counts) == 3 and min(counts.values()) > 20
     for i in range(count):
         assert len({side[f"{name}{i}"] for name in "abcde"}) == 1
-    hashes = {k: dedup.picture_hash(Image.open(io.BytesIO(m["jpg"]))) for k, m in found.items() if "jpg" in m}
+    hashes = {k: dedup.perceptual_hash(Image.open(io.BytesIO(m["jpg"]))) for k, m in found.items() if "jpg" in m}
     texts = {k: set(dedup.shingles(m["txt"].decode()).tolist()) for k, m in found.items() if "txt" in m}
     for a in side:
         for b in side:
             if side[a] < side[b]:
                 if a in hashes and b in hashes:
-                    assert (int(hashes[a], 16) ^ int(hashes[b], 16)).bit_count() > dedup.BITS
+                    assert (int(hashes[a], 16) ^ int(hashes[b], 16)).bit_count() > dedup.MAX_BITS
                 if a in texts and b in texts:
-                    assert len(texts[a] & texts[b]) < dedup.JACCARD * len(texts[a] | texts[b])
+                    assert len(texts[a] & texts[b]) < dedup.NEAR_TEXT * len(texts[a] | texts[b])
 
 
 def test_translations_and_equal_media_stay_together_without_near(tmp_path):
@@ -654,9 +820,9 @@ def test_bands_find_every_near_pair():
         hashes[i + 1] = hashes[i] ^ np.uint64(sum(1 << int(b) for b in flips))
 
     def near(a, b):
-        return dedup.distance(hashes[a], hashes[b]) <= dedup.BITS
+        return dedup.hamming(hashes[a], hashes[b]) <= dedup.MAX_BITS
 
-    found = {tuple(sorted(map(int, pair))) for pair in dedup.pairs(dedup.picture_bands(hashes), near)}
+    found = {tuple(sorted(map(int, pair))) for pair in dedup.near_pairs(dedup.image_bands(hashes), near)}
     assert found == {(a, b) for a in range(300) for b in range(a + 1, 300) if near(a, b)} and len(found) > 100
 
 
@@ -664,9 +830,35 @@ def test_a_crowded_band_goes_together(tmp_path, monkeypatch):
     monkeypatch.setattr(dedup, "WINDOW", 1)
     rng = np.random.default_rng(0)
     made = [{"__key__": f"{i}", "txt": STORY + "".join(rng.choice(list("abcdefgh"), 20))} for i in range(40)]
+    made += [{"__key__": f"other{i}", "txt": "".join(rng.choice(list("ijklmnopqrstuvwxyz "), 90))} for i in range(40)]
     shards.write(tmp_path / "a.tar", made)
     pack(tmp_path / "a.tar", tmp_path / "out", dedup="near", split=[0.5, 0.5])
-    assert len(set(sides(tmp_path / "out").values())) == 1
+    assert len({side for key, side in sides(tmp_path / "out").items() if not key.startswith("other")}) == 1
+
+
+def test_pieces_of_a_document_stay_in_one_split(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefghijklmnop \n"), 600)) for _ in range(60)]
+    (tmp_path / "folder").mkdir()
+    for i in range(20):
+        (tmp_path / "folder" / f"f{i}.txt").write_text(texts[i])
+        (tmp_path / f"t{i}.txt").write_text(texts[20 + i])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[40:]))
+    given = [tmp_path / "folder", tmp_path / "rows.jsonl", *sorted(tmp_path.glob("t*.txt"))]
+    pack(given, tmp_path / "out", split=[0.5, 0.5], piece_bytes=100)
+    documents = {}
+    for key, side in sides(tmp_path / "out").items():
+        documents.setdefault(key.rpartition("-")[0], []).append(side)
+    assert len(documents) == 60 and all(len(found) > 5 and len(set(found)) == 1 for found in documents.values())
+    assert len({found[0] for found in documents.values()}) == 2
+
+
+def test_a_split_that_stays_empty_stops_and_other_shares_are_taken(tmp_path):
+    rows = [{"text": f"{word} words", "by": word} for word in ("one", "two", "three", "four") for _ in range(2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="--split leaves validation empty: .*4 samples"):
+        pack(tmp_path / "a.jsonl", tmp_path / "out", split=[0.98, 0.02])
+    assert pack(tmp_path / "a.jsonl", tmp_path / "out")["total"]["samples"] == 4
 
 
 def test_the_signature_estimates_the_similarity():
@@ -703,14 +895,13 @@ FLAGS = ["--split", "0.7,0.3", "--shard-size", "60KB", "--dedup", "near"]
 
 def test_killed_at_any_file_and_resumed_gives_the_same_bytes(several, tmp_path, monkeypatch):
     monkeypatch.setattr(state, "CHUNK", 16)
-    count, rename = [0], state.rename
+    count, rename = [0], os.replace
 
     def counted(temporary, path):
         count[0] += 1
         rename(temporary, path)
 
-    for module in (state, run):
-        monkeypatch.setattr(module, "rename", counted)
+    monkeypatch.setattr(os, "replace", counted)
     pack(several, tmp_path / "0" / "out", **SETTINGS)
     want, files = bytes_of(tmp_path / "0" / "out"), count[0]
     assert files > 30
@@ -725,7 +916,7 @@ def test_killed_at_any_file_and_resumed_gives_the_same_bytes(several, tmp_path, 
                 if count[0] == fatal:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            count[0], state.rename, run.rename = 0, dies, dies
+            count[0], os.replace = 0, dies
             try:
                 pack(several, tmp_path / f"{fatal}" / "out", **SETTINGS)
             finally:
@@ -744,7 +935,7 @@ def test_kill_9_with_workers_then_the_same_command(several, tmp_path):
     out = tmp_path / "1" / "out"
     running = subprocess.Popen(command(several, out, *FLAGS, "--workers", "2"), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list((out / ".pack").glob("read/*.jsonl")) and time.monotonic() < deadline:
+    while not list((out / ".pack").glob("chunks/*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.005)
     running.kill()
     running.wait()
@@ -777,13 +968,13 @@ def test_as_many_workers_as_you_like(several, tmp_path, monkeypatch):
 
 
 def deadly(task):
-    """`_survey` in a process whose picture decoder aborts over one picture."""
-    real, bad = validate.image._jpeg, picture(7)
-    validate.image._jpeg = lambda config, raw: os.abort() if raw == bad else real(config, raw)
-    SURVEY(task)
+    """`_read_chunk` in a process whose image decoder aborts over one image."""
+    real, bad = validate.IMAGE.describe, picture(7)
+    validate.IMAGE.describe = lambda raw: os.abort() if raw["jpg"] == bad else real(raw)
+    READ_CHUNK(task)
 
 
-SURVEY = run._survey
+READ_CHUNK = run._read_chunk
 
 
 def test_a_decoder_that_ends_its_process(tmp_path, monkeypatch):
@@ -792,7 +983,7 @@ def test_a_decoder_that_ends_its_process(tmp_path, monkeypatch):
     for i in range(6):
         (folder / f"{i}.jpg").write_bytes(picture(i))
     (folder / "deadly.jpg").write_bytes(picture(7))
-    monkeypatch.setattr(run, "_survey", deadly)
+    monkeypatch.setattr(run, "_read_chunk", deadly)
     pack(folder, tmp_path / "out", 2)
     assert len(packed(tmp_path / "out")) == 6
     assert [row[2] for row in quarantined(tmp_path / "out")] == ["crash"]
@@ -812,13 +1003,13 @@ def test_a_finished_folder_and_others(media, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.doc").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
         pack(media, tmp_path / "mine")
-    with state.locked(tmp_path / "mine"), pytest.raises(UserError, match="another mmfm pack"):
+    with state.State(tmp_path / "mine").lock(), pytest.raises(UserError, match="another mmfm pack"):
         pack(media, tmp_path / "mine")
 
 
 def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
     shards.write(tmp_path / "a.tar", samples(4))
-    monkeypatch.setattr(run, "_read", lambda *_: sys.exit())
+    monkeypatch.setattr(run, "_read_chunks", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
         pack(tmp_path / "a.tar", tmp_path / "out")
     monkeypatch.undo()
@@ -841,7 +1032,17 @@ def test_shards_are_bounded_and_alike(tmp_path):
     assert len(paths) > 2 and all(path.stat().st_size <= 100_000 for path in paths)
     with tarfile.open(paths[0]) as archive:
         assert {(m.mtime, m.uname, m.mode) for m in archive.getmembers()} == {(0, "user", 0o644)}
-    assert not list((tmp_path / "out" / ".pack").rglob("*.bin"))
+    assert not list((tmp_path / "out" / ".pack").rglob("*.members"))
+
+
+def test_the_card_counts_as_inspect_does(several, tmp_path, capsys):
+    facts = pack(several, tmp_path / "out", **SETTINGS)
+    for split, counted in [*facts["splits"].items(), ("*", facts["total"])]:
+        inspect([str(tmp_path / "out" / f"{split}-*.tar")], json=True)
+        found = json.loads(capsys.readouterr().out)
+        assert counted == {name: found[name] for name in counted} and {"samples", "tokens", "modalities"} <= set(
+            counted
+        )
 
 
 def test_croissant_is_valid_and_reads_the_shards(several, tmp_path, monkeypatch):
@@ -874,12 +1075,10 @@ def test_settings_that_cannot_be(settings, message):
         Settings(["x"], **settings)
 
 
-def test_sizes_and_shares():
-    assert [parse_size(t) for t in ("256MB", "1GiB", "1000", "1.5k")] == [256_000_000, 1 << 30, 1000, 1500]
+def test_shares():
     assert parse_split("0.9,0.05,0.05") == [0.9, 0.05, 0.05]
-    for call, text in ((parse_size, "many"), (parse_split, "a,b")):
-        with pytest.raises(UserError):
-            call(text)
+    with pytest.raises(UserError):
+        parse_split("a,b")
 
 
 def test_half_a_picture_of_either_modality():
@@ -887,4 +1086,4 @@ def test_half_a_picture_of_either_modality():
     for kind in ("JPEG", "PNG", "WEBP"):
         data = picture(3, kind=kind)
         with pytest.raises(SampleError, match="decode"):
-            validate.picture(Settings(["x"]), "jpg", data[: len(data) // 2], {})
+            validate.convert_image(Settings(["x"]), "jpg", data[: len(data) // 2], {})

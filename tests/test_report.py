@@ -15,15 +15,15 @@ import yaml
 from conftest import jpeg, samples, tiny
 from PIL import Image
 
-from multimodal_fm import config
-from multimodal_fm.cli import app
+from multimodal_fm.cli import app, arguments
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.evals.run import table
 from multimodal_fm.reports import run
 from multimodal_fm.train import loop
+from multimodal_fm.train.config import load as load_config
 
-HOSTILE = '<script>alert("1")</script> & </textarea> \u05e9\u05dc\u05d5\u05dd'
+HOSTILE = '<script>alert("1")</script> & </textarea> \u05e9\u05dc\u05d5\u05dd \x1b[31m'
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,16 @@ def page(tmp_path_factory, corpus):
     shards.write(folder / "held.tar", [{k: v for k, v in sample.items() if k != "cls"} for sample in samples(16, 100)])
     evaluations = {
         "held": {"on": f"{folder}/held*.tar", "group": "color", "within": "language"},
-        "bad <b>": {"on": [str(folder / "bad.tar")], "where": {"color": "red"}, "modalities": ["text", "image"]},
+        "bad <b>\x1b[31m": {
+            "on": [str(folder / "bad.tar")],
+            "where": {"color": "red"},
+            "modalities": ["text", "image"],
+        },
     }
-    data = tiny(corpus, evaluate=evaluations, run=str(folder / "run"), steps=4)
+    data = tiny(corpus, evaluate=evaluations, run_dir=str(folder / "run"), steps=4)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
-    loop.pretrain(config.load(path))
+    loop.pretrain(load_config(path))
     return run.write(folder / "run", "cpu")
 
 
@@ -75,7 +79,7 @@ def test_needs_nothing_but_itself(page):
     ]
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert not {"link", "script", "iframe", "object", "base"} & {tag for tag, _ in read.tags}
-    assert "@import" not in text and "url(http" not in text and len(text) < run.MOST_BYTES
+    assert "@import" not in text and "url(http" not in text and len(text) < run.MAX_BYTES
     ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(|href=")#([^")]+)', text)
@@ -85,14 +89,14 @@ def test_needs_nothing_but_itself(page):
 def test_every_figure_is_there(page):
     cells = Reader(page.read_text()).cells
     measured = json.loads((page.parent / "evaluation.json").read_text())
-    assert list(measured) == ["held", "bad <b>"]
+    assert list(measured) == ["held", "bad <b>\x1b[31m"]
     for figures in measured.values():
         for row in table(figures)[1:]:
             row = [cell.replace("_", " ") for cell in row if cell]
             start = next(i for i, cell in enumerate(cells) if cell == row[0] and cells[i + 1] == row[1])
             assert cells[start : start + len(row)] == row
     assert sum(tag == "svg" for tag, _ in Reader(page.read_text()).tags) >= 8
-    assert "loss/pairs" in page.read_text() and "pairs: accuracy" in page.read_text()
+    assert "loss/pairs/contrastive" in page.read_text() and "pairs/contrastive: accuracy" in page.read_text()
 
 
 def test_pictures_and_sounds_decode(page):
@@ -159,7 +163,7 @@ def test_command_line(page, capsys):
     """It ends with three commands, and each works when copied; the last trains the same run on."""
     app(["report", str(page.parent), "--device", "cpu"], result_action="return_value")
     before, tries = capsys.readouterr().out.split("Try next:")
-    assert str(page) in before and "text → image" in before
+    assert str(page) in before and "text → image" in before and "\x1b" not in before
     tries = [shlex.split(line) for line in tries.strip().splitlines()]
     starts = [
         next(i for i, word in enumerate(words) if word.endswith(("mmfm", "multimodal_fm"))) + 1 for words in tries
@@ -167,13 +171,13 @@ def test_command_line(page, capsys):
     tries = [words[start:] for words, start in zip(tries, starts, strict=True)]
     assert [words[0] for words in tries] == ["search", "evaluate", "pretrain"]
     for words in tries:
-        app(words, result_action="return_value")
+        app(arguments(words), result_action="return_value")
     assert "sample0" in capsys.readouterr().out
     assert (page.parent / "checkpoints" / "step-00000008").is_dir()
 
 
 def test_without_evaluate(write_config):
-    loop.pretrain(config.load(write_config(steps=1)))
+    loop.pretrain(load_config(write_config(steps=1)))
     folder = write_config().parent / "run"
     with pytest.raises(UserError, match="evaluate"):
         run.write(folder, "cpu")

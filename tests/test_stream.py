@@ -1,33 +1,34 @@
-"""The stream as a run uses it: the same for any number of readers and ranks, exact, and honest about what is bad."""
+"""The stream as a run uses it: the same for any number of workers and ranks, exact, and honest about what is bad."""
 
+import contextlib
 import json
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import samples, tiny
+from conftest import dataset_of, jpeg, samples, tiny
 
-from multimodal_fm.config import build
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.run_dir.records import Skipped
-from multimodal_fm.stream import shared_memory as mod
-from multimodal_fm.stream.crash_log import Journal
-from multimodal_fm.stream.dataset import Steps
-from multimodal_fm.stream.quarantine import Bad
-from multimodal_fm.stream.shared_memory import Shelves
-from multimodal_fm.stream.tasks import fit, steps_of, tasks_of
-from multimodal_fm.stream.token_counts import Ruler
-from multimodal_fm.stream.workers import Loader
+from multimodal_fm.stream import shared_memory, worker_pool
+from multimodal_fm.stream.crash_log import CrashLog
+from multimodal_fm.stream.dataset import StepDataset
+from multimodal_fm.stream.loader import Loader
+from multimodal_fm.stream.quarantine import BadFraction
+from multimodal_fm.stream.tasks import build_tasks, fit_tokenizers
+from multimodal_fm.stream.token_counts import TokenCounter
 from multimodal_fm.train import loop
+from multimodal_fm.train.config import build
 
 
 def rows(run, name="metrics.jsonl"):
@@ -36,9 +37,11 @@ def rows(run, name="metrics.jsonl"):
 
 def fitted(config):
     """The config with its tokenizers, and its corpora."""
-    Path(config.run).mkdir(parents=True, exist_ok=True)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     corpora = {name: shards.Corpus(source, name) for name, source in config.sources.items()}
-    config.tokenizers = fit(config, corpora, Path(config.run))
+    config.model.tokenizers = fit_tokenizers(
+        config.tasks, corpora, config.model.tokenizers, config.seed, Path(config.run_dir)
+    )
     return config, corpora
 
 
@@ -46,27 +49,47 @@ def two_sources(folder, **changes) -> dict:
     """A large and a small source of text and pictures."""
     shards.write(folder / "large-0.tar", samples(40))
     shards.write(folder / "small-0.tar", samples(3, 100))
-    data = tiny(folder, **{"steps": 12, "trace": True, "run": str(folder / "run"), **changes})
+    data = tiny(folder, **{"steps": 12, "log_samples": True, "run_dir": str(folder / "run"), **changes})
     data["sources"] = {name: {"shards": f"{folder}/{name}-*.tar", "group": "color"} for name in ("large", "small")}
-    task = {"objective": "masked", "modalities": ["text"], "batch_size": 8, "sources": {"large": 0.75, "small": 0.25}}
-    pairs = {"objective": "contrastive", "modalities": ["text", "image"], "batch_size": 8, "sources": ["large"]}
+    task = {
+        "objectives": {"masked": {}},
+        "modalities": ["text"],
+        "batch_size": 8,
+        "sources": {"large": 0.75, "small": 0.25},
+    }
+    pairs = {"objectives": {"contrastive": {}}, "modalities": ["text", "image"], "batch_size": 8, "sources": ["large"]}
     data["tasks"] = {"words": task, "pairs": pairs}
     return data
+
+
+def test_a_source_has_augmentation_settings_of_its_own(tmp_path):
+    """A black picture that is turned gets white corners."""
+    made = [{"__key__": str(i), "png": jpeg("black", kind="PNG"), "txt": f"number {i}"} for i in range(8)]
+    pairs = {"objectives": {"contrastive": {}}, "modalities": ["text", "image"], "batch_size": 8}
+    brightest = {}
+    for name, augment in (("turned", {}), ("upright", {"image": {"rotation_degrees": 0}})):
+        shards.write(tmp_path / f"{name}.tar", made)
+        data = tiny(tmp_path, run_dir=str(tmp_path / "run"), tasks={name: pairs | {"sources": [name]}})
+        data["sources"] = {name: {"shards": str(tmp_path / f"{name}.tar"), "augment": augment}}
+        data["model"]["tokenizers"] = {"text": {"vocab_size": 300}, "image": {"rotation_degrees": 45}}
+        (batch,) = dataset_of(*fitted(build(data)))[0].batches
+        brightest[name] = int(batch.content["image"].max())
+    assert brightest["turned"] > 200 and brightest["upright"] == 0
 
 
 @pytest.mark.parametrize("how", ["threads", "processes"])
 def test_readers_change_nothing(tmp_path, how):
     config, corpora = fitted(build(two_sources(tmp_path)))
-    wanted = list(Loader(steps_of(config, corpora), 0, 6, 0))
+    wanted = list(Loader(dataset_of(config, corpora), 0, 6, 0))
     for workers in (1, 3):
-        found = list(Loader(steps_of(config, corpora), 0, 6, workers, how))
+        found = list(Loader(dataset_of(config, corpora), 0, 6, workers))
         for one, other in zip(wanted, found, strict=True):
-            assert one.keys == other.keys and one.counts == other.counts
+            assert one.samples == other.samples and one.counts == other.counts
             for left, right in zip(one.batches, other.batches, strict=True):
                 assert all(torch.equal(left.content[modality], right.content[modality]) for modality in left.content)
                 assert torch.equal(left.tokens.position, right.tokens.position)
-    ahead = list(Loader(steps_of(config, corpora), 4, 6, 2, how))
-    assert [step.keys for step in ahead] == [step.keys for step in wanted[4:]]
+    ahead = list(Loader(dataset_of(config, corpora), 4, 6, 2))
+    assert [step.samples for step in ahead] == [step.samples for step in wanted[4:]]
 
 
 def torchrun(ranks, *arguments, timeout=240):
@@ -79,12 +102,12 @@ def torchrun(ranks, *arguments, timeout=240):
 
 def test_ranks_may_change_between_resumes(tmp_path, corpus):
     """1, then 2, then 1 process: the samples of every step are the same, the losses to rounding."""
-    optim = {"lr": 3e-3, "warmup": 3, "decay": 0.0}  # a rate that does not hang on the number of steps
-    data = tiny(corpus, steps=9, save_every=3, microbatches=4, trace=True, optim=optim)
-    plain = build({**data, "run": str(tmp_path / "plain")})
+    optim = {"lr": 3e-3, "warmup_steps": 3, "decay_fraction": 0.0}  # a rate that does not hang on the number of steps
+    data = tiny(corpus, steps=9, save_every=3, microbatches=4, log_samples=True, optim=optim)
+    plain = build({**data, "run_dir": str(tmp_path / "plain")})
     loop.pretrain(plain)
     path = tmp_path / "changing.yaml"
-    changing = {**data, "run": str(tmp_path / "changing")}
+    changing = {**data, "run_dir": str(tmp_path / "changing")}
     loop.pretrain(build({**changing, "steps": 3}))
     path.write_text(json.dumps({**changing, "steps": 6}))
     done = torchrun(2, "pretrain", path, "--resume")
@@ -98,21 +121,29 @@ def test_ranks_may_change_between_resumes(tmp_path, corpus):
                 assert abs(one[name] - other[name]) < 2e-3 * max(1, abs(one[name])), name
 
 
+def test_what_ranks_tell_each_other_is_small(tmp_path, corpus):
+    """A step from a worker lies in a buffer of a gigabyte, which its tables must not take along."""
+    loader = Loader(dataset_of(*fitted(build(tiny(corpus, run_dir=str(tmp_path / "run"))))), 0, 1, 1)
+    (batch,) = next(iter(loader)).batches
+    assert len(pickle.dumps(batch.tasks["pairs"].table.clone())) < 10_000
+    loader.close()
+
+
 def test_ranks_must_share_the_microbatches_out(tmp_path, corpus):
-    config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=3)))
+    config, corpora = fitted(build(tiny(corpus, run_dir=str(tmp_path / "run"), microbatches=3)))
     with pytest.raises(UserError, match="cannot be shared out among 2 ranks"):
-        Steps(tasks_of(config, corpora), config.tokenizers, 0, 3, ranks=2)
+        StepDataset(build_tasks(config.tasks, corpora), config.model.tokenizers, 0, 3, ranks=2)
 
 
-def test_every_rank_has_its_share_and_no_item_is_read_twice(tmp_path, corpus):
-    config, corpora = fitted(build(tiny(corpus, run=str(tmp_path / "run"), microbatches=4)))
-    tasks = tasks_of(config, corpora)
-    whole = Steps(tasks, config.tokenizers, 0, 4)
+def test_every_rank_has_its_share_and_no_sample_is_read_twice(tmp_path, corpus):
+    config, corpora = fitted(build(tiny(corpus, run_dir=str(tmp_path / "run"), microbatches=4)))
+    tasks = build_tasks(config.tasks, corpora)
+    whole = StepDataset(tasks, config.model.tokenizers, 0, 4)
     for ranks in (2, 4):
-        parts = [Steps(tasks, config.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
+        parts = [StepDataset(tasks, config.model.tokenizers, 0, 4, rank=r, ranks=ranks) for r in range(ranks)]
         for step in range(3):
             dealt = [part[step] for part in parts]
-            assert sorted(key for one in dealt for key in one.keys) == sorted(whole[step].keys)
+            assert sorted(key for one in dealt for key in one.samples) == sorted(whole[step].samples)
             assert sum(len(one.batches) for one in dealt) == 4
             for one, other in zip((b for d in dealt for b in d.batches), whole[step].batches, strict=True):
                 assert torch.equal(one.tokens.position, other.tokens.position)
@@ -126,13 +157,21 @@ def test_microbatches_have_about_equal_tokens(tmp_path):
     for sample in made:
         sample["txt"] = " ".join(["word"] * int(generator.integers(1, 200)))
     shards.write(tmp_path / "a.tar", made)
-    data = tiny(tmp_path, run=str(tmp_path / "run"), microbatches=4)
+    data = tiny(tmp_path, run_dir=str(tmp_path / "run"), microbatches=4)
     data["sources"] = {"all": {"shards": f"{tmp_path}/a.tar"}}
-    data["tokenizers"] = {"text": {"vocab_size": 300, "max_tokens": 256}, "image": {"patch": 8, "max_tokens": 24}}
-    task = {"objective": "contrastive", "modalities": ["text", "image"], "batch_size": 128, "sources": {"all": 1}}
+    data["model"]["tokenizers"] = {
+        "text": {"vocab_size": 300, "max_tokens": 256},
+        "image": {"patch": 8, "max_tokens": 24},
+    }
+    task = {
+        "objectives": {"contrastive": {}},
+        "modalities": ["text", "image"],
+        "batch_size": 128,
+        "sources": {"all": 1},
+    }
     data["tasks"] = {"pairs": task}
     config, corpora = fitted(build(data))
-    steps = steps_of(config, corpora)
+    steps = dataset_of(config, corpora)
     for step in range(5):
         tokens = [len(batch.tokens) for batch in steps[step].batches]
         assert (max(tokens) - min(tokens)) / np.mean(tokens) < 0.05
@@ -147,27 +186,37 @@ def test_weights_by_token_share_out_tokens(tmp_path):
     data["sources"] = {name: {"shards": f"{tmp_path}/{name}-*.tar"} for name in ("short", "long")}
     weights = {"short": 0.37, "long": 0.63}
     data["tasks"] = {
-        "words": {"objective": "causal", "modalities": ["text"], "batch_size": 16, "by": "token", "sources": weights}
+        "words": {
+            "objectives": {"causal": {}},
+            "modalities": ["text"],
+            "batch_size": 16,
+            "weigh_by": "token",
+            "sources": weights,
+        }
     }
     config, corpora = fitted(build(data))
-    mixture = steps_of(config, corpora).mixtures[0]
+    mixture = dataset_of(config, corpora).mixtures[0]
     draws = mixture.draws(0, 10_000 * 16)
-    lengths = [[Ruler(corpora[n], ["text"], config.tokenizers).of(i) for i in range(30)] for n in weights]
+    lengths = [
+        [TokenCounter(corpora[n], ["text"], config.model.tokenizers).count(i) for i in range(30)]
+        for n in sorted(weights)
+    ]
     tokens = [np.array(lengths[s])[draws.sample[draws.source == s]].sum() for s in range(2)]
-    assert abs(tokens[0] / sum(tokens) - 0.37) < 0.002
-    assert (draws.source == 0).mean() > 0.6
+    assert abs(tokens[1] / sum(tokens) - 0.37) < 0.002
+    assert (draws.source == 1).mean() > 0.6
 
 
 def test_a_temperature_makes_weights_from_sizes(tmp_path):
     data = two_sources(tmp_path)
     data["tasks"]["words"] |= {"sources": ["large", "small"], "temperature": 0.5}
     config, corpora = fitted(build(data))
-    shares = steps_of(config, corpora).mixtures[0].shares[0]
+    shares = dataset_of(config, corpora).mixtures[0].quotas[0]
     assert abs(shares[0] / shares[1] - (40 / 3) ** 0.5) < 0.05
 
 
 def test_weights_change_at_the_step_that_the_schedule_names(tmp_path):
     data = two_sources(tmp_path)
+    shards.write(tmp_path / "small-0.tar", samples(6, 100))
     data["tasks"]["words"]["sources"] = {"large": 1.0, "small": {"5": 3}}
     loop.pretrain(build(data))
     small = [
@@ -208,10 +257,12 @@ def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
     data["tasks"] = {"words": {**data["tasks"]["words"], "sources": {"large": 1}}}
     spoil(tmp_path, bad)
     if ends:
-        with pytest.raises(UserError, match=r"source large: \d+ of 100 samples bad, more than max_bad=0.05") as error:
+        with pytest.raises(
+            UserError, match=r"source large: \d+ of 100 samples bad, more than max_bad_fraction=0.05"
+        ) as error:
             loop.pretrain(build(data))
         assert Path(str(error.value).split("checkpoint: ")[1]).is_dir()
-        data["max_bad"] = 0.1
+        data["max_bad_fraction"] = 0.1
         assert loop.pretrain(build(data), resume=True).name == "step-00000030"
     else:
         loop.pretrain(build(data))
@@ -220,7 +271,7 @@ def test_a_source_with_too_much_bad_in_it_ends_the_run(tmp_path, bad, ends):
 
 
 def test_ranks_end_together_where_a_source_turns_out_too_bad_after_a_resume(tmp_path):
-    """What was bad before the resume is in the ledger, which the first rank alone reads."""
+    """What was bad before the resume is in quarantine.jsonl, which the first rank alone reads."""
     data = two_sources(tmp_path, save_every=100, microbatches=2)
     data["tasks"] = {"words": {**data["tasks"]["words"], "sources": {"large": 1}}}
     spoil(tmp_path, 8)
@@ -229,7 +280,8 @@ def test_ranks_end_together_where_a_source_turns_out_too_bad_after_a_resume(tmp_
     path = tmp_path / "on.yaml"
     path.write_text(json.dumps({**data, "steps": 60}))
     done = torchrun(2, "pretrain", path, "--resume", timeout=90)
-    told = [line for line in done.stderr.splitlines() if "samples bad, more than max_bad=0.05 allows" in line]
+    lines = [line.partition("mmfm: ")[2] for line in done.stderr.splitlines()]
+    told = [line for line in lines if "samples bad, more than max_bad_fraction=0.05 allows" in line]
     assert done.returncode and len(set(told)) == 1, done.stderr[-3000:]  # the second may be ended before it speaks
 
 
@@ -243,9 +295,9 @@ def test_much_bad_in_a_part_of_a_source_needs_to_be_sure():
     def lost(count):
         return [{"source": "a", "shard": "s", "key": str(i), "step": 1} for i in range(count)]
 
-    assert not Bad(0.05, {"a": Corpus()}, lost(4)).line({"a": 4})
-    assert not Bad(0.05, {"a": Corpus()}, lost(60)).line({"a": 1000})
-    assert Bad(0.05, {"a": Corpus()}, lost(100)).line({"a": 1000})
+    assert not BadFraction(0.05, {"a": Corpus()}, lost(4)).message({"a": 4})
+    assert not BadFraction(0.05, {"a": Corpus()}, lost(60)).message({"a": 1000})
+    assert BadFraction(0.05, {"a": Corpus()}, lost(100)).message({"a": 1000})
 
 
 def test_strict_names_the_first_bad_one(tmp_path):
@@ -276,14 +328,18 @@ class Tokenizer(text.Tokenizer):
 """
 
 
-def dying(tmp_path, monkeypatch, **changes):
-    """A config whose text decoder ends its process at one sample."""
+def dying(tmp_path, deadly=(7,), **changes):
+    """A config whose text decoder ends its process at some samples."""
     (tmp_path / "dying_text.py").write_text(DYING)
     data = two_sources(tmp_path, **changes)
     made = samples(40)
-    made[7]["txt"] = "die, program"
+    for number in deadly:
+        made[number]["txt"] = "die, program"
     shards.write(tmp_path / "large-0.tar", made)
-    data["tokenizers"] = {"text": {"tokenizer": "modalities.dying", "vocab_size": 300, "max_tokens": 24}, "image": {}}
+    data["model"]["tokenizers"] = {
+        "text": {"tokenizer": "modalities.dying", "vocab_size": 300, "max_tokens": 24},
+        "image": {},
+    }
     (tmp_path / "modalities").mkdir()
     (tmp_path / "modalities" / "__init__.py").write_text("")
     (tmp_path / "dying_text.py").rename(tmp_path / "modalities" / "dying.py")
@@ -299,17 +355,18 @@ def dying(tmp_path, monkeypatch, **changes):
     return mmfm
 
 
-def test_a_decoder_that_ends_a_worker_process_costs_its_sample(tmp_path, monkeypatch):
-    mmfm = dying(tmp_path, monkeypatch, readers="processes", workers=1)
+def test_a_decoder_that_ends_a_worker_process_costs_its_samples(tmp_path):
+    """Also where several of them are in one step."""
+    mmfm = dying(tmp_path, range(7, 12), num_workers=2, max_bad_fraction=0.5)
     done = mmfm()
     assert done.returncode == 0, done.stderr[-2000:]
     lost = rows(tmp_path / "run", "quarantine.jsonl")
-    assert {(row["key"], row["reason"]) for row in lost} == {("sample0007", "crash")}
-    assert "sample0007" in done.stdout + done.stderr
+    assert {(row["key"], row["reason"]) for row in lost} == {(f"sample{n:04d}", "crash") for n in range(7, 12)}
+    assert "exit code -6) while it decoded large" in done.stdout and "sample0007" in done.stdout
 
 
-def test_a_decoder_that_ends_the_program_is_left_out_the_third_time(tmp_path, monkeypatch):
-    mmfm = dying(tmp_path, monkeypatch, readers="threads", workers=1, save_every=1)
+def test_a_decoder_that_ends_the_program_is_left_out_the_third_time(tmp_path):
+    mmfm = dying(tmp_path, num_workers=0, save_every=1)
     codes = [mmfm().returncode, mmfm("--resume").returncode]
     assert codes == [-signal.SIGABRT] * 2
     done = mmfm("--resume")
@@ -320,18 +377,18 @@ def test_a_decoder_that_ends_the_program_is_left_out_the_third_time(tmp_path, mo
 
 
 def test_a_run_that_was_killed_blames_nobody(tmp_path):
-    """Only a fault of the program's own counts against what was being read."""
+    """Only a crash counts against the sample that was being decoded."""
     corpus = shards.Corpus(shards.Config(str(_one(tmp_path))), "all")
     for _ in range(3):
-        journal = Journal(tmp_path / "reading-0", 2)
-        journal.note(corpus, 0)  # and the process is gone
-    assert not Journal(tmp_path / "reading-0", 2).blocks(corpus, 0)
+        log = CrashLog(tmp_path / "reading-0", 2)
+        log.begin(corpus, 0)  # and the process is gone
+    assert not CrashLog(tmp_path / "reading-0", 2).excludes(corpus, 0)
     for _ in range(2):
-        Journal(tmp_path / "reading-0", 2).note(corpus, 0)
+        CrashLog(tmp_path / "reading-0", 2).begin(corpus, 0)
         (tmp_path / "reading-0.fault").write_text("Fatal Python error: Segmentation fault")
-        journal = Journal(tmp_path / "reading-0", 2)
+        log = CrashLog(tmp_path / "reading-0", 2)
         (tmp_path / "reading-0.fault").unlink()
-    assert journal.blocks(corpus, 0) and not journal.blocks(corpus, 1)
+    assert log.excludes(corpus, 0) and not log.excludes(corpus, 1)
 
 
 def _one(folder):
@@ -343,105 +400,103 @@ def _one(folder):
 def test_a_killed_worker_process_is_replaced(tmp_path, pause):
     """Whether it dies while its step is waited for or while the run is busy with another one."""
     config, corpora = fitted(build(two_sources(tmp_path)))
-    wanted = [step.keys for step in Loader(steps_of(config, corpora), 0, 10, 0)]
-    loader = Loader(steps_of(config, corpora), 0, 10, 2, "processes")
-    found = []
-    for step in loader:
-        found.append(step.keys)
+    wanted = [step.samples for step in Loader(dataset_of(config, corpora), 0, 10, 0)]
+    others, found = set(multiprocessing.active_children()), []
+    for step in Loader(dataset_of(config, corpora), 0, 10, 2):
+        found.append(step.samples)
         if len(found) == 3:
-            os.kill(loader._near._workers[0].pid, signal.SIGKILL)
+            os.kill((set(multiprocessing.active_children()) - others).pop().pid, signal.SIGKILL)
             time.sleep(pause)
-    assert found == wanted
-
-
-@pytest.fixture
-def shelves(tmp_path, monkeypatch):
-    """Makes shelves of one worker, whose part this process plays too."""
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=0))
-    config, corpora = fitted(build(two_sources(tmp_path)))
-    return lambda: Shelves(steps_of(config, corpora), 1)
+    assert found == wanted and set(multiprocessing.active_children()) == others
 
 
 def contents(step) -> list:
     return [batch.content[modality].tolist() for batch in step.batches for modality in sorted(batch.content)]
 
 
-def test_a_shelf_is_free_once_nothing_on_it_is_held(shelves):
-    shelves = shelves()
-    first, second = (shelves.taken(shelves[step]) for step in range(2))
-    assert list(shelves.used[:]) == [1, 1, 0, 0, 0]
+class Sent:
+    """Steps that go through shared buffers, in this process, which plays the worker's part too."""
+
+    def __init__(self, tmp_path):
+        self.steps = dataset_of(*fitted(build(two_sources(tmp_path))))
+        self.buffers = shared_memory.SharedBuffers(5)
+
+    def __getitem__(self, step):
+        number = self.buffers.acquire()
+        return self.buffers.load(number, self.buffers.write(number, lambda empty: self.steps.read(step, empty)))
+
+    def used(self) -> set[int]:
+        return set(range(5)) - set(self.buffers.free)
+
+
+def test_a_buffer_is_free_once_nothing_in_it_is_held(tmp_path):
+    sent = Sent(tmp_path)
+    first, second = sent[0], sent[1]
+    assert sent.used() == {0, 1}
     tensor = next(iter(first.batches[0].content.values()))
-    told = tensor.tolist()
+    before = tensor.tolist()
     del first
-    assert list(shelves.used[:]) == [1, 1, 0, 0, 0] and tensor.tolist() == told
+    assert sent.used() == {0, 1} and tensor.tolist() == before
     del tensor
-    assert list(shelves.used[:]) == [0, 1, 0, 0, 0]
-    third = shelves.taken(shelves[2])
-    assert list(shelves.used[:]) == [1, 1, 0, 0, 0]
-    assert contents(second) == contents(shelves.steps[1]) and contents(third) == contents(shelves.steps[2])
+    assert sent.used() == {1}
+    third = sent[2]
+    assert sent.used() == {0, 1}  # the one that was used before, whose memory exists
+    assert contents(second) == contents(sent.steps[1]) and contents(third) == contents(sent.steps[2])
 
 
-def test_a_process_forked_while_a_step_is_held_frees_nothing(shelves):
-    shelves = shelves()
-    held = [shelves.taken(shelves[0])]
+def test_a_process_forked_while_a_step_is_held_frees_nothing(tmp_path):
+    sent = Sent(tmp_path)
+    held = [sent[0]]
     child = os.fork()
     if not child:
         held.clear()
-        os._exit(shelves.used[0])
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 and shelves.used[0] == 1
+        os._exit(len(sent.used()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 and sent.used() == {0}
     held.clear()
-    assert shelves.used[0] == 0
-
-
-def test_a_step_that_cannot_be_read_leaves_its_shelf(shelves, monkeypatch):
-    shelves = shelves()
-    monkeypatch.setattr(shelves.steps, "_read", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        shelves[0]
-    assert not any(shelves.used[:])
+    assert not sent.used()
 
 
 @pytest.mark.parametrize("room", ["as ever", "little", "none", "refused", "limited"])
-def test_steps_arrive_whatever_memory_there_is(shelves, monkeypatch, room):
-    """On shelves; on shelves that are too small, all or in part; by the pipe, since there are none or all are held."""
+def test_steps_arrive_whatever_memory_there_is(tmp_path, monkeypatch, room):
+    """In buffers; in buffers that are too small, all or in part; through the pipe, without buffers or with all held."""
 
     def refused(file, size):
         if size > 100:
             raise OSError(12, "Cannot allocate memory")
         return mmap(file, size)
 
-    mmap = mod.mmap.mmap
+    mmap = shared_memory.mmap.mmap
     if room == "refused":
-        monkeypatch.setattr(mod.mmap, "mmap", refused)
+        monkeypatch.setattr(shared_memory.mmap, "mmap", refused)
     if room == "limited":
-        monkeypatch.setattr(mod.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
-    monkeypatch.setattr(mod, "ROOM", {"little": 2048, "none": 1}.get(room, mod.ROOM))
-    shelves = shelves()
-    found = [shelves.taken(shelves[step]) for step in range(8)]
-    assert sum(shelves.used[:]) == (0 if room in ("none", "refused", "limited") else mod.EACH)
+        monkeypatch.setattr(shared_memory.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
+    monkeypatch.setattr(shared_memory, "BUFFER_BYTES", {"little": 2048, "none": 1}.get(room, 1 << 30))
+    sent = Sent(tmp_path)
+    assert len(sent.buffers.buffers) == (0 if room in ("refused", "limited") else 5)
+    found = [sent[step] for step in range(8)]
+    assert room == "none" or not sent.buffers.free
     for number, step in enumerate(found):
-        assert step.keys == shelves.steps[number].keys and contents(step) == contents(shelves.steps[number])
+        assert step.samples == sent.steps[number].samples and contents(step) == contents(sent.steps[number])
 
 
 LEFT = """
-import os, sys, time
-from multimodal_fm.stream import workers
-def get(self, step):
+import multiprocessing, os, sys, time
+from multimodal_fm.stream import worker_pool
+def read(step):
     if step and sys.argv[1] == "stuck":
         time.sleep(3600)
     return bytes(1 << 20)  # more than a pipe holds
-workers.Shelves.__getitem__, workers.Shelves.taken = get, lambda self, parcel: parcel
-reading = workers.Loader(None, 0, 100, 2)
-steps = iter(reading)
-next(steps)
-print(*(worker.pid for worker in reading._near._workers), flush=True)
+pool = worker_pool.WorkerPool(read, 2)
+results = pool.imap(range(100))
+next(results)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 if sys.argv[1] == "gone":
     time.sleep(0.5)
     os._exit(1)
 """
 
 
-@pytest.mark.parametrize("how", ["gone", "idle", pytest.param("stuck", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["gone", "idle", "stuck"])
 def test_worker_processes_end_with_the_program(how):
     """Which ends without a word while they have much to send, forgets them, or forgets them in the middle of a read."""
     script = [sys.executable, "-W", "ignore", "-c", LEFT, how]
@@ -461,21 +516,91 @@ def test_worker_processes_end_with_the_program(how):
     assert len(done.stdout.split()) == 2
 
 
-def test_a_worker_that_ends_in_peace_is_a_death_too(tmp_path, monkeypatch):
-    config, corpora = fitted(build(two_sources(tmp_path)))
-    steps = steps_of(config, corpora)
-    monkeypatch.setattr(steps, "_read", lambda *_: os._exit(0))
-    monkeypatch.setattr("multimodal_fm.stream.workers.RESTARTS", 0)
-    with pytest.raises(UserError, match=r"ended 1 times \(exit 0\)"):
-        next(iter(Loader(steps, 0, 10, 1, "processes")))
+def test_a_worker_that_exits_with_0_is_a_death_too(tmp_path, monkeypatch):
+    steps = dataset_of(*fitted(build(two_sources(tmp_path))))
+    monkeypatch.setattr(steps, "_read_task", lambda *_: os._exit(0))
+    with pytest.raises(UserError, match=r"step 1: its worker ended 4 times \(exit code 0\)"):
+        next(iter(Loader(steps, 0, 10, 1)))
 
 
-def test_an_exception_in_a_reader_thread_comes_out(tmp_path, monkeypatch):
-    config, corpora = fitted(build(two_sources(tmp_path)))
-    steps = steps_of(config, corpora)
-    monkeypatch.setattr(steps, "_read", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(iter(Loader(steps, 0, 10, 2, "threads")))
+def test_an_exception_in_a_worker_is_raised_where_its_step_is_due(tmp_path, monkeypatch):
+    steps = dataset_of(*fitted(build(two_sources(tmp_path))))
+    real = steps._read_task
+
+    def read(number, draws, own, step, *more):
+        return real(number, draws, own, step, *more) if step < 2 else 1 / 0
+
+    monkeypatch.setattr(steps, "_read_task", read)
+    for workers in (0, 2):
+        stream = iter(Loader(steps, 0, 10, workers))
+        assert [next(stream).samples for _ in range(2)]
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+
+
+class Odd(Exception):
+    """Cannot be pickled and made again."""
+
+    def __init__(self, one, other):
+        super().__init__(one)
+
+
+def job(number: int) -> int:
+    """What the workers of the tests below do with a job."""
+    if number == 7:
+        raise Odd(number, number)
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_jobs_are_done_by_any_number_of_processes():
+    for workers in (0, 2):
+        found = list(worker_pool.run_jobs(job, range(7), workers))
+        assert sorted(found) == [(number, number * number) for number in range(7)]
+    assert not multiprocessing.active_children()
+
+
+def test_an_exception_that_cannot_be_pickled_comes_as_its_traceback():
+    with pytest.raises(RuntimeError, match="Odd: 7"):
+        pooled(7)
+
+
+def pooled(*jobs: int, **settings) -> list[tuple[int, int]]:
+    with contextlib.closing(worker_pool.WorkerPool(job, 2, **settings)) as pool:
+        return list(pool.imap(jobs, ordered=False))
+
+
+def test_a_job_over_which_workers_die_is_given_up_or_done_again():
+    with pytest.raises(UserError, match=r"ended 3 times \(exit code -9\) over the same job"):
+        pooled(1, -1, 2)
+    deaths = []
+
+    def mend(job, worker, exit_code):
+        deaths.append((job.argument, job.deaths, exit_code))
+        job.argument = abs(job.argument)
+
+    assert sorted(pooled(1, -3, 2, -5, on_death=mend)) == [(1, 1), (2, 4), (3, 9), (5, 25)]
+    assert sorted(deaths) == [(-5, 1, -9), (-3, 1, -9)] and not multiprocessing.active_children()
+
+
+def test_jobs_are_taken_no_further_ahead_than_the_workers_need():
+    taken = []
+    pool = worker_pool.WorkerPool(job, 2)
+    results = pool.imap(taken.append(n) or n for n in range(9, 99))
+    assert next(results) == (9, 81) and len(taken) <= 5
+    pool.close()
+
+
+def test_workers_ignore_signals_and_give_way(tmp_path):
+    def look(_):
+        ignored = [signal.getsignal(one) == signal.SIG_IGN for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        return all(ignored), os.getpriority(os.PRIO_PROCESS, 0), torch.get_num_threads()
+
+    pool = worker_pool.WorkerPool(look, 1)
+    [(_, found)] = pool.imap([0])
+    pool.close()
+    assert found == (True, min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19), 1)
 
 
 def test_what_was_skipped_is_told_once_and_the_first_by_name():

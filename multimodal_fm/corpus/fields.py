@@ -1,4 +1,4 @@
-"""A sample's JSON row."""
+"""The fields of a sample's JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse(data: bytes):
 
 
 def parse_map(data: bytes | None) -> dict:
-    """The row in `data`; empty where there is none, or it is broken, or no map."""
+    """The JSON object in `data`; empty where there is none, or `data` is broken or something else."""
     try:
         row = parse(data) if data is not None else {}
     except SampleError:
@@ -31,5 +31,6 @@ def lookup(row, name: str):
     return row
 
 
-def matches(row: dict, wanted: dict[str, str]) -> bool:
-    return all(str(lookup(row, name)) == str(value) for name, value in wanted.items())
+def matches(row: dict, values: dict[str, str]) -> bool:
+    """Whether each of the named fields has the given value, both compared as text."""
+    return all(str(lookup(row, name)) == str(value) for name, value in values.items())

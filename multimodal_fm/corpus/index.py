@@ -1,65 +1,60 @@
-"""The index of a shard: a small file beside it, through which any sample is reached and its bytes are checked.
+"""The index of a shard: a small file through which any sample is reached at random and its bytes are verified.
 
-`NAME.mmidx` stands beside the shard, or in the cache folder where the shard's folder cannot be written. Layout, all
+`NAME.mmidx` stands beside the shard, or in the cache folder where nothing may be written beside it. All numbers are
 little endian: the magic, the version (u32), the length of a JSON head (u32), the head's CRC-32 (u32), twelve zeros, the
-head, then the tables:
+head, then the tables for N samples with M members:
 
-    members  (M,)  `MEMBER`: offset, length, CRC-32, two measures (pixels wide and high; milliseconds and rate), ending,
-                   CRC-16 of what belongs to the member but its content: its headers and its padding
-    first    (N+1,) u32: sample i's members are `first[i] : first[i + 1]`
-    makeup   (N,) u16: which of the head's makeups (the endings that a sample has) the sample is of
-    places   (N+1,) u32: sample i's key is `names[places[i] : places[i + 1]]`
-    names    UTF-8
+    members            (M,)   `MEMBER`: where a member's content lies, its CRC-32, the two numbers of its tokenizer's
+                              `measure` (0, 0 where there is none), the row of its extension in the head, and the CRC-16
+                              of the header and padding around it
+    member_starts      (N+1,) u32: sample i's members are `members[member_starts[i] : member_starts[i + 1]]`
+    extension_set_ids  (N,)   u16: which of the head's extension sets sample i has
+    key_starts         (N+1,) u32: sample i's key is `keys[key_starts[i] : key_starts[i + 1]]`
+    keys               (K,)   UTF-8
 
-The head holds the shard's size, time stamp and SHA-256, the CRC-32 of what follows the last member, the counts, what
-was refused, and the tables' SHA-256. So each byte of a shard is answered for by one member or by the end.
+The head holds the shard's size, version (`storage.stat`) and SHA-256, the CRC-32 of what follows the last member, the
+counts, what was rejected, which tokenizer measured which extension, and the SHA-256 of the tables. So every byte of a
+shard is covered by exactly one checksum.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import SampleError, UserError
+from ..tokenizers.base import Tokenizer
 from . import storage
-from .scan import LARGEST, Window, block_of, checks, crc_of, digest_of, scan
+from .scan import MAX_MEMBER_BYTES, Rejection, WindowReader, checksum_member, checksum_rest, hash_shard, scan
 
-MAGIC, VERSION, START = b"mmidx\r\n\0", 2, 32
+MAGIC, PREAMBLE_BYTES = b"mmidx\r\n\0", 32
+VERSION = 3  # one more whenever the layout changes, or a scan finds other samples
 MEMBER = np.dtype(
     [
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("crc", "<u4"),
-        ("a", "<u4"),
-        ("b", "<u4"),
-        ("ending", "<u2"),
-        ("frame", "<u2"),
+        *(("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")),
+        *(("a", "<u4"), ("b", "<u4")),  # `measure`: width and height in pixels, or milliseconds and samples a second
+        *(("extension", "<u2"), ("frame", "<u2")),
     ]
 )
-NAMED = 10_000  # how many refusals the head names; it counts them all
-PIECE = 2000  # bytes of a piece of plain text
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Something in a shard that is not delivered: a line for the ledger."""
-
-    shard: str
-    key: str
-    part: str
-    reason: str
-    detail: str
+HEAD = {
+    int: ("samples", "members", "key_bytes", "size", "rejection_count", "tail"),
+    str: ("version", "sha256", "tables"),
+    list: ("counts", "extensions", "extension_sets", "rejections"),
+    dict: ("measured_by",),
+}
+MAX_EXTENSIONS = 2**16 - 1  # that one shard may have, and as many sets of them
+MAX_LISTED = 10_000  # rejections that the head lists; all are counted
+PIECE_BYTES = 2000  # of plain text
 
 
 class Damaged(ValueError):
@@ -67,149 +62,167 @@ class Damaged(ValueError):
 
 
 class Index:
-    """What an index file holds; the tables are mapped, not read. Raises OSError, ValueError and, of these, Damaged."""
+    """An index file, whose tables are mapped into memory. Raises OSError, ValueError, and `Damaged`, which is one.
+
+    Attributes:
+        head: what the file says of the shard and of the tables.
+        extensions: those of all members; a row of `members` names its own by number.
+        extension_sets: those of samples; a row of `extension_set_ids` names its own by number.
+        rejections: what the scan rejected, the first `MAX_LISTED` of `head["rejection_count"]`.
+    """
 
     def __init__(self, shard: str, file: Path):
-        self.shard, self.file = shard, file
-        held = _mapped(file)
-        start = held[:START].tobytes()
-        if start[:8] != MAGIC:
+        self.shard, self.file, self._checked = shard, file, False
+        data = _map_file(file)
+        preamble = data[:PREAMBLE_BYTES].tobytes()
+        if preamble[:8] != MAGIC:
             raise Damaged("not an index")
-        if int.from_bytes(start[8:12], "little") != VERSION:
+        if int.from_bytes(preamble[8:12], "little") != VERSION:
             raise ValueError("not an index of this version")
-        place = START + int.from_bytes(start[12:16], "little")
-        text = held[START:place].tobytes()
-        if start != _start(text):
+        start = PREAMBLE_BYTES + int.from_bytes(preamble[12:16], "little")
+        head = data[PREAMBLE_BYTES:start].tobytes()
+        if preamble != _preamble(head):
             raise Damaged("its head is not what was written")
-        self.head = json.loads(text)
-        samples, members, self.endings = self.head["samples"], self.head["members"], self.head["endings"]
-        shapes = (
-            (MEMBER, members),
-            ("<u4", samples + 1),
-            ("<u2", samples),
-            ("<u4", samples + 1),
-            ("u1", self.head["names"]),
-        )
-        tables, ends = [], np.cumsum([place, *(np.dtype(kind).itemsize * count for kind, count in shapes)]).tolist()
-        if ends[-1] != len(held):
+        self.head, self.extensions, self.extension_sets, self.rejections = _parse_head(shard, head)
+        kinds, samples = (MEMBER, "<u4", "<u2", "<u4", "u1"), self.head["samples"]
+        counts = (self.head["members"], samples + 1, samples, samples + 1, self.head["key_bytes"])
+        sizes = [np.dtype(kind).itemsize * count for kind, count in zip(kinds, counts)]
+        ends = list(itertools.accumulate(sizes, initial=start))
+        if min(counts) < 0 or ends[-1] != len(data):
             raise Damaged("its tables are not as long as its head says")
-        for (kind, _), (begin, end) in zip(shapes, itertools.pairwise(ends), strict=True):
-            tables.append(held[begin:end].view(kind))
-        self.members, self.first, self.makeup, self.places, self.names = tables
-        self._checked = False
+        self._tables = [data[i:j].view(kind) for kind, (i, j) in zip(kinds, itertools.pairwise(ends))]
+        self.members, self.member_starts, self.extension_set_ids, self.key_starts, self.keys = self._tables
 
     def __len__(self) -> int:
-        return self.head["samples"]
-
-    @property
-    def makeups(self) -> list[list[str]]:
-        """The sets of endings that samples have."""
-        return self.head["makeups"]
-
-    @property
-    def refused(self) -> list[Refused]:
-        return [Refused(self.shard, *row) for row in self.head["refused"]]
+        return len(self.extension_set_ids)
 
     def key(self, sample: int) -> str:
-        return self.names[self.places[sample] : self.places[sample + 1]].tobytes().decode()
+        return self.keys[self.key_starts[sample] : self.key_starts[sample + 1]].tobytes().decode("utf-8", "replace")
 
     def spans(self, sample: int) -> dict[str, tuple[int, int, int]]:
-        """Offset, length and CRC-32 of the sample's members by ending."""
-        rows = self.members[self.first[sample] : self.first[sample + 1]].tolist()
-        return {self.endings[row[5]]: row[:3] for row in rows}
+        """Offset, length and CRC-32 of the sample's members by extension."""
+        rows = self.members[self.member_starts[sample] : self.member_starts[sample + 1]].tolist()
+        return {self.extensions[row[5]]: row[:3] for row in rows}
+
+    def measured_by(self, tokenizers: Iterable[Tokenizer]) -> bool:
+        """Whether the measures are those of these tokenizers, for the extensions that they read and the shard has."""
+        names, own = self.head["measured_by"], _by_extension(tokenizers)
+        return all(names.get(extension) == own[extension].name for extension in self.extensions if extension in own)
+
+    def is_intact(self) -> bool:
+        """Whether the tables are those that were written, and such as a scan writes. Reads all of them."""
+        bounds = (self.member_starts, len(self.members)), (self.key_starts, len(self.keys))
+        rows = (self.members["extension"], self.extensions), (self.extension_set_ids, self.extension_sets)
+        return (
+            _hash_tables(self._tables) == self.head["tables"]
+            and all(
+                starts[0] == 0 and starts[-1] == stop and (starts[1:] >= starts[:-1]).all() for starts, stop in bounds
+            )
+            and all(not len(ids) or ids.max() < len(names) for ids, names in rows)
+        )
 
     def check(self) -> None:
-        """Raises UserError where the tables are damaged. They are looked through once, before a sample is looked up."""
-        if not self._checked and not self.whole():
+        """Raises UserError where the tables are damaged. They are read the first time only."""
+        if not self._checked and not self.is_intact():
             raise UserError(
                 f"{self.shard}: its index {self.file} is damaged; `mmfm inspect --rebuild {self.shard}` makes it anew"
             )
         self._checked = True
 
     def read(
-        self, sample: int, endings=(), most: int = LARGEST
+        self, sample: int, extensions=(), max_bytes: int = MAX_MEMBER_BYTES
     ) -> tuple[dict[str, bytes], list[tuple[str, SampleError]]]:
-        """The sample's members, all or those with the given endings, none of more than `most` bytes, and which of them
-        cannot be had and why."""
+        """The sample's members by extension, all or those with the given extensions, and which of them cannot be had:
+        longer than `max_bytes`, unreadable, or not the bytes that were indexed."""
         members, failed = {}, []
-        for ending, (offset, length, crc) in self.spans(sample).items():
-            if endings and ending not in endings:
+        for extension, (offset, length, crc) in self.spans(sample).items():
+            if extensions and extension not in extensions:
                 continue
             try:
-                if length > most:
-                    raise SampleError("byte-limit", f"{length} bytes, the limit is {most}")
+                if length > max_bytes:
+                    raise SampleError("byte-limit", f"{length} bytes, the limit is {max_bytes}")
                 data = storage.read(self.shard, offset, length)
                 if len(data) != length or zlib.crc32(data) != crc:
                     raise SampleError("crc", f"{length} bytes at {offset} are not those that were indexed")
-                members[ending] = data
+                members[extension] = data
             except OSError as error:
-                failed.append((ending, SampleError("read", str(error)[:200])))
+                failed.append((extension, SampleError("read", str(error)[:200])))
             except SampleError as error:
-                failed.append((ending, error))
+                failed.append((extension, error))
         return members, failed
 
     def differences(self) -> Iterator[tuple[int, str, str, str]]:
-        """Sample (-1: none), ending, reason and detail of all that is not as it was indexed. Reads the whole shard.
+        """Reads the whole shard and yields (sample or -1, extension, reason, detail) for each difference.
 
-        Every byte belongs to one sample: a header and padding to its member's, what follows the last member to the last.
+        A header and padding belong to their member's sample, and what follows the last member to the last sample.
         Raises OSError, SampleError.
         """
-        size = storage.stamp(self.shard)[0]
-        read, end, sample_of = Window(self.shard, size), 0, np.repeat(np.arange(len(self)), np.diff(self.first))
-        for sample, row in zip(sample_of.tolist(), self.members):
-            ending, offset, length = self.endings[row["ending"]], int(row["offset"]), int(row["length"])
-            crc, frame, _, end = checks(read, end, offset, length, size, block_of(self.shard))
-            if crc != row["crc"]:
-                yield sample, ending, "crc", f"{length} bytes at {offset} are not those that were indexed"
-            elif frame != row["frame"]:
-                yield sample, ending, "shard", f"the header or the padding of {length} bytes at {offset} is damaged"
-        if crc_of(read, end, size) != self.head["tail"]:
+        read, end = WindowReader(self.shard, storage.stat(self.shard)[0]), 0
+        samples = np.repeat(np.arange(len(self)), np.diff(self.member_starts)).tolist()
+        for sample, row in zip(samples, self.members, strict=True):
+            offset, length, indexed_crc, _, _, extension, indexed_frame = row.tolist()
+            crc, frame, _, end = checksum_member(read, end, offset, length)
+            where = f"{length} bytes at {offset}"
+            if crc != indexed_crc:
+                yield sample, self.extensions[extension], "crc", f"{where} are not those that were indexed"
+            elif frame != indexed_frame:
+                yield sample, self.extensions[extension], "shard", f"the header or the padding of {where} is damaged"
+        if checksum_rest(read, end) != self.head["tail"]:
             yield len(self) - 1, "", "shard", f"what follows the last member, from byte {end} on, is damaged"
 
-    def whole(self) -> bool:
-        """Whether the tables are what the head says that they are."""
-        return _digest(self.members, self.first, self.makeup, self.places, self.names) == self.head["tables"]
+
+def open_all(
+    shards: list[str],
+    piece_bytes: int = PIECE_BYTES,
+    tokenizers: Iterable[Tokenizer] = (),
+    write_index: bool = True,
+    progress: Callable[[str], None] = lambda shard: None,
+) -> list[Index]:
+    """The indexes of several shards, some of them built at the same time; see `open_index`."""
+    tokenizers = tuple(tokenizers)
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda shard: open_index(shard, piece_bytes, tokenizers, write_index, progress), shards))
 
 
-def _mapped(file: Path) -> np.ndarray:
-    """A file's bytes (N,), not read but mapped. No file stays open for it, as one does for each of numpy's maps: there
-    may be more shards than a process may have files open. Raises OSError."""
-    size = os.stat(file).st_size
-    try:
-        found = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        raise OSError(str(error).splitlines()[0]) from None
-    found.flags.writeable = False
-    return found
+def open_index(
+    shard: str,
+    piece_bytes: int = PIECE_BYTES,
+    tokenizers: Iterable[Tokenizer] = (),
+    write_index: bool = True,
+    progress: Callable[[str], None] = lambda shard: None,
+) -> Index:
+    """The shard's index, which is built where there is none.
 
+    Args:
+        piece_bytes: of a .txt file, the bytes that a sample has at most.
+        tokenizers: those whose measures the index must hold; one that was built without them is built again.
+        write_index: whether a new index may be written beside the shard; else it goes into the cache folder.
+        progress: is called with the shard's name before it is read through.
 
-def opened(shard: str, piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None) -> Index:
-    """The shard's index, made where there is none. Raises UserError where the shard is gone or is another one by now."""
-    try:
-        storage.forget(shard)  # what this process may have open is the file that was there before
-        size, mark = storage.stamp(shard)
-    except OSError as error:
-        raise UserError(f"{shard}: {error.strerror or error}") from None
-    found = []
-    for file in _files(shard, piece):
-        try:
-            found.append(Index(shard, file))
-        except (OSError, ValueError):
-            continue  # none there, or of another version, or damaged: it is made again
-        if found[-1].head["size"] == size and found[-1].head["mark"] == mark:
-            return found[-1]
-    same = any(one.head["size"] == size and one.head["sha256"] == digest_of(shard, size) for one in found)
-    if found and not same:
-        raise UserError(
-            f"{shard}: is not the file that {found[0].file} was made of; `mmfm inspect --rebuild {shard}` makes it anew"
-        )  # a copy of it, or the same with another time, gets an index of its own
+    Raises UserError where the shard cannot be read, or has been replaced since its index was built.
+    """
+    with _naming(shard):
+        storage.reopen_files()
+        size, version = storage.stat(shard)
+        existing, tokenizers = [], tuple(tokenizers)
+        for file in _index_files(shard, piece_bytes):
+            with contextlib.suppress(OSError, ValueError):  # not there, of another version, or damaged
+                existing.append(Index(shard, file))
+        current = [one for one in existing if (one.head["size"], one.head["version"]) == (size, version)]
+        for one in current:
+            if one.measured_by(tokenizers):
+                return one
+        # A copy of the shard, or one whose time stamp has changed, is the same shard.
+        if existing and not current and hash_shard(shard, size) not in [one.head["sha256"] for one in existing]:
+            mend = f"`mmfm inspect --rebuild {shard}` makes it anew"
+            raise UserError(f"{shard}: is not the file that {existing[0].file} was made of; {mend}")
     progress(shard)
-    return build(shard, piece)
+    return build(shard, piece_bytes, tokenizers, write_index)
 
 
-def known(shard: str, piece: int = PIECE) -> Index | None:
-    """The index that was made before, whatever the shard is by now; None where there is none. Raises Damaged."""
-    for file in _files(shard, piece):
+def read_existing(shard: str, piece_bytes: int = PIECE_BYTES) -> Index | None:
+    """The index that was built before, even if the shard has changed since; None if there is none. Raises Damaged."""
+    for file in _index_files(shard, piece_bytes):
         try:
             return Index(shard, file)
         except Damaged as error:
@@ -219,123 +232,147 @@ def known(shard: str, piece: int = PIECE) -> Index | None:
     return None
 
 
-def open_all(
-    shards: list[str], piece: int = PIECE, progress: Callable[[str], None] = lambda shard: None
-) -> list[Index]:
-    """The shards' indexes, several made at a time."""
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda shard: opened(shard, piece, progress), shards))
-
-
-def _files(shard: str, piece: int) -> list[Path]:
-    """Where the shard's index may be, the better place first."""
-    suffix = f".{piece}.mmidx" if shard.endswith(".txt") else ".mmidx"
-    name = hashlib.sha256(os.fsencode(shard if storage.is_remote(shard) else os.path.abspath(shard))).hexdigest()[:32]
-    cached = storage.cache_folder() / "indexes" / f"{name}{suffix}"
-    if storage.is_remote(shard):
-        return [cached]
-    beside = Path(shard + suffix)
-    return [beside, cached] if beside.exists() or os.stat(beside.parent or ".").st_mode & 0o222 else [cached]
-
-
-def build(shard: str, piece: int = PIECE) -> Index:
-    """Read the whole shard and write its index. Raises UserError where the shard cannot be read or the index written."""
-    try:
-        storage.forget(shard)
-        size, mark = storage.stamp(shard)
-        head, tables = _tables(shard, size, piece)
-        head |= {"shard": os.path.basename(shard), "size": size, "mark": mark, "sha256": digest_of(shard, size)}
-        if storage.stamp(shard) != (size, mark):
+def build(
+    shard: str, piece_bytes: int = PIECE_BYTES, tokenizers: Iterable[Tokenizer] = (), write_index: bool = True
+) -> Index:
+    """Reads the whole shard and writes its index. Raises UserError where one of the two cannot be done."""
+    with _naming(shard):
+        storage.reopen_files()
+        size, version = storage.stat(shard)
+        head, tables = _scan_tables(shard, size, piece_bytes, tokenizers)
+        head |= {"shard": os.path.basename(shard), "size": size, "version": version, "sha256": hash_shard(shard, size)}
+        if storage.stat(shard) != (size, version):
             raise UserError(f"{shard}: changes while it is read")
-    except (OSError, SampleError) as error:
-        raise UserError(f"{shard}: {getattr(error, 'strerror', '') or error}") from None
-    head["tables"] = _digest(*tables)
-    text = json.dumps(head, ensure_ascii=True).encode()
+    text = json.dumps(head | {"tables": _hash_tables(tables)}, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 16)
-    failed = None
-    for file in _files(shard, piece):
+    for file in _index_files(shard, piece_bytes)[0 if write_index else -1 :]:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as temporary:
-                try:
-                    temporary.write(_start(text) + text)
-                    for table in tables:
-                        temporary.write(table.tobytes())
-                    temporary.flush()
-                    os.fsync(temporary.fileno())
-                    os.chmod(temporary.name, 0o644)
-                    os.replace(temporary.name, file)
-                except BaseException:
-                    os.unlink(temporary.name)
-                    raise
+            storage.write_atomic(file, [_preamble(text), text, *(table.tobytes() for table in tables)])
             return Index(shard, file)
         except OSError as error:
             failed = error
     raise UserError(f"{shard}: its index cannot be written, {failed}; set MMFM_CACHE to a folder that can be")
 
 
-def _start(text: bytes) -> bytes:
-    """What stands before the head `text`."""
-    numbers = (VERSION, len(text), zlib.crc32(text))
-    return (MAGIC + b"".join(number.to_bytes(4, "little") for number in numbers)).ljust(START, b"\0")
+@contextlib.contextmanager
+def _naming(shard: str):
+    """Turns what reading a shard raises into a UserError that names it."""
+    try:
+        yield
+    except (OSError, SampleError) as error:
+        raise UserError(f"{shard}: {getattr(error, 'strerror', '') or error}") from None
 
 
-def _digest(*tables: np.ndarray) -> str:
+def _index_files(shard: str, piece_bytes: int) -> list[Path]:
+    """Where the shard's index may be, the preferred place first and the cache folder last."""
+    suffix = f".{piece_bytes}.mmidx" if shard.endswith(".txt") else ".mmidx"
+    name = shard if storage.is_remote(shard) else os.path.abspath(shard)
+    cached = storage.cache_folder() / "indexes" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{suffix}"
+    if storage.is_remote(shard):
+        return [cached]
+    beside = Path(shard + suffix)  # root may write where nobody should, so the folder's mode is asked
+    return [beside, cached] if beside.exists() or os.stat(beside.parent).st_mode & 0o222 else [cached]
+
+
+def _map_file(file: Path) -> np.ndarray:
+    """A file's bytes (N,), mapped into memory. It does not stay open, as it would under numpy's maps: there may be more
+    shards than a process may have open files. Raises OSError."""
+    size = os.stat(file).st_size
+    try:
+        data = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from None
+    data.flags.writeable = False
+    return data
+
+
+def _parse_head(shard: str, text: bytes) -> tuple[dict, list[str], list[list[str]], list[Rejection]]:
+    """The head, and of it the extensions, their sets and the rejections. Raises Damaged, whoever wrote it."""
+    try:
+        head = json.loads(text)
+        extensions, sets = head["extensions"], head["extension_sets"]
+        rejections = [Rejection(shard, *row) for row in head["rejections"]]
+        typed = all(isinstance(head[name], kind) for kind, names in HEAD.items() for name in names)
+        if typed and set(map(type, extensions)) <= {str} and all(set(names) <= set(extensions) for names in sets):
+            return head, extensions, sets, rejections
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise Damaged("its head is not one of an index")
+
+
+def _preamble(head: bytes) -> bytes:
+    numbers = (VERSION, len(head), zlib.crc32(head))
+    return (MAGIC + b"".join(number.to_bytes(4, "little") for number in numbers)).ljust(PREAMBLE_BYTES, b"\0")
+
+
+def _hash_tables(tables: list[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for table in tables:
-        digest.update(np.ascontiguousarray(table).view("u1"))
+        digest.update(np.ascontiguousarray(table).view("u1").data)
     return digest.hexdigest()
 
 
-def _tables(shard: str, size: int, piece: int) -> tuple[dict, list[np.ndarray]]:
-    read = Window(shard, size)
-    found = scan(shard, read, piece)
-    endings: dict[str, int] = {}
-    makeups: dict[tuple[str, ...], int] = {}
-    counts: list[int] = []
-    rows, makeup, end = [], [], 0
-    for sample in found.samples:
-        which = makeups.setdefault(tuple(sample), len(makeups))
-        if which == len(counts):
-            counts.append(0)
-        counts[which] += 1
-        makeup.append(which)
-        for ending, (offset, length) in sample.items():
-            crc, frame, first, end = checks(read, end, offset, length, size, block_of(shard))
-            a, b = measure(ending, first, length)
-            rows.append((offset, length, crc, a, b, endings.setdefault(ending, len(endings)), frame))
-    names = [key.encode() for key in found.keys]
+def _scan_tables(shard: str, size: int, piece_bytes: int, tokenizers: Iterable[Tokenizer]) -> tuple[dict, list]:
+    """The head's counts and the five tables of a shard's index. Raises OSError, SampleError."""
+    from .. import tokenizers as built_in
+
+    measurers = _by_extension(built_in.builtin()) | _by_extension(tokenizers)
+    read, end = WindowReader(shard, size), 0
+    extensions: dict[str, int] = {}
+    sets: dict[tuple[str, ...], int] = {}
+    rows, counts, set_ids, keys, rejections = [], [0], [], [], []
+    for found in scan(shard, size, piece_bytes):
+        if isinstance(found, Rejection):
+            rejections.append(found)
+            continue
+        key, members = found
+        for extension in [e for e in members if e not in extensions][MAX_EXTENSIONS - len(extensions) :]:
+            at = f"at byte {members.pop(extension)[0]}: a key ends at the first dot"
+            detail = f"more than {MAX_EXTENSIONS} extensions in one shard, {at}"
+            rejections.append(Rejection(shard, key, extension, "name", detail))
+        if tuple(members) not in sets and len(sets) == MAX_EXTENSIONS:
+            detail = f"more than {MAX_EXTENSIONS} sets of extensions in one shard"
+            rejections.append(Rejection(shard, key, "", "name", detail))
+        elif members:
+            for extension, (offset, length) in members.items():
+                crc, frame, first, end = checksum_member(read, end, offset, length)
+                measures = _measure(measurers.get(extension), first, length)
+                rows.append((offset, length, crc, *measures, extensions.setdefault(extension, len(extensions)), frame))
+            keys.append(key.encode())
+            counts.append(len(members))
+            set_ids.append(sets.setdefault(tuple(members), len(sets)))
     tables = [
         np.array(rows, MEMBER),
-        np.cumsum([0, *map(len, found.samples)], dtype="<u4"),
-        np.array(makeup, "<u2"),
-        np.cumsum([0, *map(len, names)], dtype="<u4"),
-        np.frombuffer(b"".join(names), "u1"),
+        np.cumsum(counts, dtype="<u4"),
+        np.array(set_ids, "<u2"),
+        np.cumsum([0, *map(len, keys)], dtype="<u4"),
+        np.frombuffer(b"".join(keys), "u1"),
     ]
     head = {
-        "samples": len(found.samples),
+        "samples": len(keys),
         "members": len(rows),
-        "names": len(tables[-1]),
-        "endings": list(endings),
-        "makeups": [list(one) for one in makeups],
-        "counts": counts,
-        "refused_count": len(found.refused),
-        "refused": found.refused[:NAMED],
-        "piece": piece,
-        "tail": crc_of(read, end, size),
+        "key_bytes": len(tables[-1]),
+        "extensions": list(extensions),
+        "extension_sets": [list(names) for names in sets],
+        "counts": np.bincount(np.array(set_ids, int), minlength=len(sets)).tolist(),
+        "measured_by": {name: measurers[name].name for name in extensions if name in measurers},
+        "rejection_count": len(rejections),
+        "rejections": [[r.key, r.member, r.reason, r.detail] for r in rejections[:MAX_LISTED]],
+        "piece_bytes": piece_bytes,
+        "tail": checksum_rest(read, end),
     }
     return head, tables
 
 
-def measure(ending: str, data: bytes, length: int) -> tuple[int, int]:
-    """What a tokenizer says about a member's size (`measure` in its file); (0, 0) where none does."""
-    from ..tokenizers import modules
+def _by_extension(tokenizers: Iterable[Tokenizer]) -> dict[str, Tokenizer]:
+    """Each extension's tokenizer; the first one of those that read it."""
+    return {extension: one for one in reversed(tuple(tokenizers)) for extension in one.extensions}
 
-    for module in modules():
-        if ending in module.extensions:
-            try:
-                a, b = module.measure(data, length)
-                return min(int(a), LARGEST), min(int(b), LARGEST)
-            except Exception:  # whatever a reader says of damaged bytes: they are refused when they are read
-                return 0, 0
-    return 0, 0
+
+def _measure(tokenizer: Tokenizer | None, data: bytes, length: int) -> tuple[int, int]:
+    try:
+        a, b = tokenizer.measure(data, length) if tokenizer else (0, 0)
+        return min(max(int(a), 0), MAX_MEMBER_BYTES), min(max(int(b), 0), MAX_MEMBER_BYTES)
+    except Exception:  # any reader's complaint about damaged bytes, which are rejected when they are read
+        return 0, 0

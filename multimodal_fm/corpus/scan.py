@@ -1,23 +1,34 @@
-"""What a shard holds, found by reading it through: samples, their members' places, and what is refused."""
+"""Scans a shard from its first byte to its last: which samples it holds, where their members lie, what is rejected."""
 
 from __future__ import annotations
 
 import binascii
-import dataclasses
 import hashlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from tarfile import BLOCKSIZE
 
 from . import storage, tar
 
-LARGEST = 2**32 - 1  # bytes of a member
-KINDS = 2**16 - 1  # endings, and makeups, that a shard may have
-CHUNK = 1 << 22  # bytes that are read at a time
+MAX_MEMBER_BYTES = 2**32 - 1
+READ_BYTES = 1 << 22  # read at a time
 
 
-class Window:
-    """Reads a file in large strides, for a walk that asks for little at a time."""
+@dataclass(frozen=True)
+class Rejection:
+    """Something in a shard that is not delivered: the sample's key and the member's extension, empty where unknown,
+    one of `errors.REASONS`, and free text."""
+
+    shard: str
+    key: str
+    member: str
+    reason: str
+    detail: str
+
+
+class WindowReader:
+    """Reads a file in large strides for a caller that asks for a few bytes at a time, nearly in order."""
 
     def __init__(self, path: str, size: int):
         self.path, self.size, self.start, self.data = path, size, 0, b""
@@ -25,180 +36,138 @@ class Window:
     def __call__(self, offset: int, length: int) -> bytes:
         if not self.start <= offset <= offset + length <= self.start + len(self.data):
             self.start = offset
-            self.data = storage.read(self.path, offset, max(length, min(CHUNK, self.size - offset)))
+            self.data = storage.read(self.path, offset, max(length, min(READ_BYTES, self.size - offset)))
         return self.data[offset - self.start : offset - self.start + length]
 
-
-@dataclass
-class Found:
-    """What a scan collects."""
-
-    keys: list[str] = dataclasses.field(default_factory=list)
-    samples: list[dict[str, tuple[int, int]]] = dataclasses.field(default_factory=list)
-    refused: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
+    def chunks(self, start: int, stop: int) -> Iterator[bytes]:
+        for offset in range(start, stop, READ_BYTES):
+            yield self(offset, min(stop - offset, READ_BYTES))
 
 
-def scan(shard: str, read: Window, piece: int) -> Found:
-    """The samples of a shard, a .tar, .jsonl or .txt. Raises OSError, SampleError."""
+Sample = tuple[str, dict[str, tuple[int, int]]]
+"""A key, and the offset and length of each member by extension."""
+
+
+def scan(shard: str, size: int, piece_bytes: int) -> Iterator[Sample | Rejection]:
+    """Yields what a .tar, .jsonl or .txt file of `size` bytes holds, in order. Raises OSError, SampleError."""
+    read = WindowReader(shard, size)
     if shard.endswith(".tar"):
-        found = _tar(read)
-    elif shard.endswith(".jsonl"):
-        found = _lines(read)
-    else:
-        found = _paragraphs(read, piece)
-    _of_few_modalities(found)
-    return found
+        return _scan_tar(shard, read)
+    return _scan_lines(shard, read) if shard.endswith(".jsonl") else _scan_text(shard, read, piece_bytes)
 
 
-def _of_few_modalities(found: Found) -> None:
-    """Takes out what has endings of its own, where there are more of those than an index can count."""
-    endings, makeups = set(), set()
-    for key, sample in zip(found.keys, found.samples, strict=True):
-        for ending in [e for e in sample if e not in endings]:
-            if len(endings) < KINDS:
-                endings.add(ending)
-            else:
-                offset, _ = sample.pop(ending)
-                detail = f"more than {KINDS} endings in one shard, at byte {offset}: a key ends at the first dot"
-                found.refused.append((key, ending, "name", detail))
-        if tuple(sample) not in makeups and len(makeups) == KINDS:
-            found.refused.append((key, "", "name", f"more than {KINDS} sets of endings in one shard"))
-            sample.clear()
-        if sample:
-            makeups.add(tuple(sample))
-    kept = [(key, sample) for key, sample in zip(found.keys, found.samples, strict=True) if sample]
-    found.keys, found.samples = [key for key, _ in kept], [sample for _, sample in kept]
-
-
-def _tar(read: Window) -> Found:
-    """Neighbouring members of one stem are a sample, as in webdataset."""
-    found, seen, key, sample, repeated = Found(), set(), None, {}, False
-
-    def refuse(key: str, part: str, reason: str, detail: str) -> None:
-        found.refused.append((key, part, reason, detail))
-
-    def close() -> None:
-        if sample:
-            found.keys.append(key)
-            found.samples.append(dict(sample))
-
-    for one in tar.walk(read, read.size):
-        if isinstance(one, tar.Fault):
-            refuse(*_split(one.name), one.reason, f"{one.detail}, at byte {one.offset}")
+def _scan_tar(shard: str, read: WindowReader) -> Iterator[Sample | Rejection]:
+    """Adjacent members with the same key are one sample, as in webdataset."""
+    seen, key, members, repeated = set(), "", {}, False
+    for entry in tar.walk(read, read.size):
+        own, extension = _split_name(entry.name)
+        if isinstance(entry, tar.Fault):
+            yield Rejection(shard, own, extension, entry.reason, f"{entry.detail}, at byte {entry.offset}")
             continue
-        own, ending = _split(one.name)
-        if not own or not ending:
+        if not own or not extension:
             continue
+        at = f"again at byte {entry.offset}"
         if own != key:
-            close()
-            key, sample, repeated = own, {}, own in seen
+            if members:
+                yield key, members
+            key, members, repeated = own, {}, own in seen
             seen.add(own)
             if repeated:
-                refuse(own, "", "duplicate", f"the key came before, and again at byte {one.offset}")
+                yield Rejection(shard, own, "", "duplicate", f"the key came before, and {at}")
         if repeated:
             continue
-        if ending in sample:
-            refuse(own, ending, "duplicate", f"at byte {sample[ending][0]}, and again at byte {one.offset}")
-        elif one.size > LARGEST:
-            refuse(own, ending, "byte-limit", f"{one.size} bytes at byte {one.offset}")
+        if extension in members:
+            yield Rejection(shard, own, extension, "duplicate", f"at byte {members[extension][0]}, and {at}")
+        elif entry.size > MAX_MEMBER_BYTES:
+            yield Rejection(shard, own, extension, "byte-limit", f"{entry.size} bytes at byte {entry.offset}")
         else:
-            sample[ending] = (one.offset, one.size)
-    close()
-    return found
+            members[extension] = entry.offset, entry.size
+    if members:
+        yield key, members
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and ending of a member's name; the ending begins at the first dot of the last part."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member's name: the extension begins at the first dot after the last slash."""
     folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    return (folder + slash + stem if stem else ""), ending.lower()
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem if stem else ""), extension.lower()
 
 
-def _lines(read: Window) -> Found:
-    """A line a sample. However long it is, only a stretch of it is in memory."""
-    found, size, start, number, blank = Found(), read.size, 0, 0, True
-    for at in range(0, size, CHUNK):
-        *ends, rest = read(at, min(CHUNK, size - at)).split(b"\n")
-        place = at
-        for stretch in ends:
-            end = place + len(stretch)
-            _line(found, number, start, end, blank and not stretch.strip())
-            place, start, number, blank = end + 1, end + 1, number + 1, True
-        blank = blank and not rest.strip()
-    _line(found, number, start, size, blank)
+def _scan_lines(shard: str, read: WindowReader) -> Iterator[Sample | Rejection]:
+    """Each line is a sample. However long it is, only a few megabytes of it are in memory."""
+    size, start, number, blank = read.size, 0, 0, True
     if not size:
-        found.refused.append(("", "", "empty", "no bytes"))
-    return found
+        yield Rejection(shard, "", "", "empty", "no bytes")
+    for end in range(0, size, READ_BYTES):
+        last = end + READ_BYTES >= size
+        *ended, rest = (read(end, min(READ_BYTES, size - end)) + b"\n" * last).split(b"\n")
+        for text in ended:
+            end += len(text)
+            if end - start > MAX_MEMBER_BYTES:
+                yield Rejection(shard, str(number), "json", "byte-limit", f"{end - start} bytes at byte {start}")
+            elif not blank or text.strip():
+                yield str(number), {"json": (start, end - start)}
+            end = start = end + 1
+            number, blank = number + 1, True
+        blank = blank and not rest.strip()
 
 
-def _line(found: Found, number: int, start: int, end: int, blank: bool) -> None:
-    if end - start > LARGEST:
-        found.refused.append((str(number), "json", "byte-limit", f"{end - start} bytes at byte {start}"))
-    elif not blank:
-        found.keys.append(str(number))
-        found.samples.append({"json": (start, end - start)})
-
-
-def _paragraphs(read: Window, piece: int) -> Found:
-    """Neighbouring paragraphs are joined up to `piece` bytes; a longer one is cut at a space or between characters."""
-    found, size, start = Found(), read.size, 0
-    while start < size:
-        text = read(start, min(piece + 1, size - start))
-        end = cut(text, piece) if len(text) > piece else len(text)
+def _scan_text(shard: str, read: WindowReader, piece_bytes: int) -> Iterator[Sample | Rejection]:
+    """Adjacent paragraphs are joined up to `piece_bytes`; a longer one is cut at a space or between characters."""
+    start, empty = 0, True
+    while start < read.size:
+        text = read(start, min(piece_bytes + 1, read.size - start))
+        end = find_cut(text, piece_bytes) if len(text) > piece_bytes else len(text)
         if text[:end].strip():
-            found.keys.append(str(start))
-            found.samples.append({"txt": (start, end)})
+            empty = False
+            yield str(start), {"txt": (start, end)}
         start += end
-    if not found.samples:
-        found.refused.append(("", "", "empty", "no text"))
-    return found
+    if empty:
+        yield Rejection(shard, "", "", "empty", "no text")
 
 
-def cut(text: bytes, most: int) -> int:
-    """Where to cut a text longer than `most` bytes: after a paragraph, a line, a sentence, a word, a character."""
+def find_cut(text: bytes, limit: int) -> int:
+    """Where to cut UTF-8 that is longer than `limit` bytes: after a paragraph, else after a line, a sentence or a word,
+    else between two characters."""
     for marks in ((b"\n\n", b"\n \n", b"\r\n\r\n"), (b"\n", b". ", b" ")):
-        ends = [place + len(mark) for mark in marks if (place := text.rfind(mark, 0, most)) > 0]
-        if ends and max(ends) <= most:
+        ends = [start + len(mark) for mark in marks if (start := text.rfind(mark, 0, limit)) > 0]
+        if ends and max(ends) <= limit:
             return max(ends)
-    end = most
+    end = limit
     while end > 1 and 0x80 <= text[end] < 0xC0:
-        end -= 1  # not inside a character
+        end -= 1
     return end
 
 
-def checks(read, before: int, offset: int, length: int, size: int, block: int) -> tuple[int, int, bytes, int]:
-    """A member's CRC-32, the CRC-16 of what else belongs to it from byte `before` on, its first bytes, and its end."""
-    end = min(-(-(offset + length) // block) * block, max(size, offset + length))
+def checksum_member(read: WindowReader, before: int, offset: int, length: int) -> tuple[int, int, bytes, int]:
+    """A member's CRC-32, the CRC-16 of the header and padding around it, its first bytes, and where its padding ends.
+
+    `before` is where the member before it ended, so that each byte of the shard is covered once.
+    """
+    end = offset + length
+    if read.path.endswith(".tar"):
+        end = max(end, min(-(-end // BLOCKSIZE) * BLOCKSIZE, read.size))
     crc, frame, first = 0, 0, b""
-    for chunk in _chunks(read, before, offset):
+    for chunk in read.chunks(before, offset):
         frame = binascii.crc_hqx(chunk, frame)
-    for chunk in _chunks(read, offset, offset + length):
+    for chunk in read.chunks(offset, offset + length):
         first, crc = first or chunk, zlib.crc32(chunk, crc)
-    for chunk in _chunks(read, offset + length, end):
+    for chunk in read.chunks(offset + length, end):
         frame = binascii.crc_hqx(chunk, frame)
     return crc, frame, first, end
 
 
-def crc_of(read, start: int, stop: int) -> int:
+def checksum_rest(read: WindowReader, start: int) -> int:
+    """The CRC-32 of everything from `start` on."""
     crc = 0
-    for chunk in _chunks(read, start, stop):
+    for chunk in read.chunks(start, read.size):
         crc = zlib.crc32(chunk, crc)
     return crc
 
 
-def block_of(shard: str) -> int:
-    """What a member's end is rounded up to."""
-    return tar.BLOCK if shard.endswith(".tar") else 1
-
-
-def _chunks(read, start: int, stop: int) -> Iterator[bytes]:
-    for place in range(start, stop, CHUNK):
-        yield read(place, min(stop - place, CHUNK))
-
-
-def digest_of(shard: str, size: int) -> str:
+def hash_shard(shard: str, size: int) -> str:
     """The SHA-256 of the whole shard."""
     digest = hashlib.sha256()
-    for start in range(0, size, CHUNK):
-        digest.update(storage.read(shard, start, min(CHUNK, size - start)))
+    for chunk in WindowReader(shard, size).chunks(0, size):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""Bytes by range: local files by `pread`, everything else through fsspec, with retries and a bounded local cache."""
+"""Byte ranges of local and remote files, with retries and a bounded cache on disk, and atomic writes.
+
+Local files are read with `pread`; everything else comes through fsspec.
+"""
 
 from __future__ import annotations
 
@@ -7,110 +10,131 @@ import functools
 import glob
 import hashlib
 import os
+import re
+import secrets
 import tempfile
 import time
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import SampleError, UserError
 
 ATTEMPTS = 5
-PAUSE = 0.1  # seconds before the second attempt, doubled each time
-PATIENCE = 20.0  # seconds without a byte, after which an attempt has failed
-PIECE = 1 << 20  # bytes fetched and kept at a time
-ROOM = int(os.environ.get("MMFM_CACHE_BYTES", 10 << 30))  # what the cache may hold
-MARKS = (  # what filesystems call that by which a file is told from what stood there before
+BACKOFF = 0.1  # seconds before the second attempt, doubled each time
+TIMEOUT = 20.0  # seconds without a byte, after which an attempt has failed
+BLOCK_BYTES = 1 << 20  # fetched and cached at a time
+VERSION_FIELDS = (  # what filesystems call that by which two versions of a file differ, the surest first
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
     *("Last-Modified", "LastModified", "last_modified", "mtime"),
 )
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "file", "memory")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def parse_size(text: str, name: str) -> int:
+    """The bytes of `256MB`, `1.5GiB` or `1000000`, given as the setting `name`. Raises UserError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower(), re.ASCII)
+    if not found:
+        raise UserError(f"{name} is bytes as in 256MB or 1GiB, not {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 def cache_folder() -> Path:
-    """Where indexes and fetched pieces are kept: $MMFM_CACHE, else ~/.cache/multimodal_fm; who has no home has a folder
-    among the temporary ones."""
-    if given := os.environ.get("MMFM_CACHE"):
-        return Path(given)
+    """Where indexes and fetched blocks are kept: `$MMFM_CACHE`, else `~/.cache/multimodal_fm`, else, for a user without
+    a home, a folder among the temporary ones."""
+    if folder := os.environ.get("MMFM_CACHE"):
+        return Path(folder)
     try:
         return Path.home() / ".cache" / "multimodal_fm"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / f"multimodal_fm-{os.getuid()}"
 
 
-def put(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError, with the file's name."""
-    work = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+def cache_limit() -> int:
+    """The bytes that fetched blocks may take: `$MMFM_CACHE_BYTES`, 10 GiB by default. Raises UserError."""
+    return parse_size(os.environ.get("MMFM_CACHE_BYTES") or "10GiB", "MMFM_CACHE_BYTES")
+
+
+def write_atomic(path: str | Path, data: bytes | Iterable[bytes], sync: bool = True) -> None:
+    """Writes a file that appears complete or not at all, whoever else reads or writes it, and replaces one of its name.
+
+    Args:
+        data: the content, whole or in parts.
+        sync: wait until the content is on the disk, so that it also outlives a power cut.
+
+    Raises OSError with the file's name.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
-        work.write_bytes(data)
-        os.replace(work, path)
+        with open(temporary, "xb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        work.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def find(pattern: str) -> list[str]:
-    """The files that a path, a pattern or a URL names, sorted. Raises UserError for a scheme that is not read."""
+def list_files(pattern: str) -> list[str]:
+    """The files that a path, a glob pattern or a URL names, sorted. Raises UserError for a scheme that is not read."""
     scheme, colon, _ = pattern.partition(":")
     if colon and (is_remote(pattern) or scheme == "pipe"):
         if scheme not in SCHEMES or not is_remote(pattern):
             raise UserError(f"{pattern}: {scheme}: is not read; give a path or one of {', '.join(SCHEMES)}")
-        if not any(mark in pattern for mark in "*[?") or scheme.startswith("http"):
+        if scheme.startswith("http") or not set("*?[") & set(pattern):
             return [pattern]
-        files = _filesystem(scheme).glob(pattern)
+        try:
+            files = _retry(pattern, lambda: _filesystem(scheme).glob(pattern))
+        except SampleError as error:
+            raise UserError(error.detail) from None
         return sorted(f if is_remote(f) else f"{scheme}://{f.lstrip('/')}" for f in files)
-    if os.path.isfile(pattern):  # a name may hold what a pattern would read otherwise
+    if os.path.isfile(pattern):  # its name may hold a pattern's characters
         return [pattern]
     return sorted(glob.glob(pattern, recursive=True))
 
 
-def size(path: str) -> int:
-    """Bytes. Raises OSError."""
-    return stamp(path)[0]
-
-
-def stamp(path: str) -> tuple[int, str]:
-    """A file's size in bytes and a mark that changes when it does, such as its time. Raises OSError."""
+def stat(path: str) -> tuple[int, str]:
+    """A file's bytes, and what changes when it is replaced: its time stamp, or a server's ETag. Raises OSError."""
     if not is_remote(path):
-        found = os.stat(path)
-        return found.st_size, str(found.st_mtime_ns)
+        status = os.stat(path)
+        return status.st_size, str(status.st_mtime_ns)
+    cache_limit()  # where it cannot be parsed, the user learns it now
     try:
-        found = _patient(path, lambda: _filesystem(path.partition(":")[0]).info(path))
+        info = _retry(path, lambda: _filesystem(path.partition(":")[0]).info(path))
     except SampleError as error:
         raise OSError(error.detail) from None
-    if found.get("size") is None:
+    if info.get("size") is None:
         raise OSError("the server does not say how long it is, so it cannot be read by range")
-    return int(found["size"]), next((str(found[name]) for name in MARKS if found.get(name)), "")
+    return int(info["size"]), next((str(info[name]) for name in VERSION_FIELDS if info.get(name)), "")
 
 
 def read(path: str, offset: int, length: int) -> bytes:
-    """`length` bytes from `offset` on, fewer where the file ends. Several processes and threads may read at once.
+    """`length` bytes from `offset` on, fewer at the end of the file. Processes and threads may read at the same time.
 
-    Raises OSError for a local file, SampleError("read") for a remote one that cannot be had.
+    Raises OSError for a local file, SampleError("read") for a remote one.
     """
     if not is_remote(path):
-        file = _open(path, os.getpid())  # held until it is read: another thread may drop it from the cache
-        return _pread(file.fileno(), length, offset)
-    total, mark = _known(path)
-    length = min(length, total - offset)
-    if length <= 0:
+        file = _open(path, os.getpid())  # a reference of our own: another thread may drop the cached one
+        data = os.pread(file.fileno(), length, offset)
+        while len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset + len(data))):
+            data += more  # one call returns 2 GiB at most
+        return data
+    size, version = _cached_stat(path)
+    stop = min(offset + length, size)
+    if stop <= offset:
         return b""
-    pieces = range(offset // PIECE, -(-(offset + length) // PIECE))
-    data = b"".join(_piece(path, total, mark, number) for number in pieces)
-    start = offset - pieces.start * PIECE
-    return data[start : start + length]
-
-
-def _pread(file: int, length: int, offset: int) -> bytes:
-    data = os.pread(file, length, offset)
-    while len(data) < length and (more := os.pread(file, length - len(data), offset + len(data))):
-        data += more  # one call gives 2 GiB at most
-    return data
+    first = offset // BLOCK_BYTES
+    blocks = (_read_block(path, size, version, number) for number in range(first, -(-stop // BLOCK_BYTES)))
+    return b"".join(blocks)[offset - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
 
 
 @functools.lru_cache(maxsize=256)
@@ -119,17 +143,17 @@ def _open(path: str, process: int):
 
 
 @functools.lru_cache(maxsize=4096)
-def _known(path: str) -> tuple[int, str]:
+def _cached_stat(path: str) -> tuple[int, str]:
     try:
-        return stamp(path)
+        return stat(path)
     except OSError as error:
         raise SampleError("read", f"{path}: {error}"[:200]) from None
 
 
-def forget(path: str) -> None:
-    """Look at the file anew: it may have been replaced."""
+def reopen_files() -> None:
+    """Forgets open files and remembered sizes: a file that was replaced since is then read anew."""
     _open.cache_clear()
-    _known.cache_clear()
+    _cached_stat.cache_clear()
 
 
 def _filesystem(scheme: str):
@@ -139,85 +163,74 @@ def _filesystem(scheme: str):
     if scheme.startswith("http"):
         import aiohttp
 
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=PATIENCE, sock_read=PATIENCE)}
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=TIMEOUT, sock_read=TIMEOUT)}
     try:
         return fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
         raise UserError(f"{scheme}: cannot be read here: {error}") from None
 
 
-def _piece(path: str, total: int, mark: str, number: int) -> bytes:
-    """One piece of a remote file, from the cache or from where it is. Raises SampleError."""
-    digest = hashlib.sha256(f"{path}\0{mark}\0{total}".encode()).hexdigest()
-    file = cache_folder() / "pieces" / digest[:2] / f"{digest}-{number}"
-    start, end = number * PIECE, min((number + 1) * PIECE, total)
-    try:
-        kept = file.read_bytes()
-        if len(kept) == end - start + 4 and zlib.crc32(kept[:-4]) == int.from_bytes(kept[-4:]):
-            os.utime(file)
-            return kept[:-4]
-    except OSError:
-        pass
-
-    def fetch() -> bytes:
-        data = _filesystem(path.partition(":")[0]).cat_file(path, start=start, end=end)
-        if len(data) != end - start:
-            raise OSError(f"{len(data)} bytes came where {end - start} were asked for")
-        return data
-
-    data = _patient(path, fetch)
-    _keep(file, data)
-    return data
-
-
-def _patient(path: str, attempt):
-    """What `attempt` gives, tried a few times. Raises SampleError."""
-    for turn in range(ATTEMPTS):
-        if turn:
-            time.sleep(PAUSE * 2 ** (turn - 1))
+def _retry(path: str, attempt: Callable):
+    """What `attempt` returns, tried a few times. Raises SampleError."""
+    for number in range(ATTEMPTS):
+        if number:
+            time.sleep(BACKOFF * 2 ** (number - 1))
         try:
             return attempt()
         except UserError:
             raise
-        except Exception as error:  # every filesystem has its own
+        except Exception as error:  # every filesystem raises its own
             last = error
-        if isinstance(last, FileNotFoundError) and _gone(last):
+        # Asked for a size, fsspec raises FileNotFoundError for any failure of an HTTP server: its cause says which.
+        cause = last.__cause__
+        if isinstance(last, FileNotFoundError) and (cause is None or getattr(cause, "status", 0) in (404, 410)):
             raise SampleError("read", f"{path}: not there ({last})"[:200])
     raise SampleError("read", f"{path}: {type(last).__name__}: {last} ({ATTEMPTS} attempts)"[:200])
 
 
-def _gone(error: FileNotFoundError) -> bool:
-    """Whether it is meant: where it asks an HTTP server for a size, fsspec calls whatever goes wrong by this name."""
-    return error.__cause__ is None or getattr(error.__cause__, "status", 0) in (404, 410)
-
-
-def _keep(file: Path, data: bytes) -> None:
-    """Put a piece into the cache; where that fails (a full disk), do without."""
+def _read_block(path: str, size: int, version: str, number: int) -> bytes:
+    """One block of a remote file, from the cache or from its server. Raises SampleError."""
+    digest = hashlib.sha256(f"{path}\0{version}\0{size}".encode()).hexdigest()
+    cached = cache_folder() / "blocks" / digest[:2] / f"{digest}-{number}"
+    start, stop = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, size)
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        put(file, data + zlib.crc32(data).to_bytes(4))
-        _tidy(file.parents[1])
+        data = cached.read_bytes()
+        if len(data) == stop - start + 4 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:]):
+            os.utime(cached)
+            return data[:-4]
+
+    def fetch() -> bytes:
+        data = _filesystem(path.partition(":")[0]).cat_file(path, start=start, end=stop)
+        if len(data) != stop - start:
+            raise OSError(f"{len(data)} bytes came where {stop - start} were asked for")
+        return data
+
+    data = _retry(path, fetch)
+    with contextlib.suppress(OSError):  # a full disk, or none that may be written: go on without the cache
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cached, (data, zlib.crc32(data).to_bytes(4)), sync=False)
+        _evict(cached.parents[1])
+    return data
 
 
-_written = 0
+_blocks_written = 0
 
 
-def _tidy(folder: Path) -> None:
-    """Every so often, drop the pieces that were longest unread until they fill nine tenths of the room."""
-    global _written
-    _written += 1
-    if (_written - 1) % max(1, min(64, ROOM // PIECE // 10)):
+def _evict(folder: Path) -> None:
+    """Once in a while, deletes the blocks that were longest unread until nine tenths of the limit are left."""
+    global _blocks_written
+    _blocks_written += 1
+    limit = cache_limit()
+    if (_blocks_written - 1) % max(1, min(64, limit // BLOCK_BYTES // 10)):
         return
-    pieces = []
+    blocks = []
     for file in folder.rglob("*-*"):
-        try:
-            found = file.stat()
-            pieces.append((found.st_mtime_ns, found.st_size, file))
-        except OSError:  # another process was quicker
-            continue
-    held = sum(size for _, size, _ in pieces)
-    for _, size_, file in sorted(pieces):
-        if held <= ROOM * 0.9:
+        with contextlib.suppress(OSError):  # another process was quicker
+            status = file.stat()
+            blocks.append((status.st_mtime_ns, status.st_size, file))
+    total = sum(size for _, size, _ in blocks)
+    for _, size, file in sorted(blocks):
+        if total <= limit * 0.9:
             break
         file.unlink(missing_ok=True)
-        held -= size_
+        total -= size

@@ -1,4 +1,4 @@
-"""Bits per byte of text under a model that was trained to guess the next token: comparable across vocabularies."""
+"""Bits per byte of text under a model that was trained to predict the next token: comparable across vocabularies."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ import numpy as np
 import torch
 
 from ..batch import Sample, collate, count_targets
-from .embed_corpus import Encoded, figure
+from . import base
+from .embed_corpus import EmbeddedCorpus, autocast, batch_by_tokens
+from .metrics import estimate
 
 
 @dataclass
 class Config:
-    batch: int = 16  # texts at a time
+    pass
 
 
-def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
-    """`text/bits_per_byte`; nothing where no objective of the model scores text token by token."""
-    name = next((n for n, o in model.objectives.items() if hasattr(o, "score") and "text" in model.parts[n]), None)
-    if name is None or "text" not in encoded.things:
-        return {}
-    tokenizer = model.tokenizers["text"]
-    bits, sizes = [], []
-    for start in range(0, len(encoded.things["text"].raw), config.batch):
-        texts = encoded.things["text"].raw[start : start + config.batch]
-        totals, lengths = _score(model, name, tokenizer, texts)
-        bits += totals
-        sizes += lengths
-    bits, sizes = np.array(bits), np.array(sizes, dtype=float)
-    return {"text/bits_per_byte": figure(bits, np.arange(len(bits)), None, weights=sizes)}
+class Evaluator(base.Evaluator):
+    Config = Config
+
+    def run(self, embedded: EmbeddedCorpus, config: Config, model, objectives) -> dict[str, dict]:
+        """`text/bits_per_byte`; nothing where no objective was trained to predict text from the text before it."""
+        name = next((name for name, objective in objectives.items() if objective.has_likelihood("text")), None)
+        if name is None or "text" not in embedded.inputs:
+            return {}
+        texts = [text or "" for text in embedded.inputs["text"].texts]
+        bits, sizes = measure_bits(model, name, objectives[name], texts)
+        return {"text/bits_per_byte": estimate(bits, np.arange(len(bits)), None, weights=sizes)}
 
 
 @torch.no_grad()
-def _score(model, name: str, tokenizer, texts: list[str]) -> tuple[list[float], list[int]]:
-    """Bits and bytes of each text."""
-    objective, place = model.objectives[name], model.modalities.index("text")
-    arranged, owner, sizes = [], [], [0] * len(texts)
-    for number, text in enumerate(texts):
-        for window in tokenizer.read(text):
-            window = window.replace(modality=torch.full_like(window.modality, place))
-            arranged.append((len(arranged), objective.arrange(Sample({"text": window}))))
-            owner.append(number)
-            sizes[number] += tokenizer.count_bytes(window.content.tolist())
-    batch = collate(
-        {name: arranged}, model.modalities, {name: count_targets([a for _, a in arranged], model.modalities)}
-    )
-    batch = batch.to(model.device)
-    targets = batch.tasks[name]
-    nats = objective.score(model(batch), targets, "text").double().cpu()
-    window_of = torch.searchsorted(targets.sequence.cpu().contiguous(), targets.tokens["text"].sequence.cpu())
-    totals = torch.zeros(len(texts), dtype=torch.double).index_add(0, torch.tensor(owner)[window_of], nats)
-    return (totals / math.log(2)).tolist(), sizes
+def measure_bits(model, name: str, objective, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The bits under the model, and the bytes, of each text (T,), (T,); long texts are covered by windows."""
+    tokenizer, number = model.tokenizers["text"], model.modalities.index("text")
+    bits, sizes = torch.zeros(len(texts), dtype=torch.double), np.zeros(len(texts))
+    windows = ((owner, window) for owner, text in enumerate(texts) for window in tokenizer.read(text))
+    for batch in batch_by_tokens(windows):
+        examples, owners = [], []
+        for owner, window in batch:
+            window = window.replace(modality=torch.full_like(window.modality, number))
+            examples.append((len(examples), objective.arrange(objective.config, Sample({"text": window}))))
+            owners.append(owner)
+            sizes[owner] += tokenizer.count_bytes(window.content.tolist())
+        counts = count_targets([example for _, example in examples], model.modalities)
+        microbatch = collate({name: examples}, model.modalities, {name: counts}).to(model.device)
+        targets = microbatch.tasks[name]
+        with autocast(model.device):
+            nats = objective.score(model(microbatch), targets, "text").double().cpu()
+        window_of_target = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
+        bits.index_add_(0, torch.tensor(owners)[window_of_target], nats / math.log(2))
+    return bits.numpy(), sizes

@@ -1,100 +1,129 @@
-"""A corpus as a model sees it: each distinct thing once, with its vector, and the samples that hold it."""
+"""A corpus as a model sees it: each distinct input once, with its vector, and the samples that hold it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..corpus.fields import lookup, parse_map
 from ..corpus.shards import Corpus
 from ..errors import SampleError
 from ..model import Model
-from ..stream.quarantine import ledger_row
+from ..stream.quarantine import quarantine_row
+from ..tokens import Tokens
+
+TOKENS = 16_384  # read by the backbone at a time; what waits for it holds little more
 
 
 @dataclass
-class Things:
-    """The distinct things of one modality: T of them."""
+class Inputs:
+    """The distinct inputs of one modality, T of them. An input is what its tokenizer reads at once, such as a text."""
 
     vectors: torch.Tensor  # (T, E) unit
     features: torch.Tensor  # (T, D)
-    raw: list  # what `read` took: text as a string, else the sample's members of that modality
+    texts: list[str | None]  # the input where it is a string; media stay in the corpus (`EmbeddedCorpus.load`)
     samples: list[list[int]]  # the samples that hold each
 
 
 @dataclass
-class Encoded:
-    """The samples of a corpus, the things in them, and what could not be read."""
+class EmbeddedCorpus:
+    """The samples of a corpus, the inputs in them, and what could not be read."""
 
     corpus: Corpus
-    things: dict[str, Things]  # by modality
-    rows: list[dict]  # each sample's JSON
-    held: list[dict[str, list[int]]]  # each sample's things by modality
-    lost: list[dict] = field(default_factory=list)
+    inputs: dict[str, Inputs]  # by modality
+    metadata: list[dict]  # each sample's JSON
+    sample_inputs: list[dict[str, list[int]]]  # each sample's inputs by modality
+    skipped: list[dict] = field(default_factory=list)  # rows as in quarantine.jsonl
+    notes: list[str] = field(default_factory=list)  # what a reader of the figures has to know
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
 
     def texts(self, sample: int) -> list[str]:
-        return [self.things["text"].raw[t] for t in self.held[sample].get("text", [])]
+        return [self.inputs["text"].texts[number] or "" for number in self.sample_inputs[sample].get("text", [])]
 
     def key(self, sample: int) -> str:
         return self.corpus.key(sample)
 
-    def value(self, sample: int, name: str) -> str | None:
+    def field(self, sample: int, name: str) -> str | None:
         """The sample's JSON field (dots go deeper), or `.cls`, as text; None where it has none."""
         if name == ".cls":
             raw = self.corpus.raw(sample, ("cls",))
             return raw["cls"].decode(errors="replace").strip() if raw else None
-        found = lookup(self.rows[sample], name)
-        return None if found is None else str(found)
+        value = lookup(self.metadata[sample], name)
+        return None if value is None else str(value)
 
     def groups(self, sample: int, name: str) -> set[str]:
         """What the sample means: its field `name`, or where no name is given its texts, or else the sample alone."""
-        value = self.value(sample, name) if name else None
+        value = self.field(sample, name) if name else None
         if value is not None:
             return {value}
-        texts = {text.strip() for text in self.texts(sample)} if not name and "text" in self.things else set()
+        texts = {text.strip() for text in self.texts(sample)} if not name and "text" in self.inputs else set()
         return texts or {f"sample {sample}"}
 
+    def load(self, model: Model, modality: str, number: int) -> Any:
+        """An input in the form that the tokenizer reads, from the corpus again where it is no text.
 
-def encode(model: Model, corpus: Corpus, parts: list[str] = (), progress=lambda done, total: None) -> Encoded:
-    """Read every sample and embed every distinct thing (by its bytes) once. Nothing is random in it."""
-    readers = {modality: _Reader(model, modality) for modality in model.modalities if not parts or modality in parts}
-    rows, held, lost = [], [], []
+        Raises SampleError where it cannot be had any more.
+        """
+        inputs = self.inputs[modality]
+        if inputs.texts[number] is not None:
+            return inputs.texts[number]
+        sample = inputs.samples[number][0]
+        offered = split_inputs(model.tokenizers[modality], self.corpus.raw(sample))
+        position = self.sample_inputs[sample][modality].index(number)
+        distinct = list({_digest(value): value for value in offered}.values())
+        if position >= len(distinct):
+            raise SampleError("read", "no longer what it was when it was embedded")
+        return distinct[position]
+
+
+def embed_corpus(
+    model: Model,
+    corpus: Corpus,
+    modalities: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> EmbeddedCorpus:
+    """Read every sample and embed every distinct input (by its bytes) once. Nothing is random in it."""
+    chosen = [modality for modality in model.modalities if not modalities or modality in modalities]
+    embedders = {modality: _Embedder(model, modality) for modality in chosen}
+    metadata, sample_inputs, skipped = [], [], []
     for sample in range(len(corpus)):
-        raw, broken = corpus.read(sample)
-        rows.append(parse_map(raw.get("json")))
-        mine, failed = (
-            {},
-            [(ending, error) for ending, error in broken if any(ending in r.endings for r in readers.values())],
-        )
-        for modality, reader in readers.items():
-            if numbers := reader.add(sample, raw, failed):
-                mine[modality] = numbers
-        lost += [ledger_row(corpus, sample, modality, error, None) for modality, error in failed]
-        held.append(mine)
+        raw, unreadable = corpus.read(sample)
+        metadata.append(parse_map(raw.get("json")))
+        failed = [(name, error) for name, error in unreadable if any(name in e.extensions for e in embedders.values())]
+        numbers = {modality: embedder.add(sample, raw, failed) for modality, embedder in embedders.items()}
+        sample_inputs.append({modality: own for modality, own in numbers.items() if own})
+        skipped += [quarantine_row(corpus, sample, part, error, None) for part, error in failed]
         progress(sample + 1, len(corpus))
-    things = {modality: reader.things() for modality, reader in readers.items() if reader.raw}
-    return Encoded(corpus, things, rows, held, lost)
+    inputs = {modality: embedder.finish() for modality, embedder in embedders.items() if embedder.texts}
+    return EmbeddedCorpus(corpus, inputs, metadata, sample_inputs, skipped)
 
 
-class _Reader:
-    """Collects one modality's distinct things and embeds them a few hundred at a time."""
+class _Embedder:
+    """Collects one modality's distinct inputs and embeds them some thousand tokens at a time."""
 
     def __init__(self, model: Model, modality: str):
         self.model, self.modality, self.tokenizer = model, modality, model.tokenizers[modality]
-        self.endings = self.tokenizer.extensions
-        self.raw, self.samples, self.waiting = [], [], []
-        self.known: dict[bytes, int] = {}  # content -> number
-        self.made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.extensions = self.tokenizer.extensions
+        self.texts, self.samples = [], []
+        self.number_of: dict[bytes, int] = {}  # by digest of the content
+        self.waiting: list[list[Tokens]] = []
+        self.waiting_tokens = 0
+        self.embedded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, sample: int, raw: dict, failed: list) -> list[int]:
-        """The numbers of the sample's things of this modality; what cannot be read goes to `failed` with the reason."""
+        """The numbers of the sample's inputs of this modality; what cannot be read is added to `failed`."""
         numbers = []
         try:
-            for thing in things_in(self.tokenizer, raw):
-                number = self._number(thing)
+            for value in split_inputs(self.tokenizer, raw):
+                number = self._number(value)
                 if number not in numbers:
                     numbers.append(number)
                     self.samples[number].append(sample)
@@ -102,80 +131,64 @@ class _Reader:
             failed.append((self.modality, error))
         return numbers
 
-    def _number(self, thing) -> int:
-        name = _content(thing)
-        if name not in self.known:
-            sequences = self.tokenizer.read(thing)
-            self.known[name] = len(self.raw)
-            self.raw.append(thing)
+    def _number(self, value) -> int:
+        digest = _digest(value)
+        if digest not in self.number_of:
+            sequences = self.tokenizer.read(value)
+            self.number_of[digest] = len(self.texts)
+            self.texts.append(value if isinstance(value, str) else None)
             self.samples.append([])
             self.waiting.append(sequences)
-            if len(self.waiting) == 256:
-                self._flush()
-        return self.known[name]
+            self.waiting_tokens += sum(map(len, sequences))
+            if self.waiting_tokens >= TOKENS:
+                self._embed()
+        return self.number_of[digest]
 
-    def _flush(self) -> None:
+    def _embed(self) -> None:
         if self.waiting:
-            self.made.append(tuple(t.cpu() for t in self.model.vectors(self.modality, self.waiting)))
-            self.waiting = []
+            self.embedded.append(embed_sequences(self.model, self.modality, self.waiting))
+            self.waiting, self.waiting_tokens = [], 0
 
-    def things(self) -> Things:
-        self._flush()
-        return Things(*(torch.cat(values) for values in zip(*self.made, strict=True)), self.raw, self.samples)
+    def finish(self) -> Inputs:
+        self._embed()
+        vectors, features = (torch.cat(column) for column in zip(*self.embedded, strict=True))
+        return Inputs(vectors, features, self.texts, self.samples)
 
 
-def things_in(tokenizer, raw: dict) -> list:
-    """What the sample offers of one modality, each in the form that `read` takes. Raises SampleError."""
-    members = {ending: data for ending, data in raw.items() if ending in tokenizer.extensions}
+def embed_sequences(model: Model, modality: str, inputs: list[list[Tokens]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (B, E) and features (B, D) of inputs, each of one or several sequences, on the CPU in float32."""
+    with autocast(model.device):
+        vectors, features = model.embed_sequences(modality, inputs)
+    return vectors.float().cpu(), features.float().cpu()
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """How a model is read that is not trained: in bfloat16 on a GPU, as it is on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def split_inputs(tokenizer, raw: dict) -> list:
+    """What a sample's members offer to a tokenizer, each input in the form that `read` takes. Raises SampleError."""
+    members = {extension: data for extension, data in raw.items() if extension in tokenizer.extensions}
     return tokenizer.split_inputs(members) if members else []
 
 
-def _content(thing) -> bytes:
+def batch_by_tokens(sequences, tokens: int = TOKENS):
+    """Lists of successive (owner, sequence) pairs of about so many tokens, of at least one pair each."""
+    batch, count = [], 0
+    for owner, sequence in sequences:
+        if batch and count + len(sequence) > tokens:
+            yield batch
+            batch, count = [], 0
+        batch.append((owner, sequence))
+        count += len(sequence)
+    if batch:
+        yield batch
+
+
+def _digest(value) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for part in sorted(thing.items()) if isinstance(thing, dict) else [("", thing.encode("utf-8", "surrogatepass"))]:
-        digest.update(part[0].encode() + b"\0" + part[1])
+    members = value.items() if isinstance(value, dict) else [("", value.encode("utf-8", "surrogatepass"))]
+    for name, data in sorted(members):
+        digest.update(name.encode() + b"\0" + data)
     return digest.digest()
-
-
-def figure(values, clusters, chance: float | None, median: bool = False, weights=None) -> dict:
-    """The mean (or median) of `values` (Q,) with a 95 % interval from 1,000 bootstrap draws of whole clusters (Q,).
-
-    With weights (Q,) the sum of the values over the sum of the weights.
-    """
-    generator = np.random.default_rng(0)
-    _, cluster = np.unique(clusters, return_inverse=True)
-    number = cluster.max() + 1
-    draws = generator.multinomial(number, np.full(number, 1 / number), size=1000)  # how often each cluster is drawn
-    if median:
-        order = np.argsort(values, kind="stable")
-        weight = np.cumsum(draws[:, cluster[order]], axis=1)
-        drawn = values[order][(weight < weight[:, -1:] / 2).sum(1)]
-        value = float(np.median(values))
-    else:
-        weights = np.ones(len(values)) if weights is None else weights
-        sums = np.bincount(cluster, weights=values, minlength=number)
-        counts = np.bincount(cluster, weights=weights, minlength=number)
-        drawn = (draws @ sums) / (draws @ counts)
-        value = float(values.sum() / weights.sum())
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": value, "low": float(low), "high": float(high), "chance": chance, "n": len(values)}
-
-
-def labelled(encoded: Encoded, modality: str, name: str, group: str) -> tuple | None:
-    """Features (T, D), labels (T,), groups (T,) and the commonest label's share, of one modality's labelled things.
-
-    None where there are fewer than two labels, or too few things to split. Without a group each thing is its own.
-    """
-    things = encoded.things[modality]
-    rows = [(t, encoded.value(samples[0], name), samples[0]) for t, samples in enumerate(things.samples)]
-    rows = [row for row in rows if row[1] is not None]
-    names, labels = np.unique([label for _, label, _ in rows], return_inverse=True)
-    if len(names) < 2 or len(rows) < 10 or np.bincount(labels).max() < 2:
-        return None
-    own = [encoded.value(sample, group) if group else None for _, _, sample in rows]
-    own = [f"thing {thing}" if value is None else value for (thing, _, _), value in zip(rows, own, strict=True)]
-    groups = np.unique(own, return_inverse=True)[1]
-    if groups.max() < len(names):  # a group a label: what is held out could not be learned from the rest
-        groups = np.arange(len(rows))
-    features = things.features[[thing for thing, _, _ in rows]].double().numpy()
-    return features, labels, groups, float(np.bincount(labels).max() / len(labels))

@@ -1,41 +1,50 @@
-"""k nearest neighbours on the frozen features, each sample against all others: no training, no choice to tune."""
+"""k nearest neighbors on the frozen features, each input against all others: nothing is trained, nothing is tuned.
+
+Neighbors vote with the weight exp(cosine / 0.1), after Wu et al. 2018 (arXiv:1805.01978), on centered features.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
-from .embed_corpus import Encoded, figure, labelled
+from . import base
+from .embed_corpus import EmbeddedCorpus
+from .metrics import estimate, find_nearest, labeled_features
+
+TEMPERATURE = 0.1
 
 
 @dataclass
 class Config:
     labels: str = ".cls"  # `.cls` or a JSON field
-    group: str = ""  # samples of an equal group are not each other's neighbours
+    group: str = ""  # inputs of an equal group are not each other's neighbors
     k: int = 10
 
 
-def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
-    """`knn/MODALITY/accuracy`, the vote weighted by the cosine."""
-    figures = {}
-    for modality in encoded.things:
-        found = labelled(encoded, modality, config.labels, config.group)
-        if not found:
-            continue
-        features, labels, groups, chance = found
-        unit = features - features.mean(0)
-        unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-9)
-        right = np.zeros(len(labels))
-        for start in range(0, len(labels), 1024):
-            rows = slice(start, start + 1024)
-            cosine = unit[rows] @ unit.T
-            cosine[groups[rows, None] == groups[None]] = -np.inf
-            k = min(config.k, len(labels) - 1)
-            near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
-            weight = np.exp(np.take_along_axis(cosine, near, 1) / 0.1)  # a sample of the own group weighs nothing
-            votes = np.zeros((len(near), labels.max() + 1))
-            np.add.at(votes, (np.arange(len(near))[:, None], labels[near]), weight)
-            right[rows] = votes.argmax(1) == labels[rows]
-        figures[f"knn/{modality}/accuracy"] = figure(right, groups, chance)
-    return figures
+class Evaluator(base.Evaluator):
+    Config = Config
+
+    def run(self, embedded: EmbeddedCorpus, config: Config, model=None, objectives=None) -> dict[str, dict]:
+        """`knn/MODALITY/accuracy`, over the inputs whose class occurs in another group too."""
+        figures = {}
+        for modality in embedded.inputs:
+            data = labeled_features(embedded, modality, config.labels, config.group)
+            if data is None:
+                continue
+            scored, groups = torch.from_numpy(data.scored), torch.from_numpy(data.groups)
+            unit = torch.from_numpy(data.features - data.features.mean(0))
+            unit = torch.nn.functional.normalize(unit, dim=1, eps=1e-9)
+            own = groups[scored]
+            cosine, near = find_nearest(
+                unit[scored], unit, config.k, lambda rows, own=own, groups=groups: own[rows, None] == groups
+            )
+            weight = torch.exp(cosine / TEMPERATURE)  # 0 for those of the input's own group
+            labels = torch.from_numpy(data.labels)
+            votes = torch.zeros(len(near), len(labels.unique()), dtype=torch.double)
+            votes.scatter_add_(1, labels[near], weight)
+            right = (votes.argmax(1) == labels[scored]) & (votes.amax(1) > 0)  # features that are NaN get no vote
+            right = right.double().numpy()
+            figures[f"knn/{modality}/accuracy"] = estimate(right, data.groups[data.scored], data.chance)
+        return figures

@@ -1,116 +1,137 @@
-"""Retrieval between any two modalities that the data has, in both directions.
+"""Retrieval between any two modalities of the corpus, in both directions.
 
-A gallery holds each distinct thing once. A right answer is a thing of a sample of the query's group. The rank of a query
-is that of its first right answer; ties count against it. Chance is exact: it counts the right answers of each query.
-R@k is over the queries that can miss, those with k wrong answers or more to choose from: the rest, as in a language of
-nine voices, would count as found whatever the model says. Where no query can miss it is over all of them, and is 1.
+A gallery holds each distinct input once. A right answer is an input of a sample of the query's group. The rank of a
+query is that of its first right answer; ties count against it. Chance is exact: it counts the right answers of each
+query. R@k is over the queries that can miss, those with k wrong answers or more in their gallery: the rest, as in a
+language of nine voices, would be hits whatever the model says. Where no query can miss, it is over all and is 1.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .embed_corpus import Encoded, figure
+from . import base
+from .embed_corpus import EmbeddedCorpus
+from .metrics import enumerate_values, estimate, rank_first
 
-AT = (1, 5, 10)
+CUTOFFS = (1, 5, 10)
 
 
 @dataclass
 class Config:
     group: str = ""  # the field that says which samples are right answers for each other; empty: an equal text
-    within: str = ""  # the field that query and gallery share; empty: the gallery is all there is
+    within: str = ""  # the field that query and gallery share; empty: the gallery is the whole corpus
 
 
-def run(encoded: Encoded, config: Config, model=None) -> dict[str, dict]:
-    """`retrieval/A_to_B/{r@1,r@5,r@10,median_rank,mrr}` for every ordered pair of modalities."""
-    figures = {}
-    for query, answer in itertools.permutations(encoded.things, 2):
-        ranks, sizes, rights, clusters = [], [], [], []
-        for samples in shares(encoded, config.within):
-            for found in _search(encoded, config, query, answer, samples):
-                for into, value in zip((ranks, sizes, rights, clusters), found, strict=True):
-                    into.append(value)
-        if ranks:
-            name = f"retrieval/{query}_to_{answer}"
-            figures |= _figures(name, np.array(ranks), np.array(sizes), np.array(rights), np.array(clusters))
-    return figures
+class Evaluator(base.Evaluator):
+    Config = Config
+
+    def run(self, embedded: EmbeddedCorpus, config: Config, model=None, objectives=None) -> dict[str, dict]:
+        """`retrieval/A_to_B/{r@1,r@5,r@10,median_rank,mrr}` for every ordered pair of modalities."""
+        figures = {}
+        for query, answer in itertools.permutations(embedded.inputs, 2):
+            tasks = list(search_tasks(embedded, config.group, config.within, query, answer))
+            if tasks:
+                ranks, rights = (np.concatenate(columns) for columns in zip(*(t.rank(embedded) for t in tasks)))
+                sizes = np.concatenate([np.full(len(task.queries), len(task.gallery)) for task in tasks])
+                clusters = [min(groups) for task in tasks for groups in task.queries.values()]
+                clusters = enumerate_values(clusters)
+                figures |= _figures(f"retrieval/{query}_to_{answer}", ranks, sizes, rights, clusters)
+        return figures
 
 
-def shares(encoded: Encoded, within: str) -> list[list[int]]:
-    """The samples, in the shares that a query's gallery is kept to."""
+@dataclass
+class SearchTask:
+    """The queries that share a gallery: inputs of two modalities by number, each with the groups of its samples."""
+
+    query: str  # the modality
+    answer: str
+    samples: list[int]  # that queries and gallery come from
+    queries: dict[int, set[str]]  # those with a right answer
+    gallery: dict[int, set[str]]
+
+    def rank(self, embedded: EmbeddedCorpus) -> tuple[np.ndarray, np.ndarray]:
+        """The rank of each query's first right answer, and how many right answers it has."""
+        columns = defaultdict(list)
+        for column, groups in enumerate(self.gallery.values()):
+            for group in groups:
+                columns[group].append(column)
+        columns = {group: torch.tensor(own) for group, own in columns.items()}
+        groups_of_query = list(self.queries.values())
+
+        def right(rows: slice) -> Tensor:
+            mask = torch.zeros(rows.stop - rows.start, len(self.gallery), dtype=torch.bool)
+            for row, groups in zip(mask, groups_of_query[rows], strict=True):
+                for group in groups & columns.keys():
+                    row[columns[group]] = True
+            return mask
+
+        queries = embedded.inputs[self.query].vectors[list(self.queries)]
+        ranks, counts = rank_first(queries, embedded.inputs[self.answer].vectors[list(self.gallery)], right)
+        return ranks.numpy(), counts.numpy()
+
+
+def search_tasks(embedded: EmbeddedCorpus, group: str, within: str, query: str, answer: str) -> Iterator[SearchTask]:
+    """The queries of one modality that have a right answer of another, by gallery."""
+    for samples in split_samples(embedded, within):
+        queries, gallery = (_inputs_with_groups(embedded, group, modality, samples) for modality in (query, answer))
+        known = set().union(*gallery.values())
+        queries = {number: groups for number, groups in queries.items() if groups & known}
+        if queries:
+            yield SearchTask(query, answer, samples, queries, gallery)
+
+
+def split_samples(embedded: EmbeddedCorpus, within: str) -> list[list[int]]:
+    """The samples by their value of the field `within`, without those that have none; all together without a field."""
     if not within:
-        return [list(range(len(encoded.held)))]
-    shares = defaultdict(list)
-    for sample in range(len(encoded.held)):
-        value = encoded.value(sample, within)
+        return [list(range(len(embedded.sample_inputs)))]
+    parts = defaultdict(list)
+    for sample in range(len(embedded.sample_inputs)):
+        value = embedded.field(sample, within)
         if value is not None:
-            shares[value].append(sample)
-    return list(shares.values())
+            parts[value].append(sample)
+    return list(parts.values())
 
 
-def _search(encoded: Encoded, config: Config, query: str, answer: str, samples: list[int]):
-    """For each query among `samples`: the rank, the size of its gallery, its right answers, its group."""
-    asks, answers = grouped(encoded, config.group, query, samples), grouped(encoded, config.group, answer, samples)
-    by_group = defaultdict(list)
-    for column, groups in enumerate(answers.values()):
-        for group in groups:
-            by_group[group].append(column)
-    gallery = encoded.things[answer].vectors[list(answers)].double()
-    for thing, groups in asks.items():
-        right = sorted({column for group in groups for column in by_group[group]})
-        if right:
-            scores = gallery @ encoded.things[query].vectors[thing].double()
-            wrong = torch.ones(len(scores), dtype=torch.bool)
-            wrong[right] = False
-            rank = 1 + int((~(scores[wrong] < scores[right].max())).sum())  # what is not a number counts against it
-            yield rank, len(scores), len(right), min(groups)
-
-
-def grouped(encoded: Encoded, name: str, modality: str, samples: list[int]) -> dict[int, set[str]]:
-    """The things of one modality that the samples hold, each with the groups of its samples."""
-    things = defaultdict(set)
+def _inputs_with_groups(embedded: EmbeddedCorpus, group: str, modality: str, samples: list[int]) -> dict[int, set[str]]:
+    """The inputs of one modality that the samples hold, each with the groups of its samples."""
+    inputs = defaultdict(set)
     for sample in samples:
-        for thing in encoded.held[sample].get(modality, []):
-            things[thing] |= encoded.groups(sample, name)
-    return things
+        for number in embedded.sample_inputs[sample].get(modality, []):
+            inputs[number] |= embedded.groups(sample, group)
+    return dict(inputs)
 
 
 def _figures(name: str, ranks, sizes, rights, clusters) -> dict[str, dict]:
-    guesses = [_guess(int(size), int(right)) for size, right in zip(sizes, rights, strict=True)]
-    longest = max(len(g) for g in guesses)
-    late = np.array([np.pad(g, (0, longest - len(g))) for g in guesses])  # P(a guess's rank > k), k = 0, 1, ...
-    mrr = float(np.mean([_reciprocal(int(size), int(right)) for size, right in zip(sizes, rights, strict=True)]))
+    shapes, shape, counts = np.unique(np.stack([sizes, rights], 1), axis=0, return_inverse=True, return_counts=True)
+    late = np.zeros((len(shapes), max(CUTOFFS) + 1))  # P(a guess's rank > k) by shape
+    later = np.zeros(sizes.max() + 1)  # the share of all guesses whose rank is > k
+    mrr = 0.0
+    for row, ((size, right), count) in enumerate(zip(shapes.tolist(), counts / len(ranks), strict=True)):
+        curve = np.append(guess_curve(size, right), 0.0)
+        late[row, : len(curve)] = curve[: max(CUTOFFS) + 1]
+        later[: len(curve)] += curve * count
+        mrr += float(((curve[:-1] - curve[1:]) / np.arange(1, len(curve))).sum()) * count
     figures = {}
-    for k in AT:
-        telling = sizes - rights >= k
-        telling = telling if telling.any() else ~telling
-        found = (ranks[telling] <= k).astype(float)
-        figures[f"{name}/r@{k}"] = figure(found, clusters[telling], _at(late[telling].mean(0), k))
-    late = late.mean(0)
-    figures[f"{name}/median_rank"] = figure(ranks.astype(float), clusters, float((late > 0.5).sum()), median=True)
-    figures[f"{name}/mrr"] = figure(1 / ranks, clusters, mrr)
+    for k in CUTOFFS:
+        can_miss = sizes - rights >= k
+        can_miss = can_miss if can_miss.any() else ~can_miss
+        chance = 1 - float(late[shape.ravel()[can_miss], k].mean())
+        figures[f"{name}/r@{k}"] = estimate((ranks[can_miss] <= k).astype(float), clusters[can_miss], chance)
+    median = float((later > 0.5).sum())
+    figures[f"{name}/median_rank"] = estimate(ranks.astype(float), clusters, median, median=True)
+    figures[f"{name}/mrr"] = estimate(1 / ranks, clusters, mrr)
     return figures
 
 
-def _at(late: np.ndarray, k: int) -> float:
-    return 1 - float(late[k]) if k < len(late) else 1.0
-
-
-@cache
-def _guess(size: int, right: int) -> np.ndarray:
+def guess_curve(size: int, right: int) -> np.ndarray:
     """P(the first of `right` answers, placed at random among `size`, ranks after k) for k = 0, 1, ..., size - right."""
     k = np.arange(size - right)
     return np.concatenate([[1.0], np.cumprod((size - right - k) / (size - k))])
-
-
-@cache
-def _reciprocal(size: int, right: int) -> float:
-    """The mean reciprocal rank of a guess."""
-    late = np.concatenate([_guess(size, right), [0.0]])
-    return float(((late[:-1] - late[1:]) / np.arange(1, len(late))).sum())

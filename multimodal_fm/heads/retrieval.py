@@ -1,20 +1,37 @@
-"""The vectors that search compares: a sequence's mean, projected by its modality, of unit length."""
+"""The vectors that search compares: a sequence's pooled output, projected by its modality, of unit length."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import base
 
-class Head(nn.Module):
-    """means (S, D) and modalities (S,) -> unit vectors (S, E); each modality has its own projection."""
 
-    def __init__(self, modalities: int, width: int, dimension: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(modalities, width, dimension) * width**-0.5)
+@dataclass
+class Config:
+    embed_dim: int = 256  # the length of the vectors
 
-    def forward(self, means: Tensor, modality: Tensor) -> Tensor:
-        projected = torch.einsum("sd,kde->ske", means, self.weight)
-        picked = projected.gather(1, modality[:, None, None].expand(-1, 1, projected.shape[-1]))[:, 0]
-        return F.normalize(picked.float(), dim=-1)
+    def __post_init__(self):
+        if self.embed_dim < 1:
+            raise ValueError("embed_dim is at least 1")
+
+
+class Head(base.Head):
+    """Pooled outputs (S, D) and modalities (S,) -> unit vectors (S, E); each modality has its own projection."""
+
+    Config = Config
+
+    def __init__(self, config: Config, width: int, modalities: list[str]):
+        super().__init__(config, width, modalities)
+        self.projection = nn.ParameterDict(
+            {m: nn.Parameter(torch.randn(width, config.embed_dim) * width**-0.5) for m in modalities}
+        )
+
+    def forward(self, pooled: Tensor, modality: Tensor) -> Tensor:
+        projected = torch.einsum("sd,kde->ske", pooled, torch.stack([self.projection[m] for m in self.modalities]))
+        chosen = projected.gather(1, modality[:, None, None].expand(-1, 1, projected.shape[-1]))[:, 0]
+        return F.normalize(chosen.float(), dim=-1)

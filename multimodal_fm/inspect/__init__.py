@@ -1,9 +1,9 @@
-"""`mmfm inspect`: what a corpus holds, whether it is still what was indexed, what a training run would get.
+"""`mmfm inspect`: what a corpus holds, whether it is still what was indexed, and what a training run gets of it.
 
-verify    every byte against the index
-samples   every part decoded, a row a sample
-counts    what the indexes tell, with nothing decoded
-lines     what a person reads of it
-page      the same with figures and a gallery
-run       the command
+run      the command
+verify   compares every byte of the shards with their indexes
+samples  decodes every sample and reports on each
+stats    counts a corpus from its indexes, decoding nothing
+summary  those counts as lines of text
+page     the same as an HTML page, with figures and a gallery
 """

@@ -1,19 +1,21 @@
-"""`mmfm inspect`."""
+"""The command `mmfm inspect`."""
 
 from __future__ import annotations
 
 import json as json_
 import sys
 
-from ..corpus import index
-from ..corpus.shards import find
+from ..config import build, read_yaml
+from ..corpus.index import PIECE_BYTES
+from ..corpus.shards import list_shards
 from ..errors import UserError
+from ..model import ModelConfig
 from ..tokenizers import audio, image, text
-from .lines import lines, said_of
-from .page import write
-from .samples import every_sample
-from .stats import survey
-from .verify import Damage, open_all
+from .page import write_page
+from .samples import describe_samples
+from .stats import count_corpus
+from .summary import format_row, summarize
+from .verify import Damage, open_indexes
 
 
 def inspect(
@@ -24,9 +26,9 @@ def inspect(
     rebuild: bool = False,
     json: bool = False,
     samples: bool = False,
-    piece: int = index.PIECE,
+    piece: int = PIECE_BYTES,
 ) -> int:
-    """What `mmfm inspect` does; its exit code: 1 where `verify` finds damage. Raises UserError."""
+    """Runs the command and returns its exit code: 1 where `verify` finds damage. Raises UserError."""
     if not patterns:
         raise UserError("name at least one shard: a .tar, .jsonl or .txt file, a pattern or a URL")
     if verify and rebuild:
@@ -35,37 +37,31 @@ def inspect(
         raise UserError("--piece is at least 16 bytes")
     if html and samples:
         raise UserError("--samples writes no page: leave out --html")
-    tokenizers = plugins(config)
-    files = list(dict.fromkeys(find(patterns)))
+    files, tokenizers = list(dict.fromkeys(list_shards(patterns))), load_tokenizers(config)
     damage = Damage() if verify else None
-    indexes = open_all(files, piece, rebuild, damage)
+    indexes = open_indexes(files, piece, rebuild, damage, tokenizers.values())
     if samples:
-        for row in every_sample(indexes, tokenizers):
+        for row in describe_samples(indexes, tokenizers):
             print(json_.dumps(row))
-        for one in damage.rows if damage else []:
-            print(said_of(one), file=sys.stderr)
+        for row in damage.rows if damage else []:
+            print(format_row(row), file=sys.stderr)
     else:
-        found = survey(indexes, tokenizers, config)
+        stats = count_corpus(indexes, tokenizers, config)
         if damage is not None:
-            found.data["damage"] = {"count": damage.count, "new_shards": damage.new, "first": damage.rows}
-        print(json_.dumps(found.data) if json else "\n".join(lines(found.data)))
+            stats.data["damage"] = {"count": damage.count, "new_shards": damage.new_shards, "first": damage.rows}
+        print(json_.dumps(stats.data) if json else "\n".join(summarize(stats.data)))
         if html:
-            write(html, patterns, indexes, tokenizers, found)
+            write_page(html, patterns, indexes, tokenizers, stats)
             print(html, file=sys.stderr if json else sys.stdout)
     return 1 if damage is not None and damage.count else 0
 
 
-def plugins(config: str = "") -> dict:
-    """The tokenizers of a configuration, by modality; without one text, image and audio as they come. Raises UserError."""
-    from ..config import load
-
-    if config:
-        found = load(config).tokenizers
-        for plugin in found.values():
-            if plugin.file:
-                plugin.check()
-        return found
-    return {modality: module.Tokenizer() for modality, module in _OWN.items()}
-
-
-_OWN = {"text": text, "image": image, "audio": audio}
+def load_tokenizers(config: str = "") -> dict:
+    """The tokenizers of a run's YAML file by modality; by default text, image and audio. Raises UserError."""
+    model = read_yaml(config).get("model") if config else None
+    data = {"tokenizers": model.get("tokenizers") or {}} if isinstance(model, dict) else {}
+    tokenizers = build(ModelConfig, data, f"{config}: model").tokenizers
+    for tokenizer in tokenizers.values():
+        if tokenizer.file:
+            tokenizer.check()
+    return tokenizers or {"text": text.Tokenizer(), "image": image.Tokenizer(), "audio": audio.Tokenizer()}

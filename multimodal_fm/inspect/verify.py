@@ -1,126 +1,136 @@
-"""Opening shards, and whether they are what was indexed."""
+"""Opens the indexes of shards, and compares every byte of the shards with them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..corpus import index, storage
-from ..corpus.index import Index, Refused
-from ..corpus.shards import Told
-from ..errors import SampleError, UserError
+from ..corpus.index import Index
+from ..corpus.scan import Rejection, hash_shard
+from ..corpus.shards import Progress
+from ..errors import SampleError
 
-NAMED = 10_000  # damaged parts that are named; all are counted
+MAX_ROWS = 10_000  # damaged parts that are listed; all are counted
 
 
 @dataclass
 class Damage:
-    """What is not as it was indexed, or was damaged already then."""
+    """What differs from the index, or was damaged when the index was built."""
 
-    rows: list[dict] = field(default_factory=list)  # shard, key, part, reason, detail; at most NAMED
+    rows: list[dict] = field(default_factory=list)  # shard, key, part, reason, detail; at most MAX_ROWS
     count: int = 0
-    new: int = 0  # shards that had no index to be compared with
+    new_shards: int = 0  # shards that had no index to be compared with
 
     def add(self, shard: str, key: str, part: str, reason: str, detail: str) -> None:
         self.count += 1
-        if len(self.rows) < NAMED:
+        if len(self.rows) < MAX_ROWS:
             self.rows.append({"shard": shard, "key": key, "part": part, "reason": reason, "detail": detail})
 
 
-def open_all(files: list[str], piece: int, rebuild: bool = False, damage: Damage | None = None) -> list[Index]:
-    """The shards' indexes, built where there is none; with `damage` all that is damaged goes there.
+def open_indexes(
+    files: list[str], piece: int, rebuild: bool = False, damage: Damage | None = None, tokenizers: Iterable = ()
+) -> list[Index]:
+    """The shards' indexes; those that are missing are built, with the measures of the tokenizers.
 
-    A shard whose index cannot be believed is then left out. Raises UserError where a shard is another one than its index
-    says, or an index is damaged, and there is no `damage` to take it.
+    With `damage` each shard is verified, and one whose index is damaged is left out. Without it, raises UserError
+    where an index is damaged or a shard has changed.
     """
-    told = Told("reading {}")
+    progress, tokenizers = Progress("reading {}"), tuple(tokenizers)
     if damage is not None:
-        return [one for file in files if (one := verify(file, piece, damage, told)) is not None]
+        return [one for file in files if (one := verify_shard(file, piece, damage, progress)) is not None]
     if rebuild:
         for file in files:
-            told(file)
-            index.build(file, piece)
-    indexes = index.open_all(files, piece, told)
+            progress(file)
+            index.build(file, piece, tokenizers)
+    indexes = index.open_all(files, piece, tokenizers, progress=progress)
     for one in indexes:
-        if not one.whole():
-            raise UserError(f"{one.shard}: {one.file} is damaged; `mmfm inspect --rebuild {one.shard}` makes it anew")
+        one.check()
     return indexes
 
 
-def verify(shard: str, piece: int, damage: Damage, told=lambda shard: None) -> Index | None:
-    """Read every byte of the shard and compare it with its index, which is returned unless it is damaged itself.
+def verify_shard(shard: str, piece: int, damage: Damage, progress=lambda shard: None) -> Index | None:
+    """Compares every byte of the shard with its index, which is returned unless it is damaged itself.
 
-    A shard that has no index yet gets one, and has nothing but its own headers to be compared with. Raises UserError.
+    A shard without an index gets one; only its own headers can then tell damage. Raises UserError.
     """
-    told(shard)
+    progress(shard)
     try:
-        one = index.known(shard, piece)
+        one = index.read_existing(shard, piece)
     except index.Damaged as error:
-        damage.add(shard, "", "index", "crc", f"{error}; `mmfm inspect --rebuild {shard}` makes it anew")
+        damage.add(shard, "", "index", "crc", f"{error}; `mmfm inspect --rebuild {shard}` builds it anew")
         return None
     if one is None:
-        damage.new += 1
+        damage.new_shards += 1
         one = index.build(shard, piece)
     else:
         try:
             _compare(one, damage)
         except (OSError, SampleError) as error:
             damage.add(shard, "", "", "read", str(error))
-        if not one.whole():
+        if not one.is_intact():
             return None
-    for refused in one.refused:
+    for refused in one.rejections:
         if refused.reason == "shard":
-            damage.add(shard, whose(one, refused), refused.part, "shard", refused.detail)
+            damage.add(shard, _owner(one, refused), refused.member, "shard", refused.detail)
     return one
 
 
 def _compare(one: Index, damage: Damage) -> None:
-    """Adds what in a shard is not as it was indexed. Raises OSError, SampleError."""
-    storage.forget(one.shard)
-    size, before = storage.size(one.shard), damage.count
-    same = size == one.head["size"] and index.digest_of(one.shard, size) == one.head["sha256"]
-    if not one.whole():
-        mend = f"`mmfm inspect --rebuild {one.shard}` makes it anew"
-        damage.add(one.shard, "", "index", "crc", f"{one.file}: its tables are not what was written; {mend}")
+    """Adds to `damage` what in a shard differs from its index. Raises OSError, SampleError."""
+    storage.reopen_files()
+    size, before = storage.stat(one.shard)[0], damage.count
+    same = size == one.head["size"] and hash_shard(one.shard, size) == one.head["sha256"]
+    if not one.is_intact():
+        repair = f"`mmfm inspect --rebuild {one.shard}` builds it anew"
+        damage.add(one.shard, "", "index", "crc", f"{one.file}: its tables have changed; {repair}")
         if not same:
-            damage.add(one.shard, "", "", "crc", "the shard is not what was indexed either, where cannot be told")
-        return
-    if same:
-        return
-    for sample, ending, reason, detail in one.differences():
-        damage.add(one.shard, one.key(sample) if sample >= 0 else "", ending, reason, detail)
-    if size != one.head["size"]:
-        damage.add(one.shard, "", "", "shard", f"{size} bytes, it was indexed with {one.head['size']}")
-    elif damage.count == before:
-        damage.add(one.shard, "", "", "crc", "not what was indexed, in which sample cannot be told")
+            damage.add(one.shard, "", "", "crc", "the shard has changed too; where cannot be told")
+    elif not same:
+        for sample, extension, reason, detail in one.differences():
+            damage.add(one.shard, one.key(sample) if sample >= 0 else "", extension, reason, detail)
+        if size != one.head["size"]:
+            damage.add(one.shard, "", "", "shard", f"{size} bytes, it was indexed with {one.head['size']}")
+        elif damage.count == before:
+            damage.add(one.shard, "", "", "crc", "it has changed; in which sample cannot be told")
 
 
-def whose(one: Index, refused: Refused) -> str:
-    """The key of the sample that a refused thing belongs to; empty where nobody knows.
+def refused_rows(one: Index) -> list[dict]:
+    """What the scan of a shard refused: shard, key (empty where unknown), part, reason, detail."""
+    return [
+        {"shard": row.shard, "key": _owner(one, row), "part": row.member, "reason": row.reason, "detail": row.detail}
+        for row in one.rejections
+    ]
 
-    A damaged header belongs to the sample on both sides of it, or to the neighbour whose name it nearly has.
+
+def _owner(one: Index, refused: Rejection) -> str:
+    """The key of the sample that what was refused belongs to; empty where it is unknown.
+
+    A damaged header belongs to the sample on both sides of it, or to the neighbor whose name it nearly has.
     """
-    place = re.search(r"at byte (\d+)$", refused.detail)
-    if refused.key or refused.reason != "shard" or not place or not len(one):
+    where = re.search(r"at byte (\d+)$", refused.detail)
+    if refused.key or refused.reason != "shard" or not where or not len(one):
         return refused.key
-    offset = int(place[1])
+    offset = int(where[1])
     after = int(np.searchsorted(one.members["offset"], offset))
-    beside = [row for row in (after - 1, after) if 0 <= row < len(one.members)]
-    keys = [one.key(int(np.searchsorted(one.first, row, "right")) - 1) for row in beside]
+    rows = [row for row in (after - 1, after) if 0 <= row < len(one.members)]
+    keys = [one.key(int(np.searchsorted(one.member_starts, row, "right")) - 1) for row in rows]
     if len(keys) == 2 and keys[0] == keys[1]:
         return keys[0]
     try:
-        block = storage.read(one.shard, offset, 100)
+        header = storage.read(one.shard, offset, 100)
     except (OSError, SampleError):
         return ""
-    near = sorted((_bits(block, f"{key}.".encode()[:100]), key) for key in keys)
-    return near[0][1] if near[0][0] <= 2 and (len(near) == 1 or near[0][0] < near[1][0]) else ""
+    distances = sorted((_bit_distance(header, f"{key}.".encode()[:100]), key) for key in keys)
+    clear = len(keys) == 1 or distances[0][0] < distances[1][0]
+    return distances[0][1] if distances[0][0] <= 2 and clear else ""
 
 
-def _bits(block: bytes, name: bytes) -> int:
-    """How many bits of the name stand otherwise at the beginning of the block."""
-    if len(block) < len(name):
+def _bit_distance(header: bytes, name: bytes) -> int:
+    """How many bits of `name` differ at the beginning of the header."""
+    if len(header) < len(name):
         return 8 * len(name)
-    return sum((x ^ y).bit_count() for x, y in zip(block, name))
+    return sum((x ^ y).bit_count() for x, y in zip(header, name))

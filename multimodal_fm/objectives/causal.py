@@ -1,7 +1,8 @@
-"""Guess the next token from those before it (GPT). With `fuse` a sample's parts follow each other in one sequence, and
-those named in `prefix` are read as one block and not guessed: captioning is `modalities: [image, text]`, `prefix: [image]`.
+"""Predict the next token from those before it (GPT; Radford et al. 2019).
 
-Radford et al. 2019; prefix language models: Raffel et al. 2020, Dong et al. 2019.
+With `fuse` the modalities of a sample follow each other in one sequence, and those named in `prefix` are read as one
+block and not predicted: captioning is `modalities: [image, text]`, `fuse: true`, `prefix: [image]` (a prefix language
+model; Dong et al. 2019, Raffel et al. 2020).
 """
 
 from __future__ import annotations
@@ -12,59 +13,69 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Example, Sample, Targets
+from . import base
 
 
 @dataclass
-class Config:
-    fuse: bool = False  # all parts of a sample in one sequence, in the task's order
-    prefix: list[str] = field(default_factory=list)  # modalities that are only read
+class Config(base.Config):
+    fuse: bool = False  # all modalities of a sample in one sequence, in the task's order
+    prefix: list[str] = field(default_factory=list)  # modalities that are read and not predicted
 
 
-def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
-    """Orders rise token by token; a part of the prefix shares one order. The row before answers each token."""
-    seen, targets, at, order, time, rows = [], [], [], 0, 0.0, 0
-    for number, (modality, part) in enumerate(sample.parts.items()):
-        if not config.fuse:
-            order, time = 0, 0.0
-        block = modality in config.prefix
-        steps = torch.zeros(len(part), dtype=torch.long) if block else torch.arange(len(part))
-        part = part.replace(
-            position=part.position + torch.tensor([time, 0.0, 0.0]),
-            order=steps + order,
-            sequence=part.sequence if config.fuse else part.sequence + number,
-        )
-        order, time = int(part.order[-1]) + 1, float(part.position[:, 0].max()) + 1
-        first = 0 if config.fuse and number else 1  # nothing comes before the first token of a sequence
-        guess = torch.arange(first, first if block else len(part))
-        seen.append(part)
-        targets.append(part.select(guess))
-        at.append(guess + rows - 1)
-        rows += len(part)
-    return Example(seen, [None] * len(seen), targets, at, sample.group)
+class Objective(base.Objective):
+    Config = Config
 
+    def __init__(self, config: Config, model, modalities: list[str]):
+        super().__init__(config, model, modalities)
+        predicted = [modality for modality in modalities if modality not in config.prefix]
+        self.predictors = nn.ModuleDict({m: model.predictor(m, model.width) for m in predicted})
 
-class Objective(nn.Module):
-    def __init__(self, config: Config, model):
-        super().__init__()
-        self.config = config
-        self.predict = nn.ModuleDict(
-            {k: model.predictor(k, model.config.width) for k in model.modalities if k not in config.prefix}
-        )
+    @staticmethod
+    def problems(config: Config, modalities: list[str]):
+        if unknown := [modality for modality in config.prefix if modality not in modalities]:
+            yield "prefix", f"names no modality of the task: {', '.join(unknown)}"
+        if config.prefix and set(config.prefix) >= set(modalities):
+            yield "prefix", "leaves no modality to predict"
 
-    def arrange(self, sample: Sample) -> Example:
-        """As in training, for whoever wants a text's score."""
-        return arrange(self.config, sample)
+    @staticmethod
+    def one_sequence_per_modality(config: Config) -> bool:
+        return not config.fuse
 
-    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, float]]:
-        """The mean over modalities of the mean over the step's guessed tokens of that modality; the report has each modality's."""
-        loss, report = output.zero(), {}
+    @staticmethod
+    def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
+        """Orders rise token by token; a modality of the prefix shares one order. The row before answers each token."""
+        inputs, targets, answers, order, time, num_rows = [], [], [], 0, 0.0, 0
+        for number, (modality, tokens) in enumerate(sample.tokens.items()):
+            if not config.fuse:
+                order, time = 0, 0.0
+            is_prefix = modality in config.prefix
+            steps = torch.zeros(len(tokens), dtype=torch.long) if is_prefix else torch.arange(len(tokens))
+            tokens = tokens.replace(
+                position=tokens.position + torch.tensor([time, 0.0, 0.0]),
+                order=steps + order,
+                sequence=tokens.sequence if config.fuse else tokens.sequence + number,
+            )
+            order, time = int(tokens.order[-1]) + 1, float(tokens.position[:, 0].max()) + 1
+            first = 0 if config.fuse and number else 1  # nothing comes before the first token of a sequence
+            predicted = torch.arange(first, first if is_prefix else len(tokens))
+            inputs.append(tokens)
+            targets.append(tokens.select(predicted))
+            answers.append(predicted + num_rows - 1)
+            num_rows += len(tokens)
+        return Example(inputs, [None] * len(inputs), targets, answers, sample.group)
+
+    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over modalities of the mean over the step's target tokens; the figures are each modality's."""
+        loss, figures = output.zero(), {}
         for modality in targets.tokens:
             mean = self.score(output, targets, modality).sum() / targets.counts[modality]
             loss = loss + mean / len(targets.counts)
-            report[modality] = mean.detach()
-        return loss, report
+            figures[modality] = mean.detach()
+        return loss, figures
+
+    def has_likelihood(self, modality: str) -> bool:
+        return modality in self.predictors
 
     def score(self, output, targets: Targets, modality: str) -> Tensor:
-        """The loss of each guessed token of one modality (M,)."""
-        vectors = output.tokens.content.index_select(0, targets.at[modality])
-        return self.predict[modality](vectors, targets.tokens[modality].content)
+        vectors = output.tokens.content.index_select(0, targets.rows[modality])
+        return self.predictors[modality](vectors, targets.tokens[modality].content)

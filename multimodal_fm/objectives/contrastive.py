@@ -1,5 +1,7 @@
-"""Bring a sample's parts together, all pairs of modalities that it offers: InfoNCE (CLIP, Radford et al. 2021) or the sigmoid
-loss (SigLIP, Zhai et al. 2023), with learned temperature. Samples of an equal group are not each other's negatives.
+"""Bring the modalities of a sample together: InfoNCE (CLIP, Radford et al. 2021) or the sigmoid loss (SigLIP, Zhai et
+al. 2023) over all pairs of modalities that the samples have, with a learned temperature.
+
+Samples of an equal group are never each other's negatives.
 """
 
 from __future__ import annotations
@@ -13,83 +15,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import Example, Sample, Targets
+from ..batch import Example, Pairs, Sample, Targets
+from ..model import autocast
 from ..tokens import constant
+from . import base
+
+MAX_SCALE = 100.0  # as in CLIP
 
 
 @dataclass
-class Config:
-    loss: Literal["infonce", "sigmoid"] = "infonce"
+class Config(base.Config):
+    loss: Literal["infonce", "sigmoid"] = "infonce"  # over all pairs of a step (CLIP), or pair by pair (SigLIP)
+    head: str = "retrieval"  # the head of the model whose vectors are compared
     scale: float = 14.0  # what cosines are multiplied by at the start; learned, at most 100
     bias: float = -10.0  # sigmoid: what is added at the start; learned
     pairs: dict[str, float] = field(default_factory=dict)
     """Weights of the pairs' losses in their mean, as in {text_audio: 0.5}; a pair that is not named weighs 1."""
 
     def __post_init__(self):
-        if not 0 < self.scale <= 100:
-            raise ValueError("scale is above 0, at most 100")
+        super().__post_init__()
+        if not 0 < self.scale <= MAX_SCALE:
+            raise ValueError(f"scale is above 0, at most {MAX_SCALE:g}")
         if not all(0 < weight < math.inf for weight in self.pairs.values()):
             raise ValueError("pairs are weights above 0")
 
 
-def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
-    """One sequence a part, all of it seen, nothing targets: the table of sequences is the question."""
-    parts = list(sample.parts.values())
-    seen = [part.replace(sequence=constant(number, len(part))) for number, part in enumerate(parts)]
-    return Example(seen, [None] * len(seen), group=sample.group)
+class Objective(base.Objective):
+    Config = Config
+    whole_step, min_modalities, uses_groups = True, 2, True
 
-
-class Objective(nn.Module):
-    whole_step = True
-
-    def __init__(self, config: Config, model):
-        super().__init__()
-        self.config, self.modalities = config, list(model.modalities)
-        names = [f"{a}_{b}" for a, b in itertools.combinations(self.modalities, 2)]
-        if unknown := set(config.pairs) - set(names):
-            raise ValueError(f"pairs names {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    def __init__(self, config: Config, model, modalities: list[str]):
+        super().__init__(config, model, modalities)
+        if config.head not in model.heads:
+            raise ValueError(
+                f"contrastive: the model has no head {config.head!r} (there are: {', '.join(model.heads)})"
+            )
+        self.pair_weights = {
+            f"{a}_{b}": config.pairs.get(f"{a}_{b}", config.pairs.get(f"{b}_{a}", 1.0))
+            for a, b in itertools.permutations(modalities, 2)
+        }
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
 
+    @staticmethod
+    def problems(config: Config, modalities: list[str]):
+        if len(modalities) < 2:
+            yield "modalities", "must be at least two, which are brought together"
+        names = ["_".join(pair) for a, b in itertools.combinations(modalities, 2) for pair in ((a, b), (b, a))]
+        if unknown := [name for name in config.pairs if name not in names]:
+            yield "pairs", f"names {', '.join(unknown)}; there are {', '.join(names[::2])}"
+
+    @staticmethod
+    def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
+        """One sequence for each modality, all of it read, nothing to be predicted."""
+        inputs = [t.replace(sequence=constant(number, len(t))) for number, t in enumerate(sample.tokens.values())]
+        return Example(inputs, [None] * len(inputs), group=sample.group)
+
     def features(self, output, targets: Targets) -> Tensor:
         """Unit vectors (S, E) of the task's sequences."""
-        return output.embedding(targets.sequence, targets.modality)
+        return output.embedding(targets.sequence, targets.modality, self.config.head)
 
-    def compare(self, features: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
-        """The (weighted) mean loss over the pairs of modalities that meet in at least one sample, and each pair's accuracy."""
-        losses, weights, report = [], [], {}
-        for a, b in itertools.combinations(range(len(self.modalities)), 2):
-            rows = [(targets.modality == modality).nonzero()[:, 0] for modality in (a, b)]
-            samples = [targets.sample[r] for r in rows]
-            groups = [targets.group[r] for r in rows]
-            pair = samples[0][:, None] == samples[1]  # (A, B)
-            if not bool(pair.any()) or min(pair.shape) < 2:
-                continue
-            left, right = (features.index_select(0, r) for r in rows)
-            with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round cosines times 100 away
-                logits = left.float() @ right.float().T * self.log_scale.exp().clamp(max=100.0)
-            ignored = (groups[0][:, None] == groups[1]) & ~pair
-            name = f"{self.modalities[a]}_{self.modalities[b]}"
-            weights.append(self.config.pairs.get(name, 1.0))
-            losses.append(weights[-1] * self._loss(logits, pair, ignored))
+    def compare(self, features: Tensor, pairs: dict[str, Pairs]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted mean loss over the pairs of modalities; the figures are each pair's accuracy."""
+        losses, weights, figures = [], [], {}
+        for name, pair in pairs.items():
+            left, right = (features.index_select(0, rows) for rows in pair.rows)
+            with autocast(features.device, False):  # bfloat16 would round cosines times 100 away
+                logits = left.float() @ right.float().T * self.log_scale.exp()
+            weights.append(self.pair_weights[name])
+            losses.append(weights[-1] * self._loss(logits, pair))
             with torch.no_grad():
-                best = logits.masked_fill(ignored, -torch.inf).argmax(1, keepdim=True)
-                report[f"{name}_accuracy"] = pair.gather(1, best)[:, 0][pair.any(1)].float().mean()
+                best = logits.masked_fill(pair.ignored, -torch.inf).argmax(1, keepdim=True)
+                right_ones = pair.positive.gather(1, best)[:, 0].index_select(0, pair.forward[0])
+                figures[f"{name}_accuracy"] = right_ones.float().mean()
         if not losses:
-            return (features * 0.0).sum(), report
-        return torch.stack(losses).sum() / sum(weights), report
+            return (features * 0.0).sum(), figures
+        return torch.stack(losses).sum() / sum(weights), figures
 
-    def _loss(self, logits: Tensor, pair: Tensor, ignored: Tensor) -> Tensor:
-        if self.config.loss == "sigmoid":
-            sign = pair.float() * 2 - 1
+    def _loss(self, logits: Tensor, pair: Pairs) -> Tensor:
+        if self.bias is not None:
+            sign = pair.positive.float() * 2 - 1
             each = -F.logsigmoid(sign * (logits + self.bias))
-            return each.masked_fill(ignored, 0.0).sum() / pair.sum()
-        logits = logits.masked_fill(ignored, -torch.inf)
-        each_way = (_info_nce(logits, pair), _info_nce(logits.T, pair.T))
-        return sum(each_way) / 2
+            return each.masked_fill(pair.ignored, 0.0).sum() / pair.positive.sum()
+        logits = logits.masked_fill(pair.ignored, -torch.inf)
+        both = ((logits, pair.forward), (logits.T, pair.backward))
+        forward, backward = (F.cross_entropy(side.index_select(0, rows), columns) for side, (rows, columns) in both)
+        return (forward + backward) / 2
 
-
-def _info_nce(logits: Tensor, pair: Tensor) -> Tensor:
-    """Cross-entropy of the right column, over the rows that have one."""
-    rows = pair.any(1).nonzero()[:, 0]
-    return F.cross_entropy(logits.index_select(0, rows), pair.index_select(0, rows).int().argmax(1))
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Keeps the learned scale within bounds; a clamp inside the loss would stop its gradient there for good."""
+        self.log_scale.clamp_(max=math.log(MAX_SCALE))

@@ -1,118 +1,171 @@
-"""Guess hidden tokens. `replace` is BERT's and RoBERTa's way (a fresh choice each time), `drop` is MAE's: hidden tokens
-never enter the backbone and a light decoder guesses them. Either works on any modality.
+"""Predict hidden tokens, of any modality.
 
-Devlin et al. 2019, Liu et al. 2019, He et al. 2022.
+`hide: replace` is BERT's way with RoBERTa's fresh choice each time (Devlin et al. 2019, Liu et al. 2019); with `hide:
+drop` hidden tokens never enter the backbone and a light decoder predicts them (MAE, He et al. 2022).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..attention import Plan, plan_attention
 from ..backbone import Backbone
 from ..backbone import Config as BackboneConfig
-from ..batch import Example, Sample, Targets
-from ..tokens import Tokens, layout
+from ..batch import Batch, Example, Routing, Sample, Targets, route
+from ..tokens import Tokens, concatenate, layout
+from . import base
 
 
 @dataclass
-class Config:
-    hide: Literal["replace", "drop"] = "replace"
-    share: float | dict[str, float] = (
-        0.3  # of each sequence's tokens that are hidden; by modality, others are left whole
+class Config(base.Config):
+    hide: Literal["replace", "drop"] = "replace"  # by a mask token (BERT), or not read at all (MAE)
+    mask_ratio: float | dict[str, float] = (
+        0.3  # of each sequence's tokens; a map names it by modality, and leaves the others whole
     )
-    swap: float = 0.1  # replace: of the hidden tokens, the share that another token of the sequence stands in for,
-    keep: float = 0.1  # and the share that stays to be seen
-    fuse: bool = False  # all parts of a sample in one sequence, so that they are guessed from each other
-    decoder: BackboneConfig = field(default_factory=lambda: BackboneConfig(width=128, depth=1, heads=4))  # drop
+    random_ratio: float = 0.1  # replace: of the hidden tokens, those replaced by another token of the sequence
+    keep_ratio: float = 0.1  # replace: of the hidden tokens, those that stay to be seen
+    fuse: bool = False  # all modalities of a sample in one sequence, so that they are predicted from each other
+    decoder: BackboneConfig = field(default_factory=lambda: BackboneConfig(width=128, depth=1, num_heads=4))
+    """`hide: drop`: the Transformer that predicts what was dropped."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        ratios = self.mask_ratio.values() if isinstance(self.mask_ratio, dict) else [self.mask_ratio]
+        if not all(0 <= ratio <= 1 for ratio in (*ratios, self.random_ratio + self.keep_ratio)):
+            raise ValueError("mask_ratio, and random_ratio and keep_ratio together, are from 0 to 1")
+
+    def ratio(self, modality: str) -> float:
+        return self.mask_ratio.get(modality, 0.0) if isinstance(self.mask_ratio, dict) else self.mask_ratio
 
 
-def arrange(config: Config, sample: Sample, generator: torch.Generator) -> Example:
-    """Hide a random share of each part's tokens; at least one token stays and, of two or more, one is hidden."""
-    seen, hidden, targets, at, rows, time = [], [], [], [], 0, 0.0
-    for number, (modality, part) in enumerate(sample.parts.items()):
-        if config.fuse:  # one sequence: its time goes on from part to part
-            part = part.replace(position=part.position + torch.tensor([time, 0.0, 0.0]))
-            time = float(part.position[:, 0].max()) + 1
-        else:
-            part = part.replace(sequence=part.sequence + number)
-        share = config.share.get(modality, 0.0) if isinstance(config.share, dict) else config.share
-        count = min(max(round(share * len(part)), 1), len(part) - 1) if share > 0 else 0
-        choice = torch.randperm(len(part), generator=generator)
-        guess, rest = choice[:count].sort().values, choice[count:].sort().values
-        if config.hide == "drop":
-            shown, cover, answer = part.select(rest), None, torch.full((count,), -1)
-        else:
-            shown, cover = _replace(config, part, guess, generator)
-            answer = guess + rows
-        seen.append(shown)
-        hidden.append(cover)
-        targets.append(part.select(guess))
-        at.append(answer)
-        rows += len(shown)
-    return Example(seen, hidden, targets, at, sample.group)
+class Objective(base.Objective):
+    Config = Config
 
-
-def _replace(config: Config, part: Tokens, guess: Tensor, generator: torch.Generator) -> tuple[Tokens, Tensor]:
-    fate = torch.rand(len(guess), generator=generator)
-    swapped, covered = guess[fate < config.swap], guess[fate >= config.swap + config.keep]
-    donors = torch.randint(len(part), (len(swapped),), generator=generator)
-    content = part.content.clone()
-    content[swapped] = part.content[donors]
-    cover = torch.zeros(len(part), dtype=torch.bool)
-    cover[covered] = True
-    return part.replace(content=content), cover
-
-
-class Objective(nn.Module):
-    def __init__(self, config: Config, model):
-        super().__init__()
-        self.config, self.modalities = config, list(model.modalities)
-        self.width = model.config.width
+    def __init__(self, config: Config, model, modalities: list[str]):
+        super().__init__(config, model, modalities)
+        predicted = [modality for modality in modalities if config.ratio(modality) > 0]
+        width = model.width
         if config.hide == "drop":
             width = config.decoder.width
-            self.narrow = nn.Linear(self.width, width, bias=False)
-            self.blank = nn.Parameter(torch.randn(len(self.modalities), width) * 0.02)
-            self.decoder = Backbone(config.decoder, len(self.modalities))
-        else:
-            width = self.width
-        wanted = config.share if isinstance(config.share, dict) else self.modalities
-        self.predict = nn.ModuleDict(
-            {modality: model.predictor(modality, width) for modality in self.modalities if modality in wanted}
-        )
+            self.decoder_embed = nn.Linear(model.width, width, bias=False)
+            self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in predicted})
+            self.decoder = Backbone(config.decoder, model.modalities)
+        self.predictors = nn.ModuleDict({m: model.predictor(m, width) for m in predicted})
 
-    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, float]]:
-        """The mean over modalities of the mean over the step's targets tokens of that modality; the report has each modality's."""
-        answers = self._decode(output, targets) if self.config.hide == "drop" else None
-        loss, report = output.zero(), {}
+    @staticmethod
+    def problems(config: Config, modalities: list[str]):
+        ratios = config.mask_ratio if isinstance(config.mask_ratio, dict) else {}
+        if unknown := [modality for modality in ratios if modality not in modalities]:
+            yield (
+                "mask_ratio",
+                f"names no modality of the task: {', '.join(unknown)} (there are: {', '.join(modalities)})",
+            )
+        if not any(config.ratio(modality) > 0 for modality in modalities):
+            yield "mask_ratio", "hides nothing"
+
+    @staticmethod
+    def one_sequence_per_modality(config: Config) -> bool:
+        return not config.fuse
+
+    @staticmethod
+    def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
+        """Hide a random share of each modality's tokens; at least one stays and, of two or more, one is hidden."""
+        inputs, hidden, targets, answers, num_rows, time = [], [], [], [], 0, 0.0
+        for number, (modality, tokens) in enumerate(sample.tokens.items()):
+            if config.fuse:  # one sequence: its time goes on from modality to modality
+                tokens = tokens.replace(position=tokens.position + torch.tensor([time, 0.0, 0.0]))
+                time = float(tokens.position[:, 0].max()) + 1
+            else:
+                tokens = tokens.replace(sequence=tokens.sequence + number)
+            ratio = config.ratio(modality)
+            count = min(max(round(ratio * len(tokens)), 1), len(tokens) - 1) if ratio > 0 else 0
+            shuffled = torch.randperm(len(tokens), generator=generator)
+            masked, visible = shuffled[:count].sort().values, shuffled[count:].sort().values
+            if config.hide == "drop":
+                shown, hide, rows = tokens.select(visible), None, torch.full((count,), -1)
+            else:
+                shown, hide = _replace(config, tokens, masked, generator)
+                rows = masked + num_rows
+            inputs.append(shown)
+            hidden.append(hide)
+            targets.append(tokens.select(masked))
+            answers.append(rows)
+            num_rows += len(shown)
+        return Example(inputs, hidden, targets, answers, sample.group)
+
+    @staticmethod
+    def plan(config: Config, batch: Batch, targets: Targets) -> DecoderPlan | None:
+        return plan_decoder(batch, targets) if config.hide == "drop" and targets.tokens else None
+
+    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over modalities of the mean over the step's target tokens; the figures are each modality's."""
+        decoded = self._decode(output, targets) if self.config.hide == "drop" else None
+        loss, figures = output.zero(), {}
         for modality, tokens in targets.tokens.items():
-            vectors = answers[modality] if answers else output.tokens.content.index_select(0, targets.at[modality])
-            mean = self.predict[modality](vectors, tokens.content).sum() / targets.counts[modality]
+            if decoded is None:
+                vectors = output.tokens.content.index_select(0, targets.rows[modality])
+            else:
+                vectors = decoded[modality]
+            mean = self.predictors[modality](vectors, tokens.content).sum() / targets.counts[modality]
             loss = loss + mean / len(targets.counts)
-            report[modality] = mean.detach()
-        return loss, report
+            figures[modality] = mean.detach()
+        return loss, figures
 
     def _decode(self, output, targets: Targets) -> dict[str, Tensor]:
-        """A light Transformer reads what the backbone made of the seen tokens, and a blank for each targets one."""
+        """A light Transformer reads what the backbone made of the visible tokens, and a mask token for each target."""
         if not targets.tokens:
             return {}
-        questions = list(targets.tokens.values())
-        sequence = torch.cat([q.sequence for q in questions])
-        wanted = torch.zeros(output.sequences + 1, dtype=torch.bool, device=sequence.device)
-        wanted[sequence] = True  # the last row, for filler, stays False
-        seen = output.tokens.select(wanted[output.tokens.sequence].nonzero()[:, 0])
-        blanks = torch.cat([q.modality for q in questions])
-        both = Tokens(
-            torch.cat([self.narrow(seen.content), self.blank.index_select(0, blanks)]),
-            torch.cat([seen.position, *(q.position for q in questions)]),
-            torch.cat([seen.sequence, sequence]),
-            torch.cat([seen.order, *(q.order for q in questions)]),
-            torch.cat([seen.modality, blanks]),
-        )
-        rows = layout(both.sequence, both.order)
-        read = self.decoder(both.select(rows))
-        answers = read.content.index_select(0, torch.argsort(rows)[len(seen) :])
-        return dict(zip(targets.tokens, answers.split([len(q) for q in questions]), strict=True))
+        plan: DecoderPlan = targets.plan
+        visible = self.decoder_embed(output.tokens.content.index_select(0, plan.visible))
+        masks = [self.mask_tokens[m].to(visible.dtype).expand(len(t), -1) for m, t in targets.tokens.items()]
+        vectors = torch.cat([visible, *masks]).index_select(0, plan.tokens.content)
+        decoded = self.decoder(plan.tokens.replace(content=vectors), plan.attention, plan.routing).content
+        answers = decoded.index_select(0, plan.answers).split([len(tokens) for tokens in targets.tokens.values()])
+        return dict(zip(targets.tokens, answers, strict=True))
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """What the decoder reads: V visible tokens and M mask tokens, laid out as attention wants them."""
+
+    visible: Tensor  # (V,): rows of the backbone's output
+    tokens: Tokens  # content (V + M,): a row among the visible and the mask tokens, end to end
+    attention: Plan
+    routing: Routing
+    answers: Tensor  # (M,): rows of the decoder's output, in the order of the targets
+
+    def to(self, device) -> DecoderPlan:
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return DecoderPlan(**{name: value.to(device) for name, value in moved.items()})
+
+
+def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:
+    masks = concatenate([tokens.replace(content=tokens.sequence) for tokens in targets.tokens.values()])
+    visible = torch.isin(batch.tokens.sequence, masks.sequence).nonzero()[:, 0]
+    both = concatenate([batch.tokens.select(visible), masks])
+    both = both.replace(content=torch.arange(len(both)))
+    rows = layout(both.sequence, both.order)
+    tokens = both.select(rows)
+    where = torch.empty_like(rows)
+    where[rows] = torch.arange(len(rows))
+    num_modalities = len(batch.by_modality.counts)
+    return DecoderPlan(
+        visible, tokens, plan_attention(tokens), route(tokens.modality, num_modalities), where[len(visible) :]
+    )
+
+
+def _replace(config: Config, tokens: Tokens, masked: Tensor, generator) -> tuple[Tokens, Tensor]:
+    """The tokens with some of the masked ones swapped, and which are hidden (N,)."""
+    draw = torch.rand(len(masked), generator=generator)
+    random, hidden = masked[draw < config.random_ratio], masked[draw >= config.random_ratio + config.keep_ratio]
+    donors = torch.randint(len(tokens), (len(random),), generator=generator)
+    content = tokens.content.clone()
+    content[random] = tokens.content[donors]
+    hide = torch.zeros(len(tokens), dtype=torch.bool)
+    hide[hidden] = True
+    return tokens.replace(content=content), hide

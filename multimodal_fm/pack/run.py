@@ -1,13 +1,13 @@
-"""Packing, in three stages, each of which goes on where it was stopped: read, settle, write.
+"""Packing in three stages, each of which continues where it was stopped.
 
-    read    the sources are listed, cut into chunks of samples, each chunk is read, checked and put aside (in parallel)
-    settle  copies and splits are decided, in order; every shard's samples and keys are written down
-    write   the shards (in parallel), then quarantine.jsonl, card.md and croissant.json
+    read    the sources are indexed and cut into chunks of samples; each chunk is read and checked (in parallel)
+    assign  duplicates and splits are decided, in order; it is written down which samples each shard holds
+    write   the shards are written (in parallel), then quarantine.jsonl, card.md and croissant.json
 
-A file is whole or absent: it is written under another name, forced to the disk and renamed. What a stage makes depends
-on the sources and settings alone, not on the number of workers, so a pack that was killed and resumed gives the same
-bytes. Memory: a sample for each worker, and for settling some 100 bytes a sample. Disk: what was read is kept once more,
-until its shards are written.
+A file is whole or absent: it is written under another name, forced to the disk and renamed. What a stage writes depends
+on the sources and settings alone, not on the number of workers, so a pack that was killed and resumed has the same
+bytes. Memory: a sample for each worker, and some 150 bytes a sample to assign them. Disk: what was read is kept once
+more until its shards are written.
 """
 
 from __future__ import annotations
@@ -17,305 +17,290 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from .. import __version__
-from ..corpus import fields, index, shards
+from ..corpus import fields, index, shards, storage
 from ..errors import SampleError, UserError
 from ..reports import data_card
-from . import dedup, samples, sources
-from . import workers as pool
-from .finish import settle, write_ledger
+from ..stream.worker_pool import Job, run_jobs
+from . import dedup, sources
+from .assign import assign
+from .samples import RawSample, collect_texts, content_fields, cut_sample, modality_of
 from .settings import Settings
-from .sources import Listing
-from .state import (
-    TEMPORARY,
-    Chunk,
-    Plan,
-    Progress,
-    base_of,
-    data_of,
-    line,
-    listing_of,
-    load,
-    locked,
-    plan_of,
-    publish,
-    publishing,
-    rename,
-    rows_in,
-    shard_samples,
-)
+from .sources import SourceIndex
+from .state import Chunk, State, json_line, make_progress, open_atomic, read_json, write_json
+from .validate import check_sample
 
-FORMAT = 1  # of the state
+FORMAT = 2  # of the working files
 
 
 def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = False) -> dict:
-    """Pack the sources into the folder `to`; returns what `data_card.facts` counts. workers 0: all in this process.
+    """Pack the sources into the folder `to`; returns the facts of the data card. workers 0: all in this process.
 
-    Raises UserError where the sources hold nothing, or `to` holds anything but the same pack, finished or not.
+    Raises UserError where the sources hold nothing, a split stays empty, or `to` lies inside a source or holds anything
+    but the same pack, finished or not.
     """
     if workers < 0:
         raise UserError("--workers is at least 0")
     missing = [name for name in ("imagehash", "datasketch") if not importlib.util.find_spec(name)]
     if settings.dedup == "near" and missing:
         raise UserError(f"--dedup near needs {' and '.join(missing)}: pip install multimodal_fm[pack]")
-    folder = Path(to).resolve()
+    state = State(Path(to).resolve())
+    for source in settings.sources:
+        if os.path.isdir(source) and state.to.is_relative_to(os.path.realpath(source)):
+            raise UserError(f"--to {to} lies inside the source {source}: give a folder outside of it")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        state.to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{to}: {error.strerror}") from None
-    with locked(folder):
-        state = folder / ".pack"
-        if (done := _begin(folder, settings)) is not None:
+    with state.lock():
+        if (facts := _begin(state, settings)) is not None:
             print(f"{to}: already there, packed with the same settings", file=sys.stderr)
-            return done
-        progress = Progress(show)
-        with progress:
-            _list(state, settings, folder, workers, progress)
-            _read(state, workers, progress)
-            if not (state / "settled.json").exists():
-                settle(state, progress)
-            _write(state, folder, workers, progress)
-        return _finish(state, folder)
+            return facts
+        with make_progress(show) as progress:
+            _index_sources(state, settings, workers, progress)
+            if not state.assigned:
+                _read_chunks(state, workers, progress)
+                try:
+                    assign(state, progress)
+                except UserError:
+                    state.clear()  # so that other settings can be given
+                    raise
+            _write_shards(state, workers, progress)
+        return _finish(state)
 
 
-def _begin(folder: Path, settings: Settings) -> dict | None:
-    """Make the state ready; what was counted where this pack is finished."""
-    state = folder / ".pack"
-    asked = {"format": FORMAT, **dataclasses.asdict(settings)}
-    asked["sources"] = [os.path.abspath(s) if os.path.exists(s) else s for s in settings.sources]
-    before = load(state / "settings.json")["asked"] if (state / "settings.json").exists() else None
-    if before is None and (foreign := [p.name for p in folder.iterdir() if p.name != ".pack"]):
-        raise UserError(f"{folder} holds other files ({foreign[0]}, ...): give a new or an empty folder")
-    if before != asked:
-        if (state / "plan.json").exists() or (state / "done.json").exists():
-            names = ", ".join(sorted(k.replace("_", "-") for k in asked | before if asked.get(k) != before.get(k)))
-            raise UserError(f"{folder} was packed with other settings ({names}): give another folder, or remove it")
-        _tidy(state)  # nothing was read yet: it may have stopped over one of the settings
-        publish(state / "settings.json", json.dumps({"asked": asked}).encode())
-    if (state / "done.json").exists():
-        done = load(state / "done.json")
+def _begin(state: State, settings: Settings) -> dict | None:
+    """Make the state ready; returns the facts of a pack that is finished."""
+    wanted = {"format": FORMAT, **dataclasses.asdict(settings)}
+    wanted["sources"] = [os.path.abspath(s) if os.path.exists(s) else s for s in settings.sources]
+    before = read_json(state.file("settings.json")) if state.file("settings.json").exists() else None
+    if before is None and (foreign := [p.name for p in state.to.iterdir() if p.name != ".pack"]):
+        raise UserError(f"{state.to} holds other files ({foreign[0]}, ...): give a new or an empty folder")
+    if before != wanted:
+        if state.file("plan.json").exists() or state.file("done.json").exists():
+            before = before or {}
+            names = (name for name in wanted | before if wanted.get(name) != before.get(name))
+            named = ", ".join(sorted(name.replace("_", "-") for name in names))
+            raise UserError(f"{state.to} was packed with other settings ({named}): give another folder, or remove it")
+        state.clear()  # nothing was read yet: the settings before may have been refused
+        write_json(state.file("settings.json"), wanted)
+    if state.file("done.json").exists():
+        done = read_json(state.file("done.json"))
         for name, size in done["files"].items():
-            if not (folder / name).exists() or (folder / name).stat().st_size != size:
-                raise UserError(f"{folder}: {name} is missing or changed since it was packed; remove the folder")
-        _tidy(state)
+            if not (state.to / name).exists() or (state.to / name).stat().st_size != size:
+                raise UserError(f"{state.to}: {name} is missing or changed since it was packed; remove the folder")
+        state.clear()
         return done["facts"]
-    for left in [*folder.glob(f"{TEMPORARY}*"), *state.rglob(f"{TEMPORARY}*")]:
-        left.unlink()
-    for name in ("list", "read", "shards"):
-        (state / name).mkdir(exist_ok=True)
+    state.prepare()
     return None
 
 
-def _list(state: Path, settings: Settings, folder: Path, workers: int, progress: Progress) -> None:
-    """Number the samples of all places; then the plan stands, whatever becomes of the sources."""
-    if (state / "plan.json").exists():
-        plan = Plan(state)
-        for place, listing in zip(plan.places, plan.listings):
-            if not (state / "settled.json").exists() and sources.changed(place, listing):
-                raise UserError(f"{place.name} changed since the packing began: remove {folder} and start again")
+def _index_sources(state: State, settings: Settings, workers: int, progress) -> None:
+    """Count the samples of all sources. From then on the plan stands, and no source may change."""
+    if state.file("plan.json").exists():
+        plan = state.plan()
+        for source, indexed in zip(plan.sources, plan.indexes):
+            if not state.assigned and sources.stamp_of(source) != indexed.stamp:
+                raise UserError(f"{source.name} changed since the packing began: remove {state.to} and start again")
         return
-    found = sources.places(settings, folder)
-    progress.stage("listing", len(found))
-    waiting = [i for i in range(len(found)) if not listing_of(state, i).exists()]
-    progress.advance(len(found) - len(waiting))
-    jobs = ((state, i, found[i], settings) for i in waiting)
-    pool.run(_prepare, jobs, min(workers, len(waiting)), lambda *_: progress.advance())
-    listings = [Listing(**load(listing_of(state, i))) for i in range(len(found))]
-    labels = sorted({word for place, one in zip(found, listings) if place.kind != "hub" for word in one.labels})
-    data = {
+    listed = sources.list_sources(settings)
+    waiting = [number for number in range(len(listed)) if not state.source(number).exists()]
+    task = progress.add_task("indexing", total=len(waiting))
+    jobs = ((state, number, listed[number], settings) for number in waiting)
+    for _ in run_jobs(_index_source, jobs, min(workers, len(waiting))):
+        progress.advance(task)
+    indexes = [SourceIndex(**read_json(state.source(number))) for number in range(len(listed))]
+    plan = {
         "settings": dataclasses.asdict(settings),
-        "places": [dataclasses.asdict(place) for place in found],
-        "labels": labels,
+        "sources": [dataclasses.asdict(source) for source in listed],
+        "classes": sources.number_classes(listed, indexes),
     }
-    publish(state / "plan.json", json.dumps(data).encode())
+    write_json(state.file("plan.json"), plan)
 
 
-def _prepare(job: tuple) -> None:
-    state, number, place, settings = job
-    listing = sources.prepare(place, settings, base_of(state, number))
-    publish(listing_of(state, number), json.dumps(dataclasses.asdict(listing)).encode())
+def _index_source(job: tuple) -> None:
+    state, number, source, settings = job
+    indexed = sources.index_source(source, settings, str(state.source(number, "")))
+    write_json(state.source(number), dataclasses.asdict(indexed))
 
 
-def _read(state: Path, workers: int, progress: Progress) -> None:
-    if (state / "settled.json").exists():
-        return
-    plan = Plan(state)
-    chunks = list(plan.chunks())
-    progress.stage("reading", sum(listing.count for listing in plan.listings))
+def _read_chunks(state: State, workers: int, progress) -> None:
+    plan = state.plan()
+    task = progress.add_task("reading", total=sum(indexed.count for indexed in plan.indexes))
 
-    def waiting():
-        for chunk in chunks:
-            if rows_in(state, chunk.number).exists():
-                progress.advance(chunk.stop - chunk.start)
+    def jobs() -> Iterator[tuple[State, Chunk]]:
+        for chunk in plan.chunks():
+            if state.chunk(chunk.number, ".jsonl").exists():
+                progress.advance(task, chunk.stop - chunk.start)
             else:
                 yield state, chunk
 
-    def died(job):
-        """A decoder that ended its process did it twice at this sample: the next time it is left out."""
-        at = state / "read" / f"{job[1].number:06d}.at"
-        crashed = [*_crashed(state, job[1].number), int(at.read_text())]
-        if len(set(crashed)) < len(crashed):
-            raise RuntimeError(f"a process died again over {at.name}, sample {crashed[-1]}")
-        publish(_crashes(state, job[1].number), json.dumps(crashed).encode())
+    crashes: Counter[tuple[int, int]] = Counter()
 
-    pool.run(_survey, waiting(), workers, lambda job, _: progress.advance(job[1].stop - job[1].start), died)
+    def on_death(job: Job, worker: int, exit_code: int) -> None:
+        """Leaves a sample out from then on over which two processes have ended."""
+        number = job.argument[1].number
+        current = state.chunk(number, ".current")
+        sample = int(current.read_text() or -1) if current.exists() else -1
+        crashes[number, sample] += 1
+        if crashes[number, sample] == 2 and sample >= 0:
+            write_json(state.chunk(number, ".crashed"), [*_crashed(state, number), sample])
+        elif crashes[number, sample] > 2:
+            raise UserError(f"a worker process ended again (exit code {exit_code}) at sample {sample} of {current}")
 
-
-def _crashes(state: Path, chunk: int) -> Path:
-    return state / "read" / f"{chunk:06d}.crashed"
-
-
-def _crashed(state: Path, chunk: int) -> list[int]:
-    path = _crashes(state, chunk)
-    return load(path) if path.exists() else []
+    for (_, chunk), _ in run_jobs(_read_chunk, jobs(), workers, on_death):
+        progress.advance(task, chunk.stop - chunk.start)
 
 
-def _survey(job: tuple[Path, Chunk]) -> None:
-    """Read a chunk: its members to one file, and a row a sample (a piece of a long text is a sample) to another."""
-    from .validate import check, is_something, part_of
+def _crashed(state: State, chunk: int) -> list[int]:
+    path = state.chunk(chunk, ".crashed")
+    return read_json(path) if path.exists() else []
 
+
+def _read_chunk(job: tuple[State, Chunk]) -> None:
+    """Write a chunk's members to one file and a record for each sample, or piece of a long text, to another."""
     state, chunk = job
-    plan = plan_of(state)
-    settings, place, listing = plan.settings, plan.places[chunk.place], plan.listings[chunk.place]
-    crashed = _crashed(state, chunk.number)
-    at = state / "read" / f"{chunk.number:06d}.at"
-    with publishing(rows_in(state, chunk.number)) as rows, publishing(data_of(state, chunk.number)) as data, open(
-        at, "w"
-    ) as here:  # fmt: skip
+    plan, crashed = state.plan(), _crashed(state, chunk.number)
+    source, indexed, base = plan.sources[chunk.source], plan.indexes[chunk.source], str(state.source(chunk.source, ""))
+    current = state.chunk(chunk.number, ".current")
+    with (
+        open_atomic(state.chunk(chunk.number, ".jsonl")) as records,  # last of the three to get its name
+        open_atomic(state.chunk(chunk.number, ".members")) as members,
+        open_atomic(state.chunk(chunk.number, ".minhash")) as minhash,
+        open(current, "w") as decoding,
+    ):
         for number in range(chunk.start, chunk.stop):
-            os.pwrite(here.fileno(), f"{number:12d}".encode(), 0)
+            os.pwrite(decoding.fileno(), f"{number:12d}".encode(), 0)
             if number in crashed:
-                lost = ["", "crash", "a decoder ended its process, twice"]
-                rows.write(line({"key": str(number), "lost": [lost]}))
+                lost = [["", "crash", "a decoder ended its process, twice"]]
+                records.write(json_line({"key": str(number), "lost": lost}))
                 continue
-            raw = sources.read(place, settings, listing, base_of(state, chunk.place), plan.labels, number)
-            for one in samples.pieces(raw, settings):
-                kept, facts, failed = check(settings, one.members)
-                failed = [(part_of(part), error) for part, error in one.failed] + failed
-                row = {"key": one.key}
-                if is_something(settings, kept):
-                    row |= _described(settings, kept, facts, data) | {"members": []}
-                    for ending, value in kept.items():
-                        row["members"].append([ending, data.tell(), len(value)])
-                        data.write(value)
-                elif not failed:
-                    failed = [("", SampleError("empty", "no text, picture or sound in it"))]
-                if failed:
-                    row["lost"] = [[part, error.reason, error.detail] for part, error in failed]
-                rows.write(line(row))
-    at.unlink(missing_ok=True)
+            sample = sources.read(source, indexed, plan.settings, base, plan.classes, number)
+            pieces = cut_sample(sample, plan.settings)
+            # The pieces of one document never end up in two splits. A text file is one document.
+            document = f"{chunk.source}:{number}" if len(pieces) > 1 else None
+            if source.kind == "shard" and source.path.lower().endswith(".txt"):
+                document = f"{chunk.source}"
+            for piece in pieces:
+                record = _describe(piece, plan.settings, indexed.columns, members, minhash)
+                if document and "members" in record:
+                    record["document"] = dedup.short_digest(document.encode())
+                records.write(json_line(record))
+    current.unlink(missing_ok=True)
 
 
-def _described(settings: Settings, members: dict[str, bytes], facts: dict, data) -> dict:
-    """What settling and the card need to know of a sample."""
-    row = fields.parse_map(members.get("json"))
-    texts = samples.all_texts(members, settings.text_column or samples.TABLE_TEXT[0])
+def _describe(sample: RawSample, settings: Settings, columns: dict[str, str], members, minhash) -> dict:
+    """Check a sample and write its members; the record of what assigning it and the data card need to know."""
+    kept, record = check_sample(settings, sample.members)
+    failed = [(modality_of(part), error) for part, error in sample.failed] + record.pop("failed")
+    record["key"] = sample.key
+    kept_sample = RawSample(sample.key, kept)
+    row = fields.parse_map(kept.get("json"))
+    texts, text_fields = collect_texts(kept_sample, row, settings.text_column)
+    if texts or kept_sample.has_media:
+        record["members"] = []
+        for extension, data in kept.items():
+            record["members"].append([extension, members.tell(), len(data)])
+            members.write(data)
+        record |= _fingerprint(kept, row, texts, text_fields, settings, columns)
+        record["about"] = data_card.about(row, kept)
+        if settings.dedup == "near" and texts:
+            signatures = dedup.signatures(texts)
+            record["signatures"] = len(signatures)
+            minhash.write(signatures.tobytes())
+    elif not failed:
+        failed = [("", SampleError("empty", "no text, image or audio in it"))]
+    if failed:
+        record["lost"] = [[part, error.reason, error.detail] for part, error in failed]
+    return record
+
+
+def _fingerprint(
+    members: dict[str, bytes],
+    row: dict,
+    texts: list[str],
+    text_fields: set[str],
+    settings: Settings,
+    columns: dict[str, str],
+) -> dict:
+    """Hashes of what a sample is: equal `content` is a copy, shared media, texts and groups tie samples together."""
     media = {"image": [], "audio": []}
-    for ending in sorted(members):
-        for modality, endings in (("image", samples.IMAGE_FILES), ("audio", samples.AUDIO_FILES)):
-            if ending in endings:
-                media[modality].append(dedup.digest(members[ending]))
+    locations = {columns[role] for role in ("image", "audio", "key") if role in columns} | text_fields
+    other = [json.dumps(content_fields(row, locations), sort_keys=True).encode()]
+    for extension in sorted(members):
+        if (modality := modality_of(extension)) in media:
+            media[modality].append(dedup.digest(members[extension]))
+        elif modality != "text" or (extension == "json" and not row):
+            other += [extension.encode(), members[extension]]
+    others = dedup.digest(*other)
     content = [f"{modality} {one}".encode() for modality in media for one in media[modality]]
     content += [text.encode("utf-8", "replace") for text in texts]
     group = fields.lookup(row, settings.group) if settings.group else None
-    made = {
-        "content": dedup.digest(*content),
-        "texts": sorted({dedup.digest(dedup.plain(text).encode("utf-8", "replace"))[:16] for text in texts}),
-        **{modality: [one[:16] for one in found] for modality, found in media.items()},
-        "group": None if group is None else dedup.digest(json.dumps(group, sort_keys=True).encode())[:16],
-        "bytes": sum(len(text.encode("utf-8", "replace")) for text in texts),
-        "about": data_card.about(row, members),
+    return {
+        "content": dedup.digest(*content, others.encode()),
+        "other": others[:16],
+        "texts": sorted({dedup.short_digest(dedup.normalize(text).encode("utf-8", "replace")) for text in texts}),
+        **{modality: [one[:16] for one in digests] for modality, digests in media.items()},
+        "group": None if group is None else dedup.short_digest(json.dumps(group, sort_keys=True).encode()),
     }
-    if facts:
-        made["facts"] = facts
-    if settings.dedup == "near" and texts:
-        words = dedup.signatures(texts)
-        made["minhash"] = [data.tell(), len(words)]
-        data.write(words.tobytes())
-    return made
 
 
-def _write(state: Path, folder: Path, workers: int, progress: Progress) -> None:
-    """Write the shards that are not there yet; a chunk is dropped when the last shard that needs it stands."""
-    names = load(state / "settled.json")["shards"]
-    progress.stage("writing", len(names))
-    waiting, needed, by_name = [], Counter(), {}
-    for name in names:
-        if (state / "shards" / f"{name}.json").exists():
-            progress.advance()
-            continue
-        by_name[name] = {chunk for _, chunk, _ in shard_samples(state, name)}
-        needed.update(by_name[name])
-        waiting.append(name)
-    waiting.sort(key=lambda name: (max(by_name[name]), name))
+def _write_shards(state: State, workers: int, progress) -> None:
+    """Write the missing shards; what was read of a chunk is removed with the last shard that needs it."""
+    names = read_json(state.file("assigned.json"))["shards"]
+    waiting = [name for name in names if not state.shard(name, ".json").exists()]
+    task = progress.add_task("writing", total=len(waiting))
+    chunks = {name: {chunk for _, chunk, _ in state.shard_samples(name)} for name in waiting}
+    needed = Counter(chunk for name in waiting for chunk in chunks[name])
+    waiting.sort(key=lambda name: (max(chunks[name]), name))
 
-    def done(job, _):
-        for chunk in by_name[job[2]]:
+    for (_, name), _ in run_jobs(_write_shard, ((state, name) for name in waiting), workers):
+        for chunk in chunks[name]:
             needed[chunk] -= 1
             if not needed[chunk]:
-                data_of(state, chunk).unlink(missing_ok=True)
-        progress.advance()
-
-    pool.run(_write_shard, ((state, folder, name) for name in waiting), workers, done)
+                state.chunk(chunk, ".members").unlink(missing_ok=True)
+        progress.advance(task)
 
 
-def _write_shard(job: tuple[Path, Path, str]) -> None:
-    state, folder, name = job
-    path = folder / f"{name}.tar"
-    temporary = folder / f"{TEMPORARY}{os.getpid()}-{path.name}"
-    shards.write(temporary, _members(state, name))
-    digest, size = hashlib.sha256(), 0
-    with open(temporary, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-        os.fsync(file.fileno())
-    rename(temporary, path)
+def _write_shard(job: tuple[State, str]) -> None:
+    state, name = job
+    path = state.to / f"{name}.tar"
+    with open_atomic(path) as file:
+        shards.write(file.name, _shard_members(state, name))
+        written = {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
     index.build(str(path))
-    made = {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
-    publish(state / "shards" / f"{name}.json", json.dumps(made).encode())
+    write_json(state.shard(name, ".json"), written)
 
 
-def _members(state: Path, name: str) -> Iterator[dict]:
-    opened, file = None, None
-    for key, chunk, members in shard_samples(state, name):
-        if chunk != opened:
+def _shard_members(state: State, name: str) -> Iterator[dict]:
+    current, file = None, None
+    for key, chunk, members in state.shard_samples(name):
+        if chunk != current:
             if file:
                 file.close()
-            file, opened = open(data_of(state, chunk), "rb"), chunk
-        yield {"__key__": key, **{e: os.pread(file.fileno(), length, place) for e, place, length in members}}
+            file, current = open(state.chunk(chunk, ".members"), "rb"), chunk
+        assert file is not None
+        yield {"__key__": key, **{e: os.pread(file.fileno(), length, offset) for e, offset, length in members}}
     if file:
         file.close()
 
 
-def _finish(state: Path, folder: Path) -> dict:
-    """The ledger, the card, and the mark that all is done; then the state is no longer needed."""
-    settled = load(state / "settled.json")
-    made = [load(state / "shards" / f"{name}.json") for name in settled["shards"]]
-    facts = settled["facts"]
-    with open(state / "quarantine.jsonl", "rb") as file:
-        write_ledger(folder, file)
-    publish(folder / "card.md", data_card.markdown(facts, made).encode())
-    publish(
-        folder / "croissant.json", json.dumps(data_card.croissant(facts, made, folder.name), indent=1).encode() + b"\n"
-    )
-    files = [one["name"] for one in made] + ["quarantine.jsonl", "card.md", "croissant.json"]
-    sizes = {name: (folder / name).stat().st_size for name in files}
-    facts["bytes"] = sum(one["bytes"] for one in made)
-    data = {"version": __version__, "files": sizes, "facts": facts}
-    publish(state / "done.json", json.dumps(data).encode())
-    _tidy(state)
+def _finish(state: State) -> dict:
+    """Write the quarantine, the card and the mark that all is done; then the working files are not needed any more."""
+    assigned = read_json(state.file("assigned.json"))
+    written = [read_json(state.shard(name, ".json")) for name in assigned["shards"]]
+    facts = data_card.measure(assigned["facts"], state.to, written)
+    state.publish_quarantine()
+    card = data_card.markdown(facts, written)  # a field or the name of a source may not be encodable
+    storage.write_atomic(state.to / "card.md", card.encode("utf-8", "backslashreplace"))
+    write_json(state.to / "croissant.json", data_card.croissant(facts, written, state.to.name), indent=1)
+    files = [one["name"] for one in written] + ["quarantine.jsonl", "card.md", "croissant.json"]
+    sizes = {name: (state.to / name).stat().st_size for name in files}
+    write_json(state.file("done.json"), {"version": __version__, "files": sizes, "facts": facts})
+    state.clear()
     return facts
-
-
-def _tidy(state: Path) -> None:
-    for name in ("list", "read", "shards"):
-        shutil.rmtree(state / name, ignore_errors=True)
-    for name in ("plan.json", "settled.json", "quarantine.jsonl", "signatures"):
-        (state / name).unlink(missing_ok=True)

@@ -1,10 +1,9 @@
-"""What a pack is asked for; what must be equal for a pack to go on where another one stopped."""
+"""The settings of a pack. A pack is resumed only with the settings that it began with."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 
 from ..errors import UserError
@@ -15,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises UserError where something cannot be."""
+    """What to pack and how. Raises UserError for a value that is out of range."""
 
     sources: list[str]
     image_column: str = ""
@@ -23,13 +22,14 @@ class Settings:
     audio_column: str = ""
     label_column: str = ""
     key_column: str = ""
-    longest_side: int = 0  # pixels; 0: pictures keep their bytes
-    rate: int = 0  # samples a second; 0: sounds keep their bytes
+    longest_side: int = 0  # pixels; 0 keeps images as they are
+    rate: int = 0  # samples a second; 0 keeps audio as it is
     shard_size: int = 256_000_000  # bytes
-    split: list[float] = field(default_factory=lambda: [1.0])  # train, validation, test
-    group: str = ""  # the field whose equal values stay on one side of the split
+    split: list[float] = field(default_factory=lambda: [1.0])  # shares of train, validation and test
+    group: str = ""  # samples with an equal value in this field go to the same split
     dedup: str = "exact"
-    piece_bytes: int = 2000
+    piece_bytes: int = 2000  # longer text without media is cut into pieces of at most this size
+    allow_outside: bool = False  # tables may name files outside of their folder and hosts on private networks
 
     def __post_init__(self):
         if not self.sources:
@@ -49,25 +49,14 @@ class Settings:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns that were named, by what they hold."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_column")}
-        return {name.removesuffix("_column"): value for name, value in found.items() if value}
+        """The columns that the user named, by their role: image, text, audio, label, key."""
+        roles = [f.name.removesuffix("_column") for f in dataclasses.fields(self) if f.name.endswith("_column")]
+        return {role: name for role in roles if (name := getattr(self, f"{role}_column"))}
 
 
 def parse_split(text: str) -> list[float]:
-    """[0.9, 0.05, 0.05] of `0.9,0.05,0.05`. Raises UserError."""
+    """Parse `0.9,0.05,0.05`. Raises UserError."""
     try:
         return [float(share) for share in text.split(",")]
     except ValueError:
         raise UserError(f"--split is shares as in 0.9,0.05,0.05, not {text!r}") from None
-
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `256MB`, `1.5GiB` or `1000000`. Raises UserError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text.lower())
-    if not found:
-        raise UserError(f"--shard-size is bytes as in 256MB or 1GiB, not {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])

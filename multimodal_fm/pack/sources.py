@@ -1,12 +1,11 @@
-"""Whatever holds samples, read alike: `places` finds what there is, `prepare` numbers its samples, `read` reads one.
+"""Sources of samples, read alike: `list_sources` finds them, `index_source` counts their samples, `read` reads one.
 
-Nothing that a source names is ever a path to write to. Links that lead out of a folder are not followed.
+No name inside a source is ever used as a path to write to, and links that lead out of a folder are not followed.
 """
 
 from __future__ import annotations
 
 import bz2
-import csv
 import functools
 import glob
 import gzip
@@ -20,186 +19,197 @@ from pathlib import Path
 from ..corpus import index, shards
 from ..errors import SampleError, UserError
 from . import tables
-from .samples import AUDIO_FILES, IMAGE_FILES, SIDE_CARS, Raw, dumped
+from .fetch import is_below, read_file
+from .samples import AUDIO_FILES, IMAGE_FILES, MAX_BYTES, SIDECARS, RawSample, encode_json
 from .settings import Settings
 
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-OURS = ("card.md", "croissant.json", "quarantine.jsonl")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 TABLES = (".csv", ".tsv", ".parquet")
-UNPACKED = 100 << 30  # bytes that a compressed tar may become
-RATIO, FREE = 200, 1 << 30  # how many times its size it may become, beyond the first GiB
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,24}")  # the endings that a shard's member may have
+PACK_FILES = ("card.md", "croissant.json", "quarantine.jsonl")
+MAX_UNPACKED = 100 << 30  # bytes that a compressed tar may unpack to
+MAX_RATIO, FREE_BYTES = 200, 1 << 30  # and how many times its own size, beyond the first GiB
+EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,23}")  # webdataset keeps names that begin with `_` to itself
 
 
 @dataclass(frozen=True)
-class Place:
-    """Something that holds samples: a file, a folder of media, a data set of the hub."""
+class Source:
+    """Something that holds samples: a file, a folder of media, or one split of a data set."""
 
-    source: str  # as the user named it
-    kind: str  # shard, packed, table, rows, folder, hub
-    name: str  # as the ledger and the card say it
-    part: str = ""  # hub: the split
-    path: str = ""  # from the root on, wherever the next command is given
+    given: str  # as the user named it
+    kind: str  # shard, compressed, table, folder, dataset
+    name: str  # as quarantine.jsonl and the card name it
+    split: str = ""  # of a data set
+    path: str = ""  # absolute, so that the pack can be resumed from another folder
 
     @property
     def family(self) -> str:
-        """What the card calls it: shards whose names differ in their numbers alone are one."""
-        if self.kind in ("folder", "hub"):
-            return f"{self.name}{':' if self.part else ''}{self.part}"
+        """The name in the card: files whose names differ in nothing but their numbers are one source."""
+        if self.kind in ("folder", "dataset"):
+            return f"{self.name}{':' if self.split else ''}{self.split}"
         folder, name = os.path.split(self.name)
-        stem, dot, endings = name.partition(".")
-        return os.path.join(folder, re.sub(r"\d{3,}$", "*", stem) + dot + endings)
+        stem, dot, extensions = name.partition(".")
+        return os.path.join(folder, re.sub(r"\d{3,}$", "*", stem) + dot + extensions)
 
 
 @dataclass
-class Listing:
-    """How many samples a place has, what of it is refused, which words are its labels and which columns are read."""
+class SourceIndex:
+    """What a source holds, found once before its samples are read."""
 
     count: int
     refused: list[dict] = field(default_factory=list)  # key, part, reason, detail
-    labels: list[str] = field(default_factory=list)
-    columns: dict[str, str] = field(default_factory=dict)
-    stamp: list = field(default_factory=list)  # the file's size and time, so that a change is seen
+    labels: list[str] = field(default_factory=list)  # its classes that are words
+    numbered: bool = False  # its classes are whole numbers
+    names: list[str] = field(default_factory=list)  # what a data set's whole numbers stand for
+    columns: dict[str, str] = field(default_factory=dict)  # by role
+    unused: list[str] = field(default_factory=list)  # columns that only the JSON keeps
+    stamp: list = field(default_factory=list)  # size and time of the file, to notice a change
 
 
-def places(settings: Settings, out: Path) -> list[Place]:
-    """All that the sources name, in their order. Raises UserError where one names nothing that can be read."""
-    found = []
-    for source in settings.sources:
-        found += _places(source, settings, out)
-    return [replace(one, path=os.path.abspath(one.name) if os.path.exists(one.name) else one.name) for one in found]
+def list_sources(settings: Settings) -> list[Source]:
+    """All sources that the user named, in order. Raises UserError where there is nothing to read under a name."""
+    listed = [source for given in settings.sources for source in _list(given, settings)]
+    return [replace(s, path=s.path or (os.path.abspath(s.name) if os.path.exists(s.name) else s.name)) for s in listed]
 
 
-def _places(source: str, settings: Settings, out: Path) -> list[Place]:
-    if "://" in source or source.startswith("pipe:"):
-        raise UserError(f"{source}: copy it here first; only the columns of a table may hold URLs")
-    path = Path(source)
+def _list(given: str, settings: Settings) -> list[Source]:
+    if given.startswith("hf:") and "://" not in given:
+        return _list_splits(given, given.removeprefix("hf:"))
+    if "://" in given or given.startswith("pipe:"):
+        raise UserError(f"{given}: copy it here first; only the columns of a table may hold URLs")
+    path = Path(given)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            return _hub(source, local=True)
-        inside = [file for file in _files(path, out) if _kind(file, settings) not in (None, "text")]
-        media = any(_kind(file, settings) in (None, "text") for file in _files(path, out))
-        folder = [Place(source, "folder", source)] if media or not inside else []
-        return folder + [Place(source, _kind(file, settings), str(path / file)) for file in inside]
-    files = [source] if path.is_file() else sorted(glob.glob(source, recursive=True))
+            return _list_splits(given, given)
+        names = list(_walk(path))
+        nested = {name: kind for name in names if (kind := _nested_kind(path, name, settings))}
+        folder = [Source(given, "folder", given)] if len(nested) < len(names) or not nested else []
+        return folder + [Source(given, kind, str(path / name)) for name, kind in nested.items()]
+    files = [given] if path.is_file() else sorted(glob.glob(given, recursive=True))
     if not files:
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            return _hub(source, local=False)
-        raise UserError(f"{source}: no such file or folder")
-    made = []
+        hub = f" (a data set of the Hugging Face hub is written hf:{given})" if re.fullmatch(HUB_NAME, given) else ""
+        raise UserError(f"{given}: no such file or folder{hub}")
+    sources = []
     for file in files:
-        kind = _kind(file, settings)
-        if kind is None or not os.path.isfile(file):
-            known = ", ".join((*shards.SHARDS, *PACKED, *TABLES))
+        kind = _kind(file, settings) if os.path.isfile(file) else None
+        if kind is None:
+            known = ", ".join((*shards.SHARDS, *COMPRESSED, *TABLES))
             raise UserError(f"{file}: not a folder of media, a data set, or a file of {known}")
-        made.append(Place(source, "shard" if kind == "text" else kind, file))
-    return made
+        sources.append(Source(given, "shard" if kind == "text" else kind, file))
+    return sources
 
 
-def _kind(name: str, settings: Settings) -> str | None:
-    """How a file of that name is read; `text` may be a caption, None is none of ours (a picture, a sound, ...)."""
-    lower = name.lower()
-    if lower.endswith(PACKED):
-        return "packed"
+HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
+
+
+def _list_splits(given: str, path: str) -> list[Source]:
+    dataset = tables.load_dataset(path)
+    splits = [str(split) for split in dataset] if isinstance(dataset, dict) else [""]
+    path = os.path.abspath(path) if os.path.isdir(path) else path
+    return [Source(given, "dataset", given, split, path) for split in splits]
+
+
+def _kind(path: str, settings: Settings) -> str | None:
+    """How a file is read, by its name: `text` may be a caption, None is media or none of ours."""
+    lower = path.lower()
+    if lower.endswith(COMPRESSED):
+        return "compressed"
     if lower.endswith(TABLES):
         return "table"
     if lower.endswith(".jsonl"):
-        return "rows" if settings.columns else "shard"
-    if lower.endswith(".txt"):
-        return "text"
-    return "shard" if lower.endswith(".tar") else None
+        return "table" if settings.columns or tables.has_media_columns(path) else "shard"
+    return "text" if lower.endswith(".txt") else "shard" if lower.endswith(".tar") else None
 
 
-def _files(root: Path, out: Path) -> Iterator[str]:
-    """The files below `root`, folder by folder in the order of their names, hidden ones and the output left out."""
+def _nested_kind(root: Path, name: str, settings: Settings) -> str | None:
+    """How a file in a folder is read, where it is a source of its own rather than a member of a sample."""
+    path = str(root / name)
+    if not name.lower().endswith((*COMPRESSED, *TABLES, ".jsonl", ".tar")) or not _usable(root, name):
+        return None
+    return _kind(path, settings)
+
+
+def _usable(root: Path, name: str) -> bool:
+    """Whether it is a regular file below the folder, links followed."""
+    return os.path.isfile(root / name) and is_below(str(root / name), str(root))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """The files below `root`, folder by folder in the order of their names, without hidden files and cards of packs."""
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f[0] != "." and Path(folder, f).resolve() != out)
-        ours = OURS if os.path.isdir(os.path.join(folder, ".pack")) else ()  # something packed before
+        folders[:] = sorted(f for f in folders if f[0] != ".")
+        skipped = PACK_FILES if os.path.isdir(os.path.join(folder, ".pack")) else ()
         for name in sorted(files):
-            if name[0] != "." and name not in ours and not name.endswith(".mmidx"):
+            if name[0] != "." and name not in skipped and not name.endswith(".mmidx"):
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _hub(source: str, local: bool) -> list[Place]:
-    dataset = tables.load_hub(source)
-    parts = [str(part) for part in dataset] if isinstance(dataset, dict) else [""]
-    return [Place(source, "hub", source, part) for part in parts]
+# ---------------------------------------------------------------------------------------------------- counting samples
 
 
-def prepare(place: Place, settings: Settings, base: str) -> Listing:
-    """Count a place's samples, and write beside `base` whatever reading one of them at random needs."""
-    stamp = _stamp(place.path) if place.kind not in ("folder", "hub") else []
-    listing = _PREPARE[place.kind](place, settings, base)
-    listing.stamp = stamp
-    return listing
+def index_source(source: Source, settings: Settings, base: str) -> SourceIndex:
+    """Count a source's samples; what reading them at random needs is written to files whose names begin with `base`."""
+    stamp = stamp_of(source)
+    indexed = _INDEX[source.kind](source, settings, base)
+    indexed.stamp = stamp
+    return indexed
 
 
-def _stamp(path: str) -> list:
+def stamp_of(source: Source) -> list:
+    if source.kind in ("folder", "dataset"):
+        return []
     try:
-        found = os.stat(path)
+        stat = os.stat(source.path)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return [found.st_size, found.st_mtime_ns]
+        raise UserError(f"{source.path}: {error.strerror}") from None
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def changed(place: Place, listing: Listing) -> bool:
-    return bool(listing.stamp) and _stamp(place.path) != listing.stamp
+def _refusal(key: str, part: str, error: SampleError) -> dict:
+    return {"key": key, "part": part, "reason": error.reason, "detail": error.detail}
 
 
-def _linked(place: Place, base: str) -> str:
-    """Where a shard is read: a link to it in the state, so that its index is written there and not beside it."""
-    ending = ".tar" if place.kind == "packed" else os.path.splitext(place.path)[1].lower()
-    if place.kind != "packed" and not os.path.lexists(base + ending):
-        os.symlink(place.path, base + ending)
-    return base + ending
+def _shard_path(source: Source, base: str) -> str:
+    """The unpacked tar, or a link to the shard, so that its index is written beside the link, not beside the shard."""
+    extension = ".tar" if source.kind == "compressed" else os.path.splitext(source.path)[1].lower()
+    if source.kind != "compressed" and not os.path.lexists(base + extension):
+        os.symlink(source.path, base + extension)
+    return base + extension
 
 
-def _open_shard(path: str, piece: int) -> tuple[shards.Corpus | None, list[dict]]:
-    """The corpus of one file (None where it holds no sample) and what of it is refused."""
-    found = index.opened(path, piece)
-    refused = [_refusal(r.key, r.part, r.reason, r.detail) for r in found.refused]
-    return shards.Corpus(shards.Config(shards=[path], piece=piece), path) if len(found) else None, refused
-
-
-def _refusal(key: str, part: str, reason: str, detail: str) -> dict:
-    return {"key": key, "part": part, "reason": reason, "detail": detail}
-
-
-def _prepare_shard(place: Place, settings: Settings, base: str) -> Listing:
-    corpus, refused = _open_shard(_linked(place, base), settings.piece_bytes)
-    return Listing(len(corpus) if corpus else 0, refused)
-
-
-def _prepare_packed(place: Place, settings: Settings, base: str) -> Listing:
-    try:
-        unpack(place.path, f"{base}.tar")
-    except SampleError as error:
-        corpus, refused = _open_shard(f"{base}.tar", settings.piece_bytes)
-        broken = [_refusal("", "", error.reason, error.detail)]
-        return Listing(len(corpus) if corpus else 0, broken + [one for one in refused if one["key"]])
-    corpus, refused = _open_shard(f"{base}.tar", settings.piece_bytes)
-    return Listing(len(corpus) if corpus else 0, refused)
+def _index_shard(source: Source, settings: Settings, base: str) -> SourceIndex:
+    path, broken = _shard_path(source, base), []
+    if source.kind == "compressed":
+        try:
+            unpack(source.path, path)
+        except SampleError as error:
+            broken = [_refusal("", "", error)]
+    opened = index.open_index(path, settings.piece_bytes)
+    refused = [{"key": r.key, "part": r.member, "reason": r.reason, "detail": r.detail} for r in opened.rejections]
+    refused = broken + [one for one in refused if one["key"]] if broken else refused
+    return SourceIndex(len(opened), refused, numbered="cls" in opened.extensions)
 
 
 def unpack(path: str, to: str) -> None:
-    """Decompress; what came before damage is kept. Raises SampleError where it is damaged or grows beyond the limits."""
-    most = min(UNPACKED, max(FREE, RATIO * os.path.getsize(path)))
+    """Decompress a tar; what precedes damage is kept. Raises SampleError where it is damaged or grows too large."""
+    limit = min(MAX_UNPACKED, max(FREE_BYTES, MAX_RATIO * os.path.getsize(path)))
     size = 0
-    with open(to, "wb") as sink:
+    with open(to, "wb") as output:
         try:
-            with _opener(path)(path) as packed:
-                while block := packed.read1(1 << 20):
+            with _opener(path)(path) as compressed:
+                while block := compressed.read1(1 << 20):
                     size += len(block)
-                    if size > most:
-                        raise SampleError("byte-limit", f"{os.path.getsize(path)} bytes become more than {most}")
-                    sink.write(block)
-                os.fsync(sink.fileno())
-        except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-            raise SampleError("shard", f"cannot be decompressed after {size} bytes: {error}"[:200]) from None
-        except Exception as error:  # zlib and zstandard have errors of their own
-            if isinstance(error, (SampleError, UserError)):
+                    if size > limit:
+                        raise SampleError("byte-limit", f"{os.path.getsize(path)} bytes become more than {limit}")
+                    output.write(block)
+        except (SampleError, UserError):
+            raise
+        except Exception as error:  # zlib, lzma and zstandard have errors of their own
+            if getattr(error, "errno", None):  # the disk, not the data
                 raise
             raise SampleError("shard", f"cannot be decompressed after {size} bytes: {error}"[:200]) from None
+        finally:
+            output.flush()
+            os.fsync(output.fileno())
 
 
 def _opener(path: str):
@@ -211,181 +221,179 @@ def _opener(path: str):
     if lower.endswith((".xz", ".txz")):
         return lzma.open
     try:
-        from compression import zstd  # Python 3.14
+        from compression import zstd  # pyright: ignore[reportMissingImports]  # Python 3.14
     except ImportError:
         try:
-            import zstandard as zstd
+            import zstandard as zstd  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(f"{path}: .zst needs `pip install zstandard`, or Python 3.14") from None
     return lambda file: zstd.open(file, "rb")
 
 
-def _prepare_folder(place: Place, settings: Settings, base: str) -> Listing:
-    """Files of one stem are a sample. Where all are media alone, one folder down, the folders' names are labels."""
-    root, out = Path(place.path), Path(base).parents[2]
-    true_root = os.path.realpath(root)
-    lines, refused = tables.Lines(base), []
-    labels, labelled = set(), True
-    for stem, names in _stems(_files(root, out)):
-        files, other = {}, []
+def _index_folder(source: Source, settings: Settings, base: str) -> SourceIndex:
+    """Files of one stem are a sample. Where all are media, one folder down, the folders' names are labels."""
+    root, rows, refused = Path(source.path), tables.RowFile(base), []
+    labels, labelled, numbered = set(), True, False
+
+    def refuse(stem: str, detail: str) -> None:
+        refused.append(_refusal(stem, "", SampleError("name", detail[:200])))
+
+    for stem, names in _by_stem(_walk(root)):
+        files = {}
         for name in names:
-            ending = os.path.splitext(name)[1][1:].lower()
-            if _kind(name, settings) not in (None, "text"):
-                continue  # a place of its own
-            if ending not in (*IMAGE_FILES, *AUDIO_FILES, *SIDE_CARS):
-                other.append((name, f"no text, picture or sound: {name}"[:200]))
-            elif not os.path.realpath(root / name).startswith(true_root + os.sep):
-                other.append((name, f"a link out of the folder: {name}"[:200]))
-            elif ending in files:
-                other.append((name, f"the same stem and ending came before: {name}"[:200]))
+            extension = os.path.splitext(name)[1][1:].lower()
+            if not is_below(str(root / name), source.path):
+                refuse(stem, f"a link out of the folder: {name}")
+            elif not os.path.isfile(root / name):
+                refuse(stem, f"not a regular file: {name}")
+            elif _nested_kind(root, name, settings):
+                continue  # a source of its own
+            elif extension not in (*IMAGE_FILES, *AUDIO_FILES, *SIDECARS):
+                refuse(stem, f"no text, image or audio: {name}")
+            elif extension in files:
+                refuse(stem, f"the same stem and extension came before: {name}")
             else:
-                files[ending] = name
-        refused += [_refusal(stem, "", "name", detail) for _, detail in other]
-        if files and not (set(files) - {"json", "cls"}):
-            refused += [_refusal(stem, "", "name", f"a side-car of nothing: {name}"[:200]) for name in files.values()]
+                files[extension] = name
+        if files and not files.keys() - {"json", "cls"}:
+            for name in files.values():
+                refuse(stem, f"a sidecar of nothing: {name}")
         elif files:
-            above = os.path.dirname(stem)
-            labelled &= bool(above) and os.sep not in above and not any(s in files for s in SIDE_CARS)
-            if len(labels) < tables.LABELS:
-                labels.add(above)
-            lines.add([stem, files])
-    count = lines.close()
-    return Listing(count, refused, sorted(labels) if labelled and len(labels) > 1 else [])
+            folder = os.path.dirname(stem)
+            labelled &= bool(folder) and os.sep not in folder and files.keys().isdisjoint(SIDECARS)
+            numbered |= "cls" in files
+            if len(labels) < tables.MAX_LABELS:
+                labels.add(folder)
+            rows.add([stem, files])
+    return SourceIndex(rows.close(), refused, sorted(labels) if labelled and len(labels) > 1 else [], numbered)
 
 
-def _stems(files: Iterator[str]) -> Iterator[tuple[str, list[str]]]:
-    """Files grouped by their name without its ending; `files` come folder by folder, by name."""
-    folder, groups = None, {}
+def _by_stem(files: Iterator[str]) -> Iterator[tuple[str, list[str]]]:
+    """Group files by their name without the extension; `files` come folder by folder."""
+    current, groups = None, {}
     for name in files:
-        above = os.path.dirname(name)
-        if above != folder:
+        if (folder := os.path.dirname(name)) != current:
             yield from sorted(groups.items())
-            folder, groups = above, {}
+            current, groups = folder, {}
         groups.setdefault(os.path.splitext(name)[0], []).append(name)
     yield from sorted(groups.items())
 
 
-def _prepare_rows(place: Place, settings: Settings, base: str) -> Listing:
-    """JSON lines whose columns are named."""
-    corpus, refused = _open_shard(_linked(place, base), settings.piece_bytes)
-    if corpus is None:
-        return Listing(0, refused)
-    known, wanted = set(), set(settings.columns.values())
-    for number in range(len(corpus)):
-        known |= corpus.json(number).keys()
-        if number >= 100 and wanted <= known:
-            break
-    columns = tables.choose(place.name, settings, sorted(known))
-    labels = (
-        tables.label_words(corpus.json(i).get(columns["label"]) for i in range(len(corpus)))
-        if "label" in columns
-        else []
-    )
-    return Listing(len(corpus), refused, labels, columns)
+def _index_table(source: Source, settings: Settings, base: str) -> SourceIndex:
+    if source.path.lower().endswith(".parquet"):
+        return _index_parquet(source, settings)
+    rows, refused, labels, names = tables.RowFile(base), [], set(), {}
+    columns = None
+    for key, row in tables.read_rows(source.path):
+        if isinstance(row, SampleError):
+            key = f"{_stem(source.path)}-{key}" if key else ""
+            refused.append(_refusal(key, "text" if row.reason == "json" else "", row))
+            continue
+        rows.add([key, row])
+        names |= dict.fromkeys(row)
+        tables.add_labels(labels, [row.get(settings.label_column)])
+        if columns is None and len(rows) >= tables.PROBED and names.keys() >= set(settings.columns.values()):
+            columns = tables.choose_columns(source.name, settings, list(names))
+    count = rows.close()
+    if count and columns is None:
+        columns = tables.choose_columns(source.name, settings, list(names))
+    return _describe_table(count, refused, labels, columns or {}, list(names))
 
 
-def _prepare_table(place: Place, settings: Settings, base: str) -> Listing:
-    if place.path.lower().endswith(".parquet"):
-        return _prepare_parquet(place, settings)
-    lines, refused, labels = tables.Lines(base), [], []
-    header, columns = None, {}
-    try:
-        for number, row in enumerate(tables.csv_rows(place.path)):
-            if header is None:
-                header = [name.strip() for name in row]
-                columns = tables.choose(place.name, settings, header)
-            elif len(row) != len(header):
-                detail = f"{len(row)} values, the header has {len(header)}"
-                refused.append(_refusal(str(number - 1), "", "decode", detail))
-            else:
-                lines.add([number - 1, dict(zip(header, row))])
-                if "label" in columns:
-                    labels.append(row[header.index(columns["label"])])
-                    labels = labels if len(labels) < 10 * tables.LABELS else sorted(set(labels))
-    except csv.Error as error:
-        refused.append(_refusal("", "", "decode", f"after row {len(lines.starts)}: {error}"[:200]))
-    return Listing(lines.close(), refused, tables.label_words(labels), columns)
+def _describe_table(count: int, refused: list[dict], labels: set[str], columns: dict, names: list[str]) -> SourceIndex:
+    """Labels that are all whole numbers stand for themselves; otherwise all of them are words."""
+    numbered = bool(labels) and all(map(tables.is_whole, labels))
+    unused = [name for name in names if name not in columns.values()]
+    return SourceIndex(count, refused, [] if numbered else sorted(labels), numbered, [], columns, unused)
 
 
-def _prepare_parquet(place: Place, settings: Settings) -> Listing:
-    file = tables.parquet(place.path)
+def _index_parquet(source: Source, settings: Settings) -> SourceIndex:
+    file = tables.open_parquet(source.path)
     if file is None:
-        return Listing(0, [_refusal("", "", "shard", "not a Parquet file")])
-    columns = tables.choose(place.name, settings, file.schema_arrow.names)
-    labels = []
-    if "label" in columns:
-        seen = set()
-        for batch in file.iter_batches(columns=[columns["label"]]):
-            seen.update(batch.column(0).to_pylist())
-            if len(seen) > 10 * tables.LABELS:
-                break
-        labels = tables.label_words(seen)
-    return Listing(file.metadata.num_rows, [], labels, columns)
+        return SourceIndex(0, [_refusal("", "", SampleError("shard", "not a Parquet file"))])
+    names, labels = file.schema_arrow.names, set()
+    columns = tables.choose_columns(source.name, settings, names)
+    for batch in file.iter_batches(columns=[columns["label"]]) if "label" in columns else ():
+        tables.add_labels(labels, batch.column(0).to_pylist())
+    return _describe_table(file.metadata.num_rows, [], labels, columns, names)
 
 
-def _prepare_hub(place: Place, settings: Settings, base: str) -> Listing:
-    dataset = tables.hub_part(place.path, place.part)
-    found = dict(settings.columns)
-    labels = []
+def _index_dataset(source: Source, settings: Settings, base: str) -> SourceIndex:
+    dataset, typed = tables.load_split(source.path, source.split), {}
     for name, feature in dataset.features.items():
-        kind = type(feature).__name__
-        if kind in ("Image", "Audio"):
-            found.setdefault(kind.lower(), name)
-        elif kind == "ClassLabel":
-            found.setdefault("label", name)
-    columns = tables.choose(place.name, settings, list(dataset.features), found)
-    if "label" in columns:
-        feature = dataset.features[columns["label"]]
-        labels = list(getattr(feature, "names", ())) or tables.label_words(dataset.unique(columns["label"]))
-    return Listing(len(dataset), [], labels, columns)
+        role = {"Image": "image", "Audio": "audio", "ClassLabel": "label"}.get(type(feature).__name__)
+        if role:
+            typed.setdefault(role, name)
+    columns = tables.choose_columns(source.name, settings, list(dataset.features), typed)
+    names = list(getattr(dataset.features.get(columns.get("label")), "names", ()))
+    labels: set[str] = set()
+    tables.add_labels(labels, dataset.unique(columns["label"]) if "label" in columns and not names else [])
+    indexed = _describe_table(len(dataset), [], labels, columns, list(dataset.features))
+    return replace(indexed, names=names, labels=names or indexed.labels)
 
 
-_PREPARE = {
-    "shard": _prepare_shard,
-    "packed": _prepare_packed,
-    "folder": _prepare_folder,
-    "rows": _prepare_rows,
-    "table": _prepare_table,
-    "hub": _prepare_hub,
+_INDEX = {
+    "shard": _index_shard,
+    "compressed": _index_shard,
+    "folder": _index_folder,
+    "table": _index_table,
+    "dataset": _index_dataset,
 }
 
 
-def read(place: Place, settings: Settings, listing: Listing, base: str, labels: list[str], number: int) -> Raw:
-    """Sample `number` of a place; `labels` are all words that stand for classes, in order."""
-    if place.kind in ("shard", "packed"):
-        return _from_shard(_corpus(_linked(place, base), settings.piece_bytes, tuple(listing.stamp)), number, place)
-    if place.kind == "folder":
-        return _from_folder(place, tables.read_line(base, number), labels if listing.labels else [])
-    if place.kind == "rows":
-        corpus = _corpus(_linked(place, base), settings.piece_bytes, tuple(listing.stamp))
-        row, folder = corpus.json(number), os.path.dirname(place.path)
-        key = corpus.key(number)
-        if not row:
-            return Raw(f"{_stem(place.path)}-{key}", {}, [("text", SampleError("json", "not a JSON object"))])
-    elif place.kind == "hub":
-        key, row, folder = number, tables.hub_part(place.path, place.part)[number], os.path.abspath(place.path)
-    elif place.path.lower().endswith(".parquet"):
-        key, row, folder = number, tables.parquet_row(place.path, number), os.path.dirname(place.path)
+def number_classes(sources: list[Source], indexes: list[SourceIndex]) -> dict[str, int]:
+    """A number for each label that is a word: in the order of the first source, then what the next ones add.
+
+    Raises UserError where another source numbers its classes itself: one number would stand for two classes.
+    """
+    worded = next((s.name for s, one in zip(sources, indexes) if one.labels), None)
+    numbered = next((s.name for s, one in zip(sources, indexes) if one.numbered), None)
+    if worded and numbered:
+        raise UserError(
+            f"the classes of {numbered} are whole numbers, those of {worded} are words, which would get the same "
+            "numbers: pack them into two folders"
+        )
+    words = dict.fromkeys(word for one in indexes for word in one.labels)
+    return {word: number for number, word in enumerate(words)}
+
+
+# ----------------------------------------------------------------------------------------------------- reading samples
+
+
+def read(
+    source: Source, indexed: SourceIndex, settings: Settings, base: str, classes: dict[str, int], number: int
+) -> RawSample:
+    """Sample `number` of a source; `classes` numbers the labels that are words."""
+    if source.kind in ("shard", "compressed"):
+        return _read_from_shard(source, _open_shard(_shard_path(source, base), settings.piece_bytes), number)
+    if source.kind == "folder":
+        return _read_from_folder(source, tables.read_row(base, number), classes if indexed.labels else {})
+    roots, key = (os.path.dirname(source.path),), number
+    if source.kind == "dataset":
+        row, roots = tables.load_split(source.path, source.split)[number], tables.dataset_roots(source.path)
+    elif source.path.lower().endswith(".parquet"):
+        row = tables.read_parquet_row(source.path, number)
     else:
-        (key, row), folder = tables.read_line(base, number), os.path.dirname(place.path)
-    key = f"{_stem(place.path)}{'-' + place.part if place.part else ''}-{key}"
-    words = listing.labels if place.kind == "hub" else labels
-    return tables.from_row(row, listing.columns, folder, key, words)
+        key, row = tables.read_row(base, number)
+    key = f"{_stem(source.path)}{'-' + source.split if source.split else ''}-{key}"
+    return tables.sample_from_row(row, key, indexed.columns, roots, settings, indexed.names, classes)
 
 
 @functools.lru_cache(maxsize=4)
-def _corpus(path: str, piece: int, stamp: tuple) -> shards.Corpus:
-    return _open_shard(path, piece)[0]
+def _open_shard(path: str, piece: int) -> index.Index:
+    opened = index.open_index(path, piece)
+    opened.check()
+    return opened
 
 
-def _from_shard(corpus: shards.Corpus, number: int, place: Place) -> Raw:
-    key = corpus.key(number)
-    numbered = place.kind == "shard" and not place.path.lower().endswith(".tar")  # a line, or a place in a text
-    members, failed = corpus.read(number)
-    for ending in [ending for ending in members if not NAME.fullmatch(ending)]:
-        del members[ending]
-        failed.append(("", SampleError("name", f"the ending {ending[:80]!r}")))
-    return Raw(f"{_stem(place.path)}-{key}" if numbered else key, members, failed)
+def _read_from_shard(source: Source, shard: index.Index, number: int) -> RawSample:
+    key = shard.key(number)
+    if source.kind == "shard" and not source.path.lower().endswith(".tar"):  # the number of a line, or an offset
+        key = f"{_stem(source.path)}-{key}"
+    members, failed = shard.read(number, max_bytes=MAX_BYTES)
+    for extension in [extension for extension in members if not EXTENSION.fullmatch(extension)]:
+        del members[extension]
+        failed.append(("", SampleError("name", f"the extension {extension[:80]!r}")))
+    return RawSample(key, members, failed)
 
 
 def _stem(path: str) -> str:
@@ -393,15 +401,15 @@ def _stem(path: str) -> str:
     return name.partition(".")[0] or name
 
 
-def _from_folder(place: Place, row: list, labels: list[str]) -> Raw:
+def _read_from_folder(source: Source, row: list, classes: dict[str, int]) -> RawSample:
     stem, files = row
-    raw = Raw(stem, {})
-    for ending, name in files.items():
+    sample = RawSample(stem, {})
+    for extension, name in files.items():
         try:
-            raw.members[ending] = tables.local(os.path.join(place.path, name))
+            sample.members[extension] = read_file(os.path.join(source.path, name), (source.path,))
         except SampleError as error:
-            raw.failed.append((ending, error))
-    if labels and raw.members:
+            sample.failed.append((extension, error))
+    if classes and sample.members:
         label = os.path.dirname(stem)
-        raw.members |= {"cls": str(labels.index(label)).encode(), "json": dumped({"label": label})}
-    return raw
+        sample.members |= {"cls": str(classes[label]).encode(), "json": encode_json({"label": label})}
+    return sample

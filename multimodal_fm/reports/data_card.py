@@ -1,21 +1,27 @@
-"""The data card: what was packed, counted on the way. `card.md` is for people, `croissant.json` for programs."""
+"""The data card: what a pack holds. `card.md` is for people, `croissant.json` for programs.
+
+Samples, bytes, sizes and tokens are counted by `inspect`, from the indexes of the shards that were written; only what
+the shards do not tell (copies, what was left out) is counted while packing.
+"""
 
 from __future__ import annotations
 
-import array
 import math
 from collections import Counter
+from pathlib import Path
 
-import numpy as np
-
+from ..corpus import index
 from ..corpus.fields import lookup
+from ..inspect.stats import count_corpus
 from ..pack import dedup
-from ..pack.samples import AUDIO_FILES, IMAGE_FILES
-from ..pack.settings import Settings
+from ..pack.samples import modality_of
+from ..pack.settings import SPLITS, Settings
+from ..pack.sources import Source, SourceIndex
+from ..tokenizers import audio, image, text
 
-DISTINCT = 10_000  # values of a field that are counted apart
+MAX_DISTINCT = 10_000  # values of a field that are counted apart
 SHOWN = 12  # of them that the card shows
-LISTED = 100  # sources that the card shows
+SHOWN_SOURCES = 100
 FIELDS = {
     "language": ("language", "lang", "original_data.language", "original_data.lang"),
     "license": ("license", "licence", "original_data.license", "original_data.licence"),
@@ -23,119 +29,82 @@ FIELDS = {
     "label": ("label",),
 }
 """Where a sample's JSON has what the card counts."""
+MODALITIES = {"text": "text", "image": "an image", "audio": "audio"}
 
 
 def about(row: dict, members: dict[str, bytes]) -> dict:
-    """What of a sample's JSON the card counts: a value, or a list of them, a field."""
-    made = {}
-    for name, places in FIELDS.items():
-        value = next((v for v in (lookup(row, place) for place in places) if isinstance(v, (str, int))), None)
+    """What the card counts of a sample's JSON: a value, or a list of them, by field."""
+    values = {}
+    for name, paths in FIELDS.items():
+        value = next((v for v in (lookup(row, path) for path in paths) if isinstance(v, (str, int))), None)
         if value is not None and value != "":
-            made[name] = str(value)[:100]
+            values[name] = str(value)[:100]
     if isinstance(row.get("captions"), dict):
-        made["translations"] = sorted(str(k)[:40] for k in row["captions"])[:500]
-    if "label" not in made and "cls" in members:
-        made["label"] = members["cls"][:20].decode("utf-8", "replace").strip()
-    return made
+        values["translations"] = sorted(str(k)[:40] for k in row["captions"])[:500]
+    if "label" not in values and "cls" in members:
+        values["label"] = members["cls"][:20].decode("utf-8", "replace").strip()
+    return values
 
 
 class Facts:
-    """What the card says, counted sample by sample; `data()` is plain."""
+    """Counts, sample by sample, what the shards do not tell; `data()` is plain data."""
 
-    def __init__(self, settings: Settings, sources: list[str]):
-        self.settings = settings
-        self.splits: dict[str, Counter] = {}
-        self.sources = {source: Counter() for source in sources}
+    def __init__(
+        self, settings: Settings, sources: list[Source], indexes: list[SourceIndex], labels: list[str], largest: int
+    ):
+        self.settings, self.labels, self.largest = settings, labels, largest
+        self.sources = {source.family: Counter() for source in sources}
+        self.columns = {s.family: [one.columns, one.unused] for s, one in zip(sources, indexes) if one.columns}
         self.refused: Counter = Counter()
         self.fields = {name: Counter() for name in (*FIELDS, "translations")}
-        self.beyond: Counter = Counter()
-        self.said: Counter = Counter()
-        self.endings: Counter = Counter()
-        self.widths, self.heights, self.seconds = array.array("I"), array.array("I"), array.array("f")
-        self.rates: Counter = Counter()
-        self.labels, self.largest = [], 0
+        self.uncounted: Counter = Counter()  # values beyond the first MAX_DISTINCT
+        self.stated: Counter = Counter()  # samples that have the field
+        self.extensions: Counter = Counter()
 
-    def refuse(self, reason: str) -> None:
-        self.refused[reason] += 1
+    def count(self, source: Source, outcome: str) -> None:
+        self.sources[source.family][outcome] += 1
 
-    def lose(self, source: str) -> None:
-        self.sources[source]["lost"] += 1
-
-    def duplicate(self, source: str, reason: str) -> None:
-        self.sources[source][reason] += 1
-
-    def rule(self, labels: list[str], largest: int) -> None:
-        self.labels, self.largest = labels, largest
-
-    def add(self, name: str, source: str, row: dict) -> None:
-        counts, facts = self.splits.setdefault(name, Counter()), row.get("facts", {})
-        self.sources[source]["samples"] += 1
-        counts["samples"] += 1
-        counts["text"] += bool(row["texts"])
-        counts["image"] += bool(row["image"])
-        counts["audio"] += bool(row["audio"])
-        counts["text bytes"] += row["bytes"]
-        for ending, _, length in row["members"]:
-            counts["bytes"] += length
-            self.endings[ending] += 1
-        for width, height, patches in facts.get("image", ()):
-            self.widths.append(width)
-            self.heights.append(height)
-            counts["patches"] += patches
-        for seconds, rate, _ in facts.get("audio", ()):
-            self.seconds.append(seconds)
-            self.rates[str(rate)] += 1
-            counts["milliseconds"] += round(1000 * seconds)
-        for name_, value in row["about"].items():
+    def add(self, record: dict) -> None:
+        """Count a sample that is kept."""
+        self.extensions.update(extension for extension, _, _ in record["members"])
+        for name, value in record["about"].items():
+            self.stated[name] += 1
             for one in value if isinstance(value, list) else [value]:
-                counter = self.fields[name_]
-                self.said[name_] += not isinstance(value, list)
-                if one in counter or len(counter) < DISTINCT:
-                    counter[one] += 1
+                if one in self.fields[name] or len(self.fields[name]) < MAX_DISTINCT:
+                    self.fields[name][one] += 1
                 else:
-                    self.beyond[name_] += 1
+                    self.uncounted[name] += 1
 
     def data(self) -> dict:
         settings = self.settings
+        names = ("split", "group", "dedup", "longest_side", "rate", "piece_bytes")
         return {
-            "splits": {name: dict(counts) for name, counts in sorted(self.splits.items(), key=_by_split)},
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
+            "columns": self.columns,
             "refused": dict(sorted(self.refused.items())),
             "fields": {name: dict(counter.most_common(SHOWN)) for name, counter in self.fields.items()},
             "distinct": {name: len(counter) for name, counter in self.fields.items()},
-            "beyond": dict(self.beyond),
-            "said": dict(self.said),
-            "endings": dict(sorted(self.endings.items())),
-            "quantiles": {
-                "picture width": _quantiles(self.widths),
-                "picture height": _quantiles(self.heights),
-                "sound seconds": _quantiles(self.seconds),
-            },
-            "rates": dict(self.rates.most_common(SHOWN)),
+            "uncounted": dict(self.uncounted),
+            "stated": dict(self.stated),
+            "extensions": dict(sorted(self.extensions.items())),
             "labels": self.labels,
             "largest": self.largest,
-            "settings": {
-                "split": settings.split,
-                "group": settings.group,
-                "dedup": settings.dedup,
-                "longest_side": settings.longest_side,
-                "rate": settings.rate,
-                "piece_bytes": settings.piece_bytes,
-            },
+            "settings": {name: getattr(settings, name) for name in names},
         }
 
 
-def _by_split(named: tuple) -> int:
-    return ("train", "validation", "test").index(named[0])
+def measure(facts: dict, folder: Path, shards: list[dict]) -> dict:
+    """The facts with what `inspect` says of all shards (`total`) and of each split (`splits`)."""
+    tokenizers = {"text": text.Tokenizer(), "image": image.Tokenizer(), "audio": audio.Tokenizer()}
+    indexes = {one["name"]: index.open_index(str(folder / one["name"])) for one in shards}
+    splits = {split: [one for name, one in indexes.items() if name.startswith(f"{split}-")] for split in SPLITS}
+    splits = {split: _measure(held, tokenizers) for split, held in splits.items() if held}
+    return facts | {"splits": splits, "total": _measure(list(indexes.values()), tokenizers)}
 
 
-QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
-
-
-def _quantiles(values) -> list[float]:
-    if not len(values):
-        return []
-    return [round(float(v), 2) for v in np.quantile(np.array(values, np.float64), QUANTILES, method="nearest")]
+def _measure(indexes: list[index.Index], tokenizers: dict) -> dict:
+    data = count_corpus(indexes, tokenizers).data
+    return {name: data[name] for name in ("shards", "samples", "bytes", "tokens", "modalities")}
 
 
 # -------------------------------------------------------------------------------------------------------------- card.md
@@ -143,91 +112,107 @@ def _quantiles(values) -> list[float]:
 
 def markdown(facts: dict, shards: list[dict]) -> str:
     """The card as a page."""
-    splits = facts["splits"]
-    total = Counter()
-    for counts in splits.values():
-        total.update(counts)
-    lines = ["# Data card", "", _opening(total, shards), ""]
+    splits, total = facts["splits"], facts["total"]
+    held = [f"{_n(_samples(total, m))} with {what}" for m, what in MODALITIES.items() if _samples(total, m)]
+    many = f"{_n(total['shards'])} shard{'s' * (total['shards'] != 1)}"
+    opening = f"{_n(total['samples'])} samples ({', '.join(held)}) in {many}, {_bytes(total['bytes'])}."
+    lines = ["# Data card", "", opening, ""]
     lines += _table(
-        ["split", "samples", "share", "with text", "with picture", "with sound", "shards", "bytes"],
-        [_split_row(name, counts, total, shards) for name, counts in splits.items()],
-    )
-    lines += ["## Size in tokens, roughly", ""]
-    lines += _table(
-        ["split", "text (bytes)", "pictures (patches of 16 pixels)", "sound (hours)"],
+        ["split", "samples", "share", *(f"with {what}" for what in MODALITIES.values()), "shards", "bytes"],
         [
-            [name, _n(c.get("text bytes", 0)), _n(c.get("patches", 0)), f"{c.get('milliseconds', 0) / 3.6e6:.2f}"]
-            for name, c in splits.items()
+            [
+                name,
+                _n(one["samples"]),
+                f"{100 * one['samples'] / total['samples']:.1f} %",
+                *(_n(_samples(one, modality)) for modality in MODALITIES),
+                _n(one["shards"]),
+                _bytes(one["bytes"]),
+            ]
+            for name, one in splits.items()
         ],
     )
-    lines += ["A byte-level vocabulary makes a token of 2 to 5 bytes, once its merges are trained.", ""]
-    measures = {name: found for name, found in facts["quantiles"].items() if found}
-    if measures:
-        lines += ["## Pictures and sounds", ""]
-        heads = ["", "least", "5 %", "25 %", "median", "75 %", "95 %", "most"]
-        lines += _table(heads, [[name, *(f"{v:g}" for v in found)] for name, found in measures.items()])
-    if facts["rates"]:
-        lines += [
-            "Samples a second: " + ", ".join(f"{r} ({_n(n)} sounds)" for r, n in facts["rates"].items()) + ".",
-            "",
-        ]
-    lines += ["Members: " + ", ".join(f"{_n(n)} .{e}" for e, n in facts["endings"].items()) + ".", ""]
+    lines += ["## Size", ""]
+    lines += _table(
+        ["split", "text (bytes)", "images (megapixels)", "audio (hours)", "tokens, about"],
+        [
+            [
+                name,
+                _n(one["modalities"].get("text", {}).get("bytes", 0)),
+                f"{one['modalities'].get('image', {}).get('pixels', 0) / 1e6:,.1f}",
+                f"{one['modalities'].get('audio', {}).get('hours', 0):,.2f}",
+                _n(one["tokens"]),
+            ]
+            for name, one in splits.items()
+        ],
+    )
+    lines += ["Counted as `mmfm inspect` does: tokens of the default tokenizers, text at four bytes a token.", ""]
+    lines += _measures(total["modalities"])
+    lines += ["Members: " + ", ".join(f"{_n(n)} .{e}" for e, n in facts["extensions"].items()) + ".", ""]
     lines += ["## Sources", ""]
     lines += _table(
         ["source", "samples kept", "copies", "near copies", "nothing readable"],
         [
             [f"`{name}`", *(_n(c.get(k, 0)) for k in ("samples", "copy", "near-copy", "lost"))]
-            for name, c in list(facts["sources"].items())[:LISTED]
+            for name, c in list(facts["sources"].items())[:SHOWN_SOURCES]
         ],
     )
-    if (more := len(facts["sources"]) - LISTED) > 0:
+    if (more := len(facts["sources"]) - SHOWN_SOURCES) > 0:
         lines += [f"And {_n(more)} more.", ""]
+    lines += [line for one in describe_columns(facts, "`") for line in (f"{one}.", "")]
     for name, title in (
         ("source", "Where samples say they come from"),
-        ("license", "Licences"),
+        ("license", "Licenses"),
         ("language", "Languages"),
         ("translations", "Languages of captions"),
         ("label", "Labels, of all sources together"),
     ):
-        lines += _values(facts, name, title, total["samples"])
-    lines += ["## What was done", "", *_done(facts), ""]
-    lines += ["## Left out", ""]
+        lines += _values(facts, name, title)
+    lines += ["## What was done", "", *_done(facts), "", "## Left out", ""]
     if facts["refused"]:
         lines += _table(["reason", "count"], [[why, _n(count)] for why, count in facts["refused"].items()])
-        lines += ["`quarantine.jsonl` names each: a sample, or a part of one whose other parts were kept.", ""]
+        lines += ["`quarantine.jsonl` names each: a sample, or one modality of a sample whose others were kept.", ""]
     else:
         lines += ["Nothing.", ""]
-    lines += ["## Known gaps", "", *_gaps(facts, total), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "## Known gaps", "", *_gaps(facts), ""])
 
 
-def _opening(total: Counter, shards: list[dict]) -> str:
-    size = sum(one["bytes"] for one in shards)
-    what = [f"{_n(total[modality])} with {name}" for modality, name in _KINDS if total[modality]]
-    many = "1 shard" if len(shards) == 1 else f"{_n(len(shards))} shards"
-    return f"{_n(total['samples'])} samples ({', '.join(what)}) in {many}, {_bytes(size)}."
+def describe_columns(facts: dict, quote: str = "") -> list[str]:
+    """A line for each table: which column was read as what, and which are kept in the JSON alone."""
+    lines = []
+    for name, (columns, unused) in list(facts["columns"].items())[:SHOWN_SOURCES]:
+        used = ", ".join(f"{role} from column {column}" for role, column in columns.items())
+        rest = f"; in the JSON only: {', '.join(map(str, unused[:20]))}{', ...' * (len(unused) > 20)}" if unused else ""
+        lines.append(f"{quote}{name}{quote}: {used}{rest}")
+    return lines
 
 
-_KINDS = (("text", "text"), ("image", "a picture"), ("audio", "a sound"))
+def _samples(measured: dict, modality: str) -> int:
+    return measured["modalities"].get(modality, {}).get("samples", 0)
 
 
-def _split_row(name: str, counts: dict, total: Counter, shards: list[dict]) -> list[str]:
-    own = [one for one in shards if one["name"].startswith(f"{name}-")]
-    parts = [_n(counts.get(modality, 0)) for modality, _ in _KINDS]
-    share = f"{100 * counts['samples'] / total['samples']:.1f} %"
-    return [name, _n(counts["samples"]), share, *parts, _n(len(own)), _bytes(sum(one["bytes"] for one in own))]
+def _measures(modalities: dict) -> list[str]:
+    sizes = modalities.get("image", {}).get("resolution", {})
+    seconds = modalities.get("audio", {}).get("seconds", {})
+    rows = [["image (pixels)", *(f"{w} x {h}" for w, h in sizes.values())]] if sizes else []
+    rows += [["audio (seconds)", *(f"{value:g}" for value in seconds.values())]] if seconds else []
+    if not rows:
+        return []
+    lines = ["## Images and audio", "", *_table(["", "least", "10 %", "median", "90 %", "most"], rows)]
+    if rates := modalities.get("audio", {}).get("rates"):
+        most = sorted(rates.items(), key=lambda rate: -rate[1])[:SHOWN]
+        lines += ["Samples a second: " + ", ".join(f"{rate} ({_n(count)})" for rate, count in most) + ".", ""]
+    return lines
 
 
-def _values(facts: dict, name: str, title: str, samples: int) -> list[str]:
+def _values(facts: dict, name: str, title: str) -> list[str]:
     values = facts["fields"][name]
     if not values:
         return []
     more = facts["distinct"][name] - len(values)
     shown = ", ".join(f"{_plain(value)} ({_n(count)})" for value, count in values.items())
-    beyond = "at least " if facts["beyond"].get(name) else ""
-    rest = f", and {beyond}{_n(more)} more" if more > 0 else ""
-    silent = samples - facts["said"].get(name, samples)
-    none = f" Not said: {_n(silent)}." if silent and name != "translations" else ""
+    rest = f", and {'at least ' * (name in facts['uncounted'])}{_n(more)} more" if more > 0 else ""
+    silent = facts["total"]["samples"] - facts["stated"].get(name, 0)
+    none = f" Not stated: {_n(silent)}." if silent and name != "translations" else ""
     return [f"## {title}", "", f"{shown}{rest}.{none}", ""]
 
 
@@ -237,60 +222,58 @@ def _plain(value: str) -> str:
 
 def _done(facts: dict) -> list[str]:
     settings = facts["settings"]
-    lines = []
-    if settings["dedup"] == "none":
-        lines.append("- Copies were not looked for.")
-    else:
-        lines.append("- Copies (equal pictures, sounds and texts): the first was kept.")
-    if settings["dedup"] == "near":
+    near = settings["dedup"] == "near"
+    lines = ["- Copies were not looked for."]
+    if settings["dedup"] != "none":
+        lines = [
+            "- Copies (equal images, audio, texts, labels and other fields, but for ids, paths, URLs and sizes): the "
+            "first was kept."
+        ]
+    if near:
         lines.append(
-            "- Near copies: of samples whose parts are all nearly equal the first was kept. Pictures: perceptual hashes "
-            f"of 64 bits that differ in at most {dedup.BITS}, and mean colors of sixteen fields by at most "
-            f"{dedup.SHADE} of 255; pictures below {dedup.SMALLEST} pixels must be equal. Text: a similarity "
-            f"(Jaccard, runs of {dedup.SHINGLE} characters, MinHash) of at least {dedup.JACCARD}. Sounds: equal."
+            "- Near copies: of samples that are nearly equal in all modalities, and equal in their other fields, the "
+            f"first was kept. Images: perceptual hashes of 64 bits that differ in at most {dedup.MAX_BITS}, and mean "
+            f"colors of sixteen fields by at most {dedup.MAX_COLOR} of 255; images below {dedup.MIN_SIDE} pixels must "
+            f"be equal. Text: a Jaccard similarity (runs of {dedup.SHINGLE} characters, by MinHash) of at least "
+            f"{dedup.NEAR_TEXT}. Audio: equal."
         )
     if len(settings["split"]) > 1:
         shares = ", ".join(f"{share:g}" for share in settings["split"])
         by = f"the field `{settings['group']}` (without it, the content)" if settings["group"] else "the content"
-        near = (
-            f"; so are those with pictures whose hashes differ in at most {dedup.BITS} bits, or texts of a similarity "
-            f"of at least {dedup.TIED}"
-            if settings["dedup"] == "near"
-            else ""
+        alike = (
+            f"; so are those with images whose hashes differ in at most {dedup.MAX_BITS} bits, or texts of a "
+            f"similarity of at least {dedup.TIED_TEXT}"
         )
         lines.append(
-            f"- Split {shares} by a hash of {by}. Samples that share a picture, a sound, a text or a translation are on "
-            f"one side{near}. The largest such cluster has {_n(facts['largest'])} samples."
+            f"- Split {shares} by a hash of {by}. Samples that share an image, audio, a text or a translation, and "
+            f"pieces of one document, are in one split{alike * near}. The largest such cluster has "
+            f"{_n(facts['largest'])} samples."
         )
         for source in facts["labels"]:
             lines.append(f"- The texts of `{source}` are few and shared by many: labels. They tie no samples together.")
     lines.append(
-        "- Every picture and sound was decoded in full, every text read as UTF-8, under the limits that training has."
+        "- Every image and all audio was decoded in full, every text read as UTF-8, under the limits that training has."
     )
     if settings["longest_side"]:
-        lines.append(f"- Pictures larger than {settings['longest_side']} pixels were made smaller (JPEG, quality 95).")
+        lines.append(f"- Images larger than {settings['longest_side']} pixels were made smaller (JPEG, quality 95).")
     if settings["rate"]:
-        lines.append(f"- Sounds are FLAC, 16 bits, mono, {settings['rate']} samples a second.")
+        lines.append(f"- Audio is FLAC, 16 bits, mono, {settings['rate']} samples a second.")
     lines.append(f"- Samples that are text alone were cut into pieces of at most {_n(settings['piece_bytes'])} bytes.")
     return lines
 
 
-def _gaps(facts: dict, total: Counter) -> list[str]:
-    lines = []
-    for name, what in (("license", "licence"), ("language", "language"), ("source", "source")):
+def _gaps(facts: dict) -> list[str]:
+    lines, total = [], facts["total"]["samples"]
+    for name in ("license", "language", "source"):
         if not facts["fields"][name] and not (name == "language" and facts["fields"]["translations"]):
-            lines.append(f"- No sample's JSON says its {what}.")
-    if total["samples"] and facts["largest"] > 0.1 * total["samples"]:
-        share = 100 * facts["largest"] / total["samples"]
+            lines.append(f"- No sample's JSON states its {name}.")
+    if facts["largest"] > 0.1 * total:
+        share = 100 * facts["largest"] / total
         lines.append(f"- One cluster is {share:.0f} % of all samples: the split's shares cannot be exact.")
-    wanted = facts["settings"]["split"]
-    for (name, counts), share in zip(facts["splits"].items(), wanted):
-        has = counts["samples"] / total["samples"]
+    for (name, one), share in zip(facts["splits"].items(), facts["settings"]["split"]):
+        has = one["samples"] / total
         if abs(has - share) > 0.02 + 0.1 * share:
             lines.append(f"- {name} was to have {100 * share:g} % and has {100 * has:.1f} %.")
-    missing = len(wanted) - len(facts["splits"])
-    if missing:
-        lines.append(f"- {missing} of the splits got no sample: there are too few, or too few that share nothing.")
     lines.append("- What the samples say and show was not looked at: nothing was filtered by content.")
     return lines
 
@@ -305,52 +288,29 @@ def _n(count: int) -> str:
 
 
 def _bytes(size: int) -> str:
-    if size < 1000:
-        return f"{size} B"
-    power = min(4, int(math.log10(size) // 3))
-    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    power = min(4, int(math.log10(size) // 3)) if size else 0
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{size} B"
 
 
 # ------------------------------------------------------------------------------------------------------------ Croissant
 
+TERMS = """citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset
+jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator source subField
+transform"""
 CONTEXT = {
     "@language": "en",
     "@vocab": "https://schema.org/",
-    "citeAs": "cr:citeAs",
-    "column": "cr:column",
+    **{term: f"cr:{term}" for term in TERMS.split()},
     "conformsTo": "dct:conformsTo",
     "cr": "http://mlcommons.org/croissant/",
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
-    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
-    "extract": "cr:extract",
-    "field": "cr:field",
-    "fileProperty": "cr:fileProperty",
-    "fileObject": "cr:fileObject",
-    "fileSet": "cr:fileSet",
-    "format": "cr:format",
-    "includes": "cr:includes",
-    "isLiveDataset": "cr:isLiveDataset",
-    "jsonPath": "cr:jsonPath",
-    "key": "cr:key",
-    "md5": "cr:md5",
-    "parentField": "cr:parentField",
-    "path": "cr:path",
     "rai": "http://mlcommons.org/croissant/RAI/",
-    "recordSet": "cr:recordSet",
-    "references": "cr:references",
-    "regex": "cr:regex",
-    "repeated": "cr:repeated",
-    "replace": "cr:replace",
-    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
-    "separator": "cr:separator",
-    "source": "cr:source",
-    "subField": "cr:subField",
-    "transform": "cr:transform",
 }
+"""The JSON-LD context of Croissant 1.0 (MLCommons)."""
 FORMATS = {
     "jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "flac": "audio/flac",
     "wav": "audio/wav", "ogg": "audio/ogg", "mp3": "audio/mpeg", "txt": "text/plain", "json": "application/json",
@@ -360,9 +320,9 @@ FORMATS = {
 
 def croissant(facts: dict, shards: list[dict], name: str) -> dict:
     """Croissant 1.0: every shard with its size and SHA-256, a file set and a record set for each kind of member."""
-    licences = list(facts["fields"]["license"])
-    total = sum(counts["samples"] for counts in facts["splits"].values())
-    splits = ", ".join(f"{split_} {_n(counts['samples'])}" for split_, counts in facts["splits"].items())
+    licenses = list(facts["fields"]["license"])
+    splits = ", ".join(f"{split} {_n(one['samples'])}" for split, one in facts["splits"].items())
+    samples = _n(facts["total"]["samples"])
     files = [
         {
             "@type": "cr:FileObject",
@@ -375,55 +335,50 @@ def croissant(facts: dict, shards: list[dict], name: str) -> dict:
         }
         for one in shards
     ]
-    endings = [ending for ending in facts["endings"] if ending in FORMATS]
+    extensions = [extension for extension in facts["extensions"] if extension in FORMATS]
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "name": name,
-        "description": f"{_n(total)} samples in webdataset shards ({splits}); card.md beside them says more.",
+        "description": f"{samples} samples in webdataset shards ({splits}); card.md beside them says more.",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
-        **({"license": licences[0] if len(licences) == 1 else licences} if licences else {}),
-        "distribution": files + [_file_set(ending, files) for ending in endings],
-        "recordSet": [_record_set(ending) for ending in endings],
+        **({"license": licenses[0] if len(licenses) == 1 else licenses} if licenses else {}),
+        "distribution": files + [_file_set(extension, files) for extension in extensions],
+        "recordSet": [_record_set(extension) for extension in extensions],
     }
 
 
-def _file_set(ending: str, files: list[dict]) -> dict:
+def _file_set(extension: str, files: list[dict]) -> dict:
     return {
         "@type": "cr:FileSet",
-        "@id": f"{ending}-members",
-        "name": f"{ending}-members",
-        "description": f"The members KEY.{ending} of the shards.",
+        "@id": f"{extension}-members",
+        "name": f"{extension}-members",
+        "description": f"The members KEY.{extension} of the shards.",
         "containedIn": [{"@id": one["@id"]} for one in files],
-        "encodingFormat": FORMATS[ending],
-        "includes": f"*.{ending}",
+        "encodingFormat": FORMATS[extension],
+        "includes": f"*.{extension}",
     }
 
 
-def _record_set(ending: str) -> dict:
-    modality = "sc:ImageObject" if ending in IMAGE_FILES else "sc:AudioObject" if ending in AUDIO_FILES else "sc:Text"
+def _record_set(extension: str) -> dict:
+    kind = {"image": "sc:ImageObject", "audio": "sc:AudioObject"}.get(modality_of(extension), "sc:Text")
+    regex = {"transform": {"regex": "^(.*/)?([^/.]+)"}}
     fields = (
-        (
-            "key",
-            "sc:Text",
-            "The sample's key.",
-            {"fileProperty": "filename"},
-            {"transform": {"regex": "^(.*/)?([^/.]+)"}},
-        ),
-        ("content", modality, f"What KEY.{ending} holds.", {"fileProperty": "content"}, {}),
+        ("key", "sc:Text", "The sample's key.", {"fileProperty": "filename"}, regex),
+        ("content", kind, f"What KEY.{extension} holds.", {"fileProperty": "content"}, {}),
     )
     return {
         "@type": "cr:RecordSet",
-        "@id": ending,
-        "name": ending,
+        "@id": extension,
+        "name": extension,
         "field": [
             {
                 "@type": "cr:Field",
-                "@id": f"{ending}/{name}",
+                "@id": f"{extension}/{name}",
                 "name": name,
                 "description": description,
                 "dataType": type_,
-                "source": {"fileSet": {"@id": f"{ending}-members"}, "extract": extract, **more},
+                "source": {"fileSet": {"@id": f"{extension}-members"}, "extract": extract, **more},
             }
             for name, type_, description, extract, more in fields
         ],

@@ -1,4 +1,4 @@
-"""One page about a run: what the model finds, how well, how it was trained, and how to make it again.
+"""One page about a run: what the model finds, how well, how it was trained, and how to reproduce it.
 
 The page is a single file that needs no network: pictures and sounds are in it as data URIs, curves as SVG.
 """
@@ -16,23 +16,25 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 
-from .. import __version__
-from ..config import Evaluation
+from .. import __version__, objectives
 from ..corpus.fields import lookup
-from ..corpus.storage import put
-from ..errors import SampleError, UserError
-from ..evals import retrieval
-from ..evals.embed_corpus import Encoded, things_in
-from ..evals.run import evaluate, render, table
+from ..corpus.storage import write_atomic
+from ..errors import SampleError, UserError, printable
+from ..evals.base import Evaluation
+from ..evals.embed_corpus import EmbeddedCorpus, split_inputs
+from ..evals.metrics import TIE, rank_first, score_blocks
+from ..evals.retrieval import SearchTask, search_tasks
+from ..evals.run import drop_empty_columns, evaluate, load_evaluations, render, table
 from ..model import Model, load
 from ..run_dir import checkpoint
-from ..run_dir.records import Skipped, rows_of
+from ..run_dir.records import Skipped, read_jsonl
 from ..tokenizers.text import USUAL_FIELDS
 from . import page
 from .page import DASHES, LINES, STYLE, Media, inline
@@ -40,125 +42,138 @@ from .page import DASHES, LINES, STYLE, Media, inline
 SEED = 0  # of the draw of the gallery's queries
 NEAREST = 5  # answers that the gallery shows for each query
 DIRECTIONS = (("audio", "image"), ("text", "image"), ("image", "text"), ("image", "audio"))
-WITHOUT_IMAGES = (("text", "audio"), ("audio", "text"))
-MOST_BYTES = 8_000_000
-FITS = ((6, 30_000, 300_000), (6, 10_000, 40_000), (3, 10_000, 40_000))  # queries; the most bytes a picture, a sound
+DIRECTIONS_WITHOUT_IMAGES = (("text", "audio"), ("audio", "text"))
+MAX_BYTES = 8_000_000
+SIZES = ((6, 30_000, 300_000), (6, 10_000, 40_000), (3, 10_000, 40_000))
+"""Queries a direction, and the most bytes of a picture and of a sound: the first that fit into MAX_BYTES are taken."""
 
 
-def write(run: str | Path, device: str = "auto") -> Path:
+def write(run: str | Path, device: str = "auto", trusted: bool = False) -> Path:
     """Measure the run's newest checkpoint and write RUN/report.html, RUN/evaluation.json and RUN/config.yaml.
 
-    Prints each table, then the page's path and three commands to try. Raises UserError where the run's configuration has
-    no `evaluate`.
+    Prints each table, then the page's path and three commands to try. Raises UserError where the run's configuration
+    has no `evaluate`, or where it is somebody else's and not `trusted`.
     """
     run = Path(run)
     folder = checkpoint.newest(run)
-    model = load(folder, device=device)
-    if not model.evaluations:
+    evaluations = load_evaluations(folder, trusted)
+    if not evaluations:
         raise UserError(f"{run}: its config has no `evaluate`, so nothing to report on; try `mmfm evaluate` with --on")
-    measured = {}
-    for name, evaluation in model.evaluations.items():
-        figures, encoded = measured[name] = evaluate(model, evaluation)
-        if encoded.lost:
-            print("\n".join(Skipped(encoded.lost).lines()), file=sys.stderr)
-        print(f"\n{name}", render(table(figures)), sep="\n")
-    data = {name: figures for name, (figures, _) in measured.items()}
-    put(run / "evaluation.json", json.dumps(data, indent=1).encode())
-    written = _config(run, folder)
-    put(run / "config.yaml", written.encode())
-    tries = commands(run, folder, model, measured)
+    model = load(folder, device=device)
+    results = []
+    for name, evaluation in evaluations.items():
+        figures, embedded = evaluate(model, objectives.load(folder, model), evaluation, folder)
+        results.append(Result(name, evaluation, figures, embedded))
+        if embedded.skipped:
+            print("\n".join(Skipped(embedded.skipped).lines()), file=sys.stderr)
+        print(f"\n{printable(name)}", render(table(figures)), sep="\n")
+        for note in embedded.notes:
+            print(f"note: {printable(note)}")
+    write_atomic(
+        run / "evaluation.json", json.dumps({result.name: result.figures for result in results}, indent=1).encode()
+    )
+    config = _config(run, folder)
+    write_atomic(run / "config.yaml", config.encode())
+    tries = commands(run, folder, model, results[0])
     path = run / "report.html"
-    put(path, _page(run, folder, model, measured, written, tries).encode("utf-8", "replace"))
-    print(f"\n{path}\n\nTry next:")
+    write_atomic(path, _page(run, folder, model, results, config, tries).encode("utf-8", "replace"))
+    print(f"\n{printable(str(path))}\n\nTry next:")
     for line in tries:
-        print(f"  {line}")
+        print(f"  {printable(line)}")
     return path
 
 
-def _page(run: Path, folder: Path, model: Model, measured: dict, written: str, tries: list[str]) -> str:
+@dataclass
+class Result:
+    """One evaluation of the run: its settings, its figures, and the corpus that they were measured on."""
+
+    name: str
+    evaluation: Evaluation
+    figures: dict[str, dict]
+    embedded: EmbeddedCorpus
+
+    @property
+    def shards(self) -> list[str]:
+        on = self.evaluation.on
+        return [on] if isinstance(on, str) else on
+
+
+def _page(run: Path, folder: Path, model: Model, results: list[Result], config: str, tries: list[str]) -> str:
     """The page; where it grows too large, with smaller pictures, shorter sounds and fewer queries."""
     state = checkpoint.read_data(folder, "state")
-    rows = [row for row in rows_of(run / "metrics.jsonl") if row["step"] <= state["step"]]
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if row["step"] <= state["step"]]
     template = page.template("run.html")
-    given = {
+    values = {
         "name": run.resolve().name,
         "facts": facts(model, rows, state["step"]),
         "curves": curves(rows),
-        "skipped": _skipped(run, measured),
+        "skipped": _skipped(run, results),
         "folder": folder,
         "seed": state["seed"],
-        "yaml": written,
+        "yaml": config,
         "again": f"{_program()} pretrain {shlex.quote(f'{run}/config.yaml')} {shlex.quote(f'run={run}-again')}",
         "tries": tries,
     }
-    for count, picture, sound in FITS:
+    for count, picture, sound in SIZES:
         media = Media(picture, sound)
-        sections = [_section(name, model, *found, count, media) for name, found in measured.items()]
-        text = template.render(**given, sections=sections, nearest=NEAREST)
-        if len(text) <= MOST_BYTES:
+        evaluations = [_describe(model, result, count, media) for result in results]
+        text = template.render(**values, evaluations=evaluations, nearest=NEAREST)
+        if len(text) <= MAX_BYTES:
             break
     return text
 
 
-def _section(name: str, model: Model, figures: dict, encoded: Encoded, count: int, media: Media) -> dict:
-    """What the page says of one evaluation."""
-    evaluation = model.evaluations[name]
-    found = {key: value for key, value in figures.items() if key.startswith("retrieval/")}
-    rest = {key: value for key, value in figures.items() if key not in found}
-    others = [[cell.replace("_", " ") for cell in row] for row in table(rest)]
-    others[0][1] = "value"
+def _describe(model: Model, result: Result, count: int, media: Media) -> dict:
+    """What the page shows of one evaluation."""
+    retrieval = {key: figure for key, figure in result.figures.items() if key.startswith("retrieval/")}
+    others = {key: figure for key, figure in result.figures.items() if key not in retrieval}
+    other_rows = [[cell.replace("_", " ") for cell in row] for row in table(others)]
+    other_rows[0][1] = "value"
+    tens = [figure for key, figure in retrieval.items() if key.endswith("/r@10")]
     return {
-        "name": name,
-        "evaluation": evaluation,
-        "on": [evaluation.on] if isinstance(evaluation.on, str) else evaluation.on,
-        "count": len(encoded.held),
-        "modalities": {modality: len(things.raw) for modality, things in encoded.things.items()},
-        "gallery": gallery(model, encoded, evaluation, count, media),
-        "retrieval": table(found) if found else [],
-        "bars": [(row[0], found[key]) for row, key in zip(table(found)[1:], _tens(found), strict=True)],
-        "others": _filled(others) if rest else [],
+        "name": result.name,
+        "settings": result.evaluation,
+        "on": result.shards,
+        "count": len(result.embedded.metadata),
+        "inputs": {modality: len(inputs.texts) for modality, inputs in result.embedded.inputs.items()},
+        "gallery": gallery(model, result, count, media),
+        "retrieval": table(retrieval) if retrieval else [],
+        "bars": [(row[0], ten) for row, ten in zip(table(retrieval)[1:], tens, strict=True)],
+        "others": drop_empty_columns(other_rows) if others else [],
+        "notes": result.embedded.notes,
     }
-
-
-def _tens(figures: dict) -> list[str]:
-    return [key for key in figures if key.endswith("/r@10")]
-
-
-def _filled(rows: list[list[str]]) -> list[list[str]]:
-    """The columns that say something."""
-    kept = [c for c in range(len(rows[0])) if any(row[c] for row in rows[1:])]
-    return [[row[c] for c in kept] for row in rows]
 
 
 def facts(model: Model, rows: list[dict], step: int) -> dict[str, str]:
     """What the model is and what it took to train it, as far as metrics.jsonl tells."""
     cuda = model.device.type == "cuda"
-    found = {
+    shown = {
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "modalities": ", ".join(model.modalities),
         "steps": f"{step:,}",
     }
+    rows = [row for row in rows if "tokens" in row]  # the others are figures of validation
     if rows:
-        found |= {
-            "tokens seen": _count(sum(row["tokens"] for row in rows)),
-            "training time": _clock(sum(row["seconds"] for row in rows)),
+        shown |= {
+            "tokens seen": _format_count(sum(row["tokens"] for row in rows)),
+            "training time": _format_time(sum(row["seconds"] for row in rows)),
             "tokens/s (median)": f"{np.median([row['tokens_per_second'] for row in rows]):,.0f}",
         }
-    return found | {
+    return shown | {
         "date": datetime.date.today().isoformat(),
         "versions": f"multimodal_fm {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "measured on": torch.cuda.get_device_name(model.device) if cuda else f"CPU, {os.cpu_count()} cores",
     }
 
 
-def _count(number: float) -> str:
+def _format_count(number: float) -> str:
     for unit, name in ((1e9, "billion"), (1e6, "million")):
         if number >= unit:
             return f"{number / unit:.1f} {name}"
     return f"{number:,.0f}"
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, hours = round(seconds / 60), int(seconds // 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -168,67 +183,69 @@ def _clock(seconds: float) -> str:
 # The gallery
 
 
-def gallery(model: Model, encoded: Encoded, evaluation: Evaluation, count: int, media: Media) -> list[dict]:
-    """For each direction that the data has: random queries with their nearest things, searched as the eval searches."""
-    modalities = encoded.things
-    directions = DIRECTIONS if "image" in modalities else WITHOUT_IMAGES
+def gallery(model: Model, result: Result, count: int, media: Media) -> list[dict]:
+    """For each direction that the corpus allows: random queries with their nearest answers, as retrieval ranks them."""
+    embedded, evaluation = result.embedded, result.evaluation
+    directions = DIRECTIONS if "image" in embedded.inputs else DIRECTIONS_WITHOUT_IMAGES
     shown = []
-    for ask, answer in (pair for pair in directions if pair[0] in modalities and pair[1] in modalities):
-        pool = _pool(encoded, evaluation, ask, answer)
+    for ask, answer in (pair for pair in directions if embedded.inputs.keys() >= set(pair)):
+        tasks = list(search_tasks(embedded, evaluation.group, evaluation.within, ask, answer))
+        pool = [(task, number) for task in tasks for number in task.queries]
         drawn = random.Random(f"{SEED} {ask} {answer}").sample(pool, min(count, len(pool)))
         if drawn:
-            queries = [_query(model, encoded, evaluation, ask, answer, media, *one) for one in drawn]
+            queries = [_query(model, result, task, number, media) for task, number in drawn]
             shown.append({"ask": ask, "answer": answer, "queries": queries, "pool": len(pool)})
     return shown
 
 
-def _pool(encoded: Encoded, evaluation: Evaluation, ask: str, answer: str) -> list[tuple]:
-    """All queries that have a right answer: the thing, its groups, its gallery's things with theirs, its samples."""
-    pool = []
-    for samples in retrieval.shares(encoded, evaluation.within):
-        asks = retrieval.grouped(encoded, evaluation.group, ask, samples)
-        answers = retrieval.grouped(encoded, evaluation.group, answer, samples)
-        known = set().union(*answers.values())
-        pool += [(thing, groups, answers, set(samples)) for thing, groups in asks.items() if groups & known]
-    return pool
+def _query(model: Model, result: Result, task: SearchTask, number: int, media: Media) -> dict:
+    """One query with its nearest answers and the rank of its first right one; a tie counts against the query."""
+    embedded, groups = result.embedded, task.queries[number]
+    query = embedded.inputs[task.query].vectors[number : number + 1]
+    vectors = embedded.inputs[task.answer].vectors[list(task.gallery)]
+    right = torch.tensor([[bool(own & groups) for own in task.gallery.values()]])
+    rank = int(rank_first(query, vectors, lambda rows: right)[0])
+    scores = next(score_blocks(query, vectors))[1][0].nan_to_num(nan=-math.inf)
+    order = torch.where(right[0], scores - TIE, scores)  # so that the order agrees with the rank
+    ranked = sorted(zip((-order).tolist(), right[0].tolist(), task.gallery, scores.tolist(), strict=True))[:NEAREST]
+    samples = set(task.samples)
 
-
-def _query(model, encoded, evaluation, ask, answer, media, thing, groups, answers, samples) -> dict:
-    """One query with its nearest answers and the rank of its first right one; ties count against it, as in the eval."""
-    scores = encoded.things[answer].vectors[list(answers)].double() @ encoded.things[ask].vectors[thing].double()
-    scored = zip(scores.tolist(), answers, strict=True)
-    ranked = sorted((-score, bool(answers[t] & groups), t) for score, t in scored)
-
-    def show(modality: str, t: int) -> dict:
-        holders = [sample for sample in encoded.things[modality].samples[t] if sample in samples]
-        sample = next((i for i in holders if encoded.groups(i, evaluation.group) & groups), holders[0])
-        return _show(model, encoded, modality, t, sample, media)
+    def show(modality: str, shown: int) -> dict:
+        holders = [sample for sample in embedded.inputs[modality].samples[shown] if sample in samples]
+        fitting = (i for i in holders if embedded.groups(i, result.evaluation.group) & groups)
+        return _show(model, embedded, modality, shown, next(fitting, holders[0]), media)
 
     return {
-        "query": show(ask, thing),
-        "answers": [{**show(answer, t), "score": -s, "right": right} for s, right, t in ranked[:NEAREST]],
-        "rank": 1 + next(place for place, (_, right, _) in enumerate(ranked) if right),
-        "size": len(ranked),
+        "query": show(task.query, number),
+        "answers": [{**show(task.answer, t), "score": score, "right": is_right} for _, is_right, t, score in ranked],
+        "rank": rank,
+        "size": len(task.gallery),
     }
 
 
-def _show(model: Model, encoded: Encoded, modality: str, thing: int, sample: int, media: Media) -> dict:
-    """A thing for the page: its text or caption, and the picture or sound."""
-    raw = encoded.things[modality].raw[thing]
-    text = raw if modality == "text" else _caption(model, encoded, sample)
-    source = "" if modality == "text" else media.uri(modality, model.tokenizers[modality].extensions, raw)
-    return {"modality": modality, "text": text, "language": _language(encoded.rows[sample], text), "source": source}
+def _show(model: Model, embedded: EmbeddedCorpus, modality: str, number: int, sample: int, media: Media) -> dict:
+    """An input for the page: its text or its sample's caption, and the picture or sound."""
+    text, source = embedded.inputs[modality].texts[number], ""
+    if text is None:
+        text = _caption(model, embedded, sample)
+        try:
+            raw = embedded.load(model, modality, number)
+            source = media.uri(modality, model.tokenizers[modality].extensions, raw)
+        except SampleError:  # the shard has changed since it was read
+            source = ""
+    language = _language(embedded.metadata[sample], text)
+    return {"modality": modality, "text": text, "language": language, "source": source}
 
 
-def _caption(model: Model, encoded: Encoded, sample: int) -> str:
+def _caption(model: Model, embedded: EmbeddedCorpus, sample: int) -> str:
     """The sample's first text, whether or not the evaluation reads texts; its key where it has none."""
-    texts = encoded.texts(sample)
+    texts = embedded.texts(sample)
     if not texts and "text" in model.tokenizers:
         try:
-            texts = things_in(model.tokenizers["text"], encoded.corpus.raw(sample))
+            texts = split_inputs(model.tokenizers["text"], embedded.corpus.raw(sample))
         except SampleError:
             texts = []
-    return next((text for text in texts if isinstance(text, str)), encoded.key(sample))
+    return next((text for text in texts if isinstance(text, str)), embedded.key(sample))
 
 
 def _language(row: dict, text: str) -> str:
@@ -239,31 +256,33 @@ def _language(row: dict, text: str) -> str:
             if tags:
                 return ", ".join(list(tags)[:3])
     usual = ("language", "lang", "original_data.language", "original_data.lang")
-    return next((found for found in (lookup(row, name) for name in usual) if isinstance(found, str)), "")
+    return next((value for value in (lookup(row, name) for name in usual) if isinstance(value, str)), "")
 
 
 # Curves
 
 
 def curves(rows: list[dict]) -> list[dict]:
-    """Small figures with a name, the last value and an SVG each: losses, accuracies, learning rate, pace."""
+    """Small plots with a title, the last value and an SVG each: losses, accuracies, learning rate, tokens a second."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    losses = [name for name in names if re.fullmatch("loss(/[^/]+)?", name)]
-    groups = {name: [name] for name in losses}
+    plots: dict[str, list[str]] = {}
+    plots |= {name: [name] for name in names if re.fullmatch("(validation/)?loss(/[^/]+/[^/]+)?", name)}
     for name in names:
         if name.endswith("_accuracy"):
-            groups.setdefault(f"{name.rpartition('/')[0].removeprefix('loss/')}: accuracy", []).append(name)
-    groups |= {name: [name] for name in ("lr", "tokens_per_second") if name in names}
-    titles = {"loss": "loss, all sections", "lr": "learning rate", "tokens_per_second": "tokens/s"}
-    return [_curve(number, titles.get(t, t), rows, of) for number, (t, of) in enumerate(groups.items())]
+            plots.setdefault(f"{name.rpartition('/')[0].removeprefix('loss/')}: accuracy", []).append(name)
+    plots |= {name: [name] for name in ("lr", "tokens_per_second") if name in names}
+    titles: dict[str, str] = {"loss": "loss, all tasks", "lr": "learning rate", "tokens_per_second": "tokens/s"}
+    titles["validation/loss"] = "validation loss, all tasks"
+    return [_curve(number, titles.get(t, t), rows, plotted) for number, (t, plotted) in enumerate(plots.items())]
 
 
 def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
-    """One figure: a smoothed line for each name, over the raw values where it is alone."""
+    """One plot: a smoothed line for each name, over the raw values where it is alone."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    rows = [row for row in rows if any(name in row for name in names)]
     steps = np.array([row["step"] for row in rows])
     last = []
     with matplotlib.rc_context(STYLE):
@@ -276,7 +295,7 @@ def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             label = name.rpartition("/")[2].removesuffix("_accuracy").replace("_", " – ")
             axes.plot(steps, line, dash, color=color, linewidth=1.6, label=label)
-            last.append(_tick(line[-1]) if len(names) == 1 else f"{label} {_tick(line[-1])}")
+            last.append(_format_tick(line[-1]) if len(names) == 1 else f"{label} {_format_tick(line[-1])}")
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -284,20 +303,20 @@ def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _format_tick(value)))
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
-    said = f"{title}, over {len(rows):,} steps, at the end: {', '.join(last)}"
-    svg = inline(out.getvalue(), f"curve{number}", said)
+    description = f"{title}, over {len(rows):,} steps, at the end: {', '.join(last)}"
+    svg = inline(out.getvalue(), f"curve{number}", description)
     return {"title": title, "last": last[0] if len(last) == 1 else "", "svg": svg}
 
 
-def _tick(value: float) -> str:
+def _format_tick(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a twentieth of the run around each step, of what is finite."""
+    """The mean (N,) of the finite values (N,) over a twentieth of the run around each step."""
     window = np.ones(max(1, len(values) // 20))
     if len(window) % 2 == 0:
         window = window[1:]
@@ -307,52 +326,48 @@ def smooth(values: np.ndarray) -> np.ndarray:
         return sums / np.convolve(finite.astype(float), window, "same")
 
 
-# What was left out, and how to go on
+# What was skipped, and how to go on
 
 
-def _skipped(run: Path, measured: dict) -> list[tuple[str, list[str]]]:
-    """Lines for each: what training left out, and each evaluation."""
-    skipped = [("training", Skipped(rows_of(run / "quarantine.jsonl")).lines())]
-    return skipped + [(name, Skipped(encoded.lost).lines()) for name, (_, encoded) in measured.items()]
+def _skipped(run: Path, results: list[Result]) -> list[tuple[str, list[str]]]:
+    """Lines for what training skipped, and for what each evaluation did."""
+    skipped = [("training", Skipped(read_jsonl(run / "quarantine.jsonl")).lines())]
+    return skipped + [(result.name, Skipped(result.embedded.skipped).lines()) for result in results]
 
 
 def _config(run: Path, folder: Path) -> str:
-    """The checkpoint's configuration as YAML, its run and its tokenizers' files where they now lie."""
+    """The checkpoint's configuration as YAML, with its run folder and its tokenizers' files where they now are."""
     data = checkpoint.read_data(folder, "config")
-    data["run"] = str(run)
-    for modality, settings in data["tokenizers"].items():
+    data["run_dir"] = str(run)
+    for modality, settings in data["model"]["tokenizers"].items():
         if settings.get("file"):
-            places = (checkpoint.tokenizer_file(where, modality, settings["file"]) for where in (run, folder))
-            settings["file"] = str(next((place for place in places if place.exists()), settings["file"]))
+            files = (checkpoint.tokenizer_file(parent, modality, settings["file"]) for parent in (run, folder))
+            settings["file"] = str(next((file for file in files if file.exists()), settings["file"]))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
-def commands(run: Path, folder: Path, model: Model, measured: dict) -> list[str]:
-    """Three commands that work for this run when copied."""
-    name, (_, encoded) = next(iter(measured.items()))
-    evaluation, program = model.evaluations[name], _program()
-    shards = [evaluation.on] if isinstance(evaluation.on, str) else evaluation.on
+def commands(run: Path, folder: Path, model: Model, result: Result) -> list[str]:
+    """Three commands that work for this run when copied; they measure and search what `result` was measured on."""
+    evaluation, embedded, program = result.evaluation, result.embedded, _program()
     where = [part for key, value in evaluation.where.items() for part in ("--where", f"{key}={value}")]
-    flags = [
-        part
-        for flag in ("group", "within", "labels")
-        if (value := getattr(evaluation, flag))
-        for part in (f"--{flag}", value)
-    ]
-    modalities = ["--modalities", *evaluation.modalities] if evaluation.modalities else []
+    fields = [(name, getattr(evaluation, name)) for name in ("group", "within", "labels")]
+    flags = [part for name, value in fields if value for part in (f"--{name}", value)]
+    for name in ("modalities", "evaluators"):
+        if getattr(evaluation, name):
+            flags += [f"--{name}", *getattr(evaluation, name)]
     settings = checkpoint.read_data(folder, "config")
     step = checkpoint.read_data(folder, "state")["step"]
-    on = [] if step < settings["steps"] else [f"steps={2 * step}"]
+    more = [] if step < settings["steps"] else [f"steps={2 * step}"]
     python = f"from multimodal_fm.model import load; print(load({str(run)!r}))"
     tries = [
-        [program, "evaluate", str(run), "--on", *shards, *where, *flags, *modalities],
-        [program, "pretrain", f"{run}/config.yaml", *on, "--resume"],
-        [shlex.quote(_near(sys.executable)), "-c", python],
+        [program, "evaluate", str(run), "--on", *result.shards, *where, *flags],
+        [program, "pretrain", f"{run}/config.yaml", *more, "--resume"],
+        [shlex.quote(_relative(sys.executable)), "-c", python],
     ]
     if "text" in model.modalities:
-        word = _caption(model, encoded, random.Random(SEED).randrange(len(encoded.held)))
-        word = " ".join(word[:60].encode("utf-8", "replace").decode().split())
-        tries.insert(0, [program, "search", str(run), "--in", *shards, *where, "--", word])
+        words = _caption(model, embedded, random.Random(SEED).randrange(len(embedded.metadata)))
+        words = "".join(c if c.isprintable() else " " for c in words[:60].encode("utf-8", "replace").decode())
+        tries.insert(0, [program, "search", str(run), "--in", *result.shards, *where, "--", " ".join(words.split())])
     return [" ".join([one[0], *map(shlex.quote, one[1:])]) for one in tries[:3]]
 
 
@@ -360,13 +375,15 @@ def _program() -> str:
     """How the command line is called from here: by its name where that finds it, else by its path."""
     called = Path(sys.argv[0])
     script = called if called.name == "mmfm" else Path(sys.executable).with_name("mmfm")
-    found = shutil.which("mmfm")
-    if found and script.exists() and Path(found).resolve() == script.resolve():
+    installed = shutil.which("mmfm")
+    if installed and script.exists() and Path(installed).resolve() == script.resolve():
         return "mmfm"
-    return shlex.quote(_near(script)) if script.exists() else f"{shlex.quote(_near(sys.executable))} -m multimodal_fm"
+    if script.exists():
+        return shlex.quote(_relative(script))
+    return f"{shlex.quote(_relative(sys.executable))} -m multimodal_fm"
 
 
-def _near(path: str | Path) -> str:
+def _relative(path: str | Path) -> str:
     """The path from the working directory where it lies below."""
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

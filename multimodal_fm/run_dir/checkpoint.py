@@ -1,7 +1,9 @@
 """Checkpoints: a folder that is published whole or not at all, without a pickle in it.
 
-`RUN/checkpoints/step-00000100/`: model.safetensors, ema.safetensors, optimizer.safetensors, state.json, config.json,
-the tokenizers' files, and MANIFEST.json with the size and SHA-256 of each. It is written beside, synced and renamed.
+`RUN/checkpoints/step-00000100/` holds model.json and model.safetensors, from which a model is loaded, and
+ema.safetensors with its averaged weights; objectives.safetensors and ema_objectives.safetensors;
+optimizer.safetensors; config.json and state.json of the run; the tokenizers' files; and MANIFEST.json with the size and
+SHA-256 of each file. It is written beside its place, synced and renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..corpus import storage
 from ..errors import UserError
+from . import trust
 
 MANIFEST = "MANIFEST.json"
 
@@ -63,6 +67,7 @@ def _save(
             shutil.copyfile(file, tokenizer_file(work, modality, file))
         listing = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps(listing, indent=1), encoding="utf-8")
+        (work / trust.SIGNATURE).write_text(trust.sign((work / MANIFEST).read_bytes()))
         for path in (*work.iterdir(), work):
             _sync(path)
         if folder.exists():  # the same step again, after a resume: the bytes are the same
@@ -129,36 +134,46 @@ def newest(run: str | Path, warn=_warn) -> Path:
     raise UserError(f"{run}: no {'whole ' if found else ''}checkpoint in it")
 
 
-def retain(run: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what earlier kills left half-written."""
+def retain(run: str | Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and that of step `best`, and what earlier kills left unfinished."""
     for folder in steps(run)[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name != folder_of(run, -1 if best is None else best).name:
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in (Path(run) / "checkpoints").glob("step-*.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_tensors(folder: Path, name: str, device="cpu") -> dict[str, torch.Tensor]:
-    return load_file(folder / f"{name}.safetensors", device=str(device))
+def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's NAME.safetensors. Raises UserError."""
+    file = folder / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def read_data(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    """The map that a checkpoint's NAME.json holds. Raises UserError."""
+    file = folder / f"{name}.json"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file} holds no map of keys")
+    return data
 
 
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """All state of the optimizers as named tensors."""
-    tensors = {}
-    for place, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"{place}.{index}.{name}"] = torch.as_tensor(value)
-    return tensors
+def write_best(run: str | Path, best: dict | None) -> None:
+    """Keep in RUN/best.json which checkpoint is the best: {"figure", "value", "step"}."""
+    if best is not None:
+        storage.write_atomic(Path(run) / "best.json", json.dumps(best).encode())
 
 
-def restore_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
-    states = [{} for _ in optimizers]
-    for path, value in tensors.items():
-        place, index, name = path.split(".", 2)
-        states[int(place)].setdefault(int(index), {})[name] = value
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def read_best(run: str | Path) -> dict | None:
+    """What `write_best` kept; None where there is nothing, or nothing that can be read."""
+    try:
+        best = json.loads((Path(run) / "best.json").read_text(encoding="utf-8"))
+        return best if isinstance(best["step"], int) and isinstance(best["value"], float) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..corpus.storage import write_atomic
+from ..errors import printable
 
-def rows_of(path: Path) -> Iterator[dict]:
+
+def read_jsonl(path: Path) -> Iterator[dict]:
     """The rows of a JSON-lines file one at a time, none where there is no file; a half-written one is left out."""
     if not path.exists():
         return
@@ -23,14 +25,12 @@ def rows_of(path: Path) -> Iterator[dict]:
                 yield row
 
 
-def cut_back(path: Path, step: int) -> None:
+def truncate_jsonl(path: Path, step: int) -> None:
     """Keep the rows of a JSON-lines file up to `step` (rows without a step stay); a half-written last row goes."""
     if not path.exists():
         return
-    work = path.with_suffix(".tmp")
-    with open(work, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows_of(path) if (row.get("step") or 0) <= step)
-    os.replace(work, path)
+    rows = (row for row in read_jsonl(path) if (row.get("step") or 0) <= step)
+    write_atomic(path, (f"{json.dumps(row)}\n".encode() for row in rows))
 
 
 class Skipped:
@@ -69,7 +69,7 @@ class Skipped:
         for (source, shard, key, part, reason), (detail, times) in self.first.items():
             name = " ".join(filter(None, (shard, key, part)))
             again = f"; {times} times" if times > 1 else ""
-            lines.append(f"  {source}: {name}: {reason} ({detail}{again})")
+            lines.append(f"  {printable(f'{source}: {name}: {reason} ({detail}{again})')}")
         if len(self) > len(self.first):
             lines.append(f"  and {len(self) - len(self.first)} more, see quarantine.jsonl")
         return lines

@@ -1,110 +1,94 @@
-"""Which samples are being read right now, so that a decoder that ends the program can be told by its sample."""
+"""Records which sample each worker process is decoding, so that a crash can be attributed to a sample."""
 
 from __future__ import annotations
 
 import collections
-import itertools
+import faulthandler
 import json
 import mmap
-import threading
 from pathlib import Path
-
-import torch
 
 from ..corpus.shards import Corpus
 
+SLOT_BYTES = 1024
 
-class Journal:
-    """Which samples are being read right now, so that a decoder that ends the program can be told by its sample.
 
-    A file with a slot for each reader, mapped into memory; writing to it outlives the process. `faulthandler` says
-    beside it whether the program was ended by a fault of its own or by somebody else.
+class CrashLog:
+    """Records which sample each worker process is decoding, and which samples have crashed a process.
+
+    `file` has a slot for each worker and is mapped into memory: what is written there outlives the process. Crashes are
+    kept in `crashes.jsonl` beside it. With num_workers=0 the main process decodes, and the next start of the run
+    attributes its crash: Python's fault handler writes to a second file, so that a run that was killed blames none.
+
+    Attributes:
+        crash_counts: how many times each sample has crashed a process.
+        messages: lines for the user about the previous run.
     """
 
-    SLOT = 1024
-
-    def __init__(self, file: Path, readers: int):
-        self.file, self.trace, self.rows = file, file.with_suffix(".fault"), file.parent / "crashes.jsonl"
-        self.times: collections.Counter[str] = collections.Counter()
-        self.told: list[str] = []  # lines for a person
-        if self.rows.exists():
-            self.times.update(row["sample"] for row in map(json.loads, self.rows.read_bytes().splitlines()))
-        if self.trace.exists() and self.trace.stat().st_size:
-            self.blame(self._slots())
-            self.told.append(f"the run before was ended by a fault while it read: {self.named(self._slots())}")
-        size = self.SLOT * max(readers, 1)
-        self.file.unlink(missing_ok=True)  # what a killed run has left may still write to the file it knows
-        self.file.write_bytes(bytes(size))
-        self._opened = open(self.file, "r+b")
-        self._map = mmap.mmap(self._opened.fileno(), size)
-        self._local = threading.local()
-        self._next = itertools.count()
-        self._readers = max(readers, 1)
-
-    def watch(self) -> None:
-        """Have faults of this process written down."""
-        import faulthandler
-
-        self._trace = open(self.trace, "w")
-        faulthandler.enable(self._trace)
+    def __init__(self, file: Path, num_workers: int):
+        self.file, self.fault_file, self.crashes_file = file, file.with_suffix(".fault"), file.parent / "crashes.jsonl"
+        self.crash_counts: collections.Counter[str] = collections.Counter()
+        self.messages: list[str] = []
+        if self.crashes_file.exists():
+            self.crash_counts.update(json.loads(row)["sample"] for row in self.crashes_file.read_bytes().splitlines())
+        if self.fault_file.exists() and self.fault_file.stat().st_size and file.exists():
+            names = self.format(self._record(file.read_bytes())) or "no sample"
+            self.messages.append(f"the previous run crashed while it decoded {names}")
+        file.unlink(missing_ok=True)  # a process of a killed run may still write to the old file
+        file.write_bytes(bytes(SLOT_BYTES * max(num_workers, 1)))
+        with open(file, "r+b") as opened:
+            self._slots = mmap.mmap(opened.fileno(), 0)
+        self._begin = 0
+        self._fault_output = None
+        if not num_workers:
+            self._fault_output = open(self.fault_file, "w")
+            faulthandler.enable(self._fault_output)
 
     def close(self) -> None:
-        import faulthandler
-
-        if faulthandler.is_enabled() and hasattr(self, "_trace"):
+        if self._fault_output:
             faulthandler.disable()
-            self._trace.close()
-        self._map.close()
-        self._opened.close()
-        for file in (self.file, self.trace):
-            file.unlink(missing_ok=True)
+            self._fault_output.close()
+        self._slots.close()
+        self.file.unlink(missing_ok=True)
+        self.fault_file.unlink(missing_ok=True)
 
-    def _place(self) -> int:
-        info = torch.utils.data.get_worker_info()
-        if info is not None:
-            return info.id * self.SLOT
-        if not hasattr(self._local, "slot"):
-            self._local.slot = next(self._next) % self._readers
-        return self._local.slot * self.SLOT
+    def use_slot(self, worker: int) -> None:
+        """Called in a worker process: it writes to its own slot from now on."""
+        self._begin = worker * SLOT_BYTES
+        self.end()
 
-    def note(self, corpus: Corpus, index: int) -> None:
-        """This thread, or worker process, begins to read a sample."""
-        text = _sample(corpus, index).encode()
-        place = self._place()
-        self._map[place : place + len(text) + 1] = text + b"\0"
+    def begin(self, corpus: Corpus, index: int) -> None:
+        """This process begins to decode a sample."""
+        data = _sample_name(corpus, index).encode() + b"\0"
+        self._slots[self._begin : self._begin + len(data)] = data
 
-    def clear(self) -> None:
-        self._map[self._place()] = 0
+    def end(self) -> None:
+        """This process is not decoding a sample."""
+        self._slots[self._begin] = 0
 
-    def _slots(self, which: int | None = None) -> list[str]:
-        data = self.file.read_bytes() if self.file.exists() else b""
-        texts = [
-            data[i : i + self.SLOT].split(b"\0", 1)[0].decode(errors="replace") for i in range(0, len(data), self.SLOT)
-        ]
-        return [text for i, text in enumerate(texts) if text and which in (None, i)]
+    def record_crash(self, worker: int) -> list[str]:
+        """Records that the worker crashed. Returns the sample that it was decoding, if any, in a list."""
+        return self._record(self._slots[worker * SLOT_BYTES : (worker + 1) * SLOT_BYTES])
 
-    @staticmethod
-    def named(samples: list[str]) -> str:
-        return ", ".join(sample.replace("\t", " ") for sample in samples) or "no sample that could be told"
-
-    def blame(self, samples: list[str]) -> None:
-        """Write down that the program ended while these were read."""
-        with open(self.rows, "a", encoding="utf-8") as file:
+    def _record(self, slots: bytes) -> list[str]:
+        names = (slots[i : i + SLOT_BYTES].partition(b"\0")[0] for i in range(0, len(slots), SLOT_BYTES))
+        samples = [name.decode(errors="replace") for name in names if name]
+        with open(self.crashes_file, "a", encoding="utf-8") as file:
             for sample in samples:
-                self.times[sample] += 1
-                file.write(json.dumps({"sample": sample, "times": self.times[sample]}) + "\n")
-
-    def blame_worker(self, worker: int) -> list[str]:
-        samples = self._slots(worker)
-        self.blame(samples)
+                self.crash_counts[sample] += 1
+                file.write(json.dumps({"sample": sample, "times": self.crash_counts[sample]}) + "\n")
         return samples
 
-    def blocks(self, corpus: Corpus, index: int) -> bool:
-        """Whether reading the sample ended the program twice."""
-        return bool(self.times) and self.times[_sample(corpus, index)] >= 2
+    def excludes(self, corpus: Corpus, index: int) -> bool:
+        """Whether the sample is left out, since it has crashed a process twice."""
+        return bool(self.crash_counts) and self.crash_counts[_sample_name(corpus, index)] >= 2
+
+    @staticmethod
+    def format(samples: list[str]) -> str:
+        return ", ".join(sample.replace("\t", " ") for sample in samples)
 
 
-def _sample(corpus: Corpus, index: int) -> str:
-    """The sample's full name, or of a very long one the end, which tells it from others best."""
+def _sample_name(corpus: Corpus, index: int) -> str:
+    """Source, shard and key; of a name that is longer than a slot the end, in which names differ most."""
     name = f"{corpus.name}\t{corpus.shard(index)}\t{corpus.key(index)}"
-    return name.encode()[1 - Journal.SLOT :].decode(errors="ignore")
+    return name.encode(errors="replace")[1 - SLOT_BYTES :].decode(errors="ignore")

@@ -1,133 +1,176 @@
-"""The stream: `steps[s]` is step s of a run, read, arranged and dealt to microbatches, whoever asks for it."""
+"""The stream: `dataset[s]` is step s of a run, read, arranged and dealt to microbatches, whoever asks for it."""
 
 from __future__ import annotations
 
 import collections
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ..batch import Batch, Example, Sample, collate, count_targets
+from ..batch import Batch, Example, Planner, Sample, collate, count_targets
 from ..corpus.fields import lookup, parse_map
 from ..corpus.shards import Corpus
 from ..errors import SampleError, UserError
-from ..tokens import constant
-from .crash_log import Journal
-from .mixture import Mixture, Source, mix, mix_on, number
-from .quarantine import ledger_row
-from .token_counts import Ruler
+from ..tokenizers.base import Tokenizer, override_augmentation
+from ..tokens import Tokens, constant
+from .crash_log import CrashLog
+from .mixture import BLOCK, Draws, Mixture, Source, mix, mix_more, stable_hash
+from .quarantine import quarantine_row
+from .token_counts import TokenCounter
 
-HELD = 1 << 26  # bytes of samples that are in memory before they are decoded
-ATTEMPTS = 16  # how many samples are tried for a position before the step does without
+MAX_RAW_BYTES = 1 << 26  # of samples that are in memory before they are decoded
+MAX_ATTEMPTS = 16  # samples that are tried for a position before the step does without
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task's reader: what it takes a step, from which corpora, and how a sample is arranged."""
+    """What the stream needs to know of one task of the configuration."""
 
     name: str
     batch_size: int
     modalities: list[str]
     corpora: list[Corpus]
     phases: list[tuple[int, list[float]]]  # (first step, weight of each corpus), in order
-    arrange: object  # (Sample, generator) -> Example
-    by: str = "sample"  # what the weights share out: samples or tokens
-    temperature: float | None = None  # weights times size (in what `by` names) to this power
+    arrange: Callable[[Sample, torch.Generator], Example]
+    by: str = "sample"  # what the weights apportion: samples or tokens; empty: tokenizers cannot count tokens yet
+    temperature: float | None = None  # if set, weights are multiplied by sizes (samples or tokens) to this power
     grouped: bool = True  # whether the objective asks which samples mean the same
-    drawn: list[int] | None = None  # how many samples of each corpus were read before the first phase
+    start_counts: list[int] | None = None  # samples of each corpus that were read before the first phase
+    min_modalities: int = 1  # of the task's modalities that a sample must have
+    plan: Planner | None = None  # what the objective wants to know of a microbatch (`Objective.plan`)
 
 
 @dataclass
-class _Opened:
-    """A sample on its way: its members, and what has become of them."""
+class _Visit:
+    """A sample that is being read for a position of a step."""
 
     corpus: Corpus
     index: int
     raw: dict[str, bytes]
-    key: int  # of all that is random about this visit
-    failed: list[tuple[str, SampleError]]
-    parts: dict = field(default_factory=dict)
+    seed: int  # of all that is random about the visit
+    errors: list[tuple[str, SampleError]]  # by modality
+    tokens: dict[str, Tokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step's microbatches (those of this rank) and what was met on the way."""
+    """A step's microbatches (those of this rank), and what was met while they were read."""
 
     batches: list[Batch]
-    counts: dict[str, dict[str, int]]  # targets tokens by task and modality
-    lost: list[dict]
-    keys: list[tuple[str, int, str]]  # (task, place, source/key) of every sample
+    counts: dict[str, dict[str, int]]  # target tokens by task and modality
+    errors: list[dict]  # rows of the quarantine
+    samples: list[tuple[str, int, str]]  # (task, position in the step, source/key) of every sample
 
 
-class Steps:
-    """`steps[s]` is step s: the same for any number of workers, and dealt alike for any number of ranks."""
+class StepDataset:
+    """`dataset[s]` is step s, which does not depend on how it is read or on what was read before.
+
+    Raises UserError where the microbatches cannot be shared out among the ranks, where a source has no sample that a
+    task can use, and where a step would read more samples of a source than it has.
+    """
 
     def __init__(
         self,
         tasks: list[Task],
-        tokenizers: dict,
+        tokenizers: dict[str, Tokenizer],
         seed: int,
         microbatches: int = 1,
         round_to: int = 1,
         rank: int = 0,
         ranks: int = 1,
-        journal: Journal | None = None,
+        crash_log: CrashLog | None = None,
+        augment: bool = True,
     ):
         if microbatches % ranks:
             raise UserError(
-                f"microbatches={microbatches} cannot be shared out among {ranks} ranks: take a multiple of it"
+                f"microbatches={microbatches} cannot be shared out among {ranks} ranks: make it a multiple of {ranks}"
             )
-        if (take := sum(task.batch_size for task in tasks)) < microbatches:
+        if (total := sum(task.batch_size for task in tasks)) < microbatches:
             raise UserError(
-                f"microbatches={microbatches} are more than the {take} samples of a step: take more, or fewer"
+                f"microbatches={microbatches} is more than the {total} samples of a step: lower it, or raise batch_size"
             )
-        self.tasks, self.tokenizers, self.seed = tasks, tokenizers, seed
+        self.tasks, self.tokenizers, self.seed, self.crash_log = tasks, tokenizers, seed, crash_log
+        self.augment = augment  # False: fixed views, and the same samples at the same step in every run
         self.modalities, self.microbatches, self.round_to = list(tokenizers), microbatches, round_to
-        self.own = range(rank * microbatches // ranks, (rank + 1) * microbatches // ranks)
-        self.journal = journal
-        names = [*self.modalities, *(s.name for s in tasks), *(c.name for s in tasks for c in s.corpora)]
-        self.numbers = {name: number(name) for name in names}
-        self.wanted = [self._endings(task) for task in tasks]
-        self.usable, self.mixtures, self.rulers = [], [], []
-        for task in tasks:
-            endings = {ending for modality in task.modalities for ending in tokenizers[modality].extensions}
-            usable = [corpus.having(endings) for corpus in task.corpora]
-            for corpus, samples in zip(task.corpora, usable, strict=True):
-                if not len(samples):
-                    parts = ", ".join(task.modalities)
-                    raise UserError(f"task {task.name}: no sample of source {corpus.name} has any of: {parts}")
-            rulers = [Ruler(corpus, task.modalities, tokenizers) for corpus in task.corpora]
-            self.usable.append(usable)
-            self.rulers.append(rulers)
-            self.mixtures.append(self._mixture(task, usable, rulers))
+        self.own = range(rank * microbatches // ranks, (rank + 1) * microbatches // ranks)  # microbatches of this rank
+        names = [*self.modalities, *(t.name for t in tasks), *(c.name for t in tasks for c in t.corpora)]
+        self._augmented = {  # tokenizers by source and modality
+            corpus.name: override_augmentation(tokenizers, corpus.config.augment, corpus.name)
+            for task in tasks
+            for corpus in task.corpora
+        }
+        self._hashes = {name: stable_hash(name) for name in names}
+        self._extensions = [self._list_extensions(task) for task in tasks]
+        self.usable = [[self._find_usable(task, corpus) for corpus in task.corpora] for task in tasks]
+        self.token_counters = [[TokenCounter(c, task.modalities, tokenizers) for c in task.corpora] for task in tasks]
+        self.mixtures = [self._make_mixture(number) for number in range(len(tasks))]
 
-    def _mixture(self, task: Task, usable: list, rulers: list[Ruler]) -> Mixture:
-        sizes = np.array([len(samples) for samples in usable], float)
-        by_token = task.by == "token"
-        lengths = [ruler.mean(samples) for ruler, samples in zip(rulers, usable, strict=True)] if by_token else 1.0
+    def _list_extensions(self, task: Task) -> tuple[str, ...]:
+        """The members of a sample that the task reads."""
+        extensions = {e for modality in task.modalities for e in self.tokenizers[modality].extensions}
+        if task.grouped:
+            extensions |= {"json", *(self.tokenizers["text"].extensions if "text" in self.tokenizers else ())}
+        return tuple(sorted(extensions))
+
+    def _find_usable(self, task: Task, corpus: Corpus) -> np.ndarray | range:
+        """The samples that have as many of the task's modalities as it needs. Raises UserError where there are none."""
+        extensions = [set(self.tokenizers[modality].extensions) for modality in task.modalities]
+        usable = corpus.samples_with(set().union(*extensions))
+        if task.min_modalities > 1:
+            counts = count_modalities(corpus, task.modalities, self.tokenizers)
+            found = np.flatnonzero(counts >= task.min_modalities)
+            usable = range(len(corpus)) if len(found) == len(corpus) else found
+        if not len(usable):
+            offered = {m: len(corpus.samples_with(set(t.extensions))) for m, t in self.tokenizers.items()}
+            offered = ", ".join(f"{modality} ({count} samples)" for modality, count in offered.items() if count)
+            needed = "any" if task.min_modalities == 1 else f"{task.min_modalities}"
+            raise UserError(
+                f"task {task.name}: no sample of source {corpus.name} has {needed} of: {', '.join(task.modalities)}; "
+                f"the source offers {offered or 'nothing that the tokenizers read'}: change the task's modalities or "
+                "its sources"
+            )
+        return usable
+
+    def _make_mixture(self, number: int) -> Mixture:
+        """The order of a task's samples. Raises UserError where a step would read a sample twice."""
+        task, usable = self.tasks[number], self.usable[number]
+        lengths = 1.0
+        if task.by == "token":
+            counters = zip(self.token_counters[number], usable, strict=True)
+            lengths = [counter.mean(samples) for counter, samples in counters]
         factor = 1.0 / np.array(lengths)
         if task.temperature is not None:
-            factor = factor * (sizes / factor) ** task.temperature
+            factor = factor * (np.array([len(samples) for samples in usable], float) / factor) ** task.temperature
         phases = [(step * task.batch_size, list(np.array(weights) * factor)) for step, weights in task.phases]
-        sources = [
-            Source(c.name, len(samples), c.config.chunk) for c, samples in zip(task.corpora, usable, strict=True)
-        ]
-        return Mixture(mix(self.seed, number(task.name)), sources, phases, task.drawn)
+        corpora = zip(task.corpora, usable, strict=True)
+        sources = [Source(corpus.name, len(samples), corpus.config.chunk) for corpus, samples in corpora]
+        mixture = Mixture(mix(self.seed, self._hashes[task.name]), sources, phases, task.start_counts)
+        if task.by:
+            for source, quota in zip(sources, np.max(mixture.quotas, axis=0).tolist(), strict=True):
+                if (needed := math.ceil(task.batch_size * quota / BLOCK)) > source.size:
+                    raise UserError(
+                        f"task {task.name}: with batch_size={task.batch_size} a step reads {needed} samples of source "
+                        f"{source.name}, of which the task can use {source.size}: lower batch_size"
+                        + (", or the weight of the source" if len(sources) > 1 else "")
+                    )
+        return mixture
 
-    def drawn_by_task(self, step: int) -> dict[str, dict[str, int]]:
-        """How many samples of each source stand before step `step`, by task."""
+    def samples_read_by_task(self, step: int) -> dict[str, dict[str, int]]:
+        """How many samples of each source are read before step `step`, by task and source."""
         found = {}
         for task, mixture in zip(self.tasks, self.mixtures, strict=True):
-            counts = mixture.drawn(step * task.batch_size).tolist()
-            found[task.name] = {s.name: count for s, count in zip(mixture.sources, counts, strict=True)}
+            counts = mixture.counts_before(step * task.batch_size).tolist()
+            found[task.name] = {source.name: count for source, count in zip(mixture.sources, counts, strict=True)}
         return found
 
-    def drawn(self, step: int) -> dict[str, int]:
-        """How many samples of each source stand before step `step`, all tasks together."""
+    def samples_read(self, step: int) -> dict[str, int]:
+        """How many samples of each source are read before step `step`, by all tasks together."""
         totals: collections.Counter[str] = collections.Counter()
-        for counts in self.drawn_by_task(step).values():
+        for counts in self.samples_read_by_task(step).values():
             totals.update(counts)
         return dict(totals)
 
@@ -135,150 +178,150 @@ class Steps:
         return self.read(step)
 
     def read(self, step: int, empty=torch.empty) -> Step:
-        """Step `step`; its raw content lies in tensors that `empty` makes."""
-        dealt: list[dict] = [{} for _ in range(self.microbatches)]
+        """Step `step`. `empty`, called like `torch.empty`, allocates the tensors of raw content."""
+        microbatches: list[dict] = [{} for _ in range(self.microbatches)]
         counts, lost, keys, loads = {}, [], [], np.zeros(self.microbatches)
-        for which, task in enumerate(self.tasks):
-            draws = self.mixtures[which].draws(step * task.batch_size, (step + 1) * task.batch_size)
-            turns = self._deal(which, draws, loads)
-            places = [place for place in range(task.batch_size) if turns[place] in self.own]
-            arranged = self._read(which, draws, places, step, lost, keys)
-            counts[task.name] = count_targets(list(arranged.values()), self.modalities)
-            for place, one in arranged.items():
-                dealt[turns[place]].setdefault(task.name, []).append((place, one))
-        batches = [
-            collate(dealt[turn], self.modalities, counts, self.round_to, empty) for turn in self.own if dealt[turn]
-        ]
+        for number, task in enumerate(self.tasks):
+            draws = self.mixtures[number].draws(step * task.batch_size, (step + 1) * task.batch_size)
+            dealt = self._deal(number, draws, loads)
+            own = [i for i in range(task.batch_size) if dealt[i] in self.own]
+            examples = self._read_task(number, draws, own, step, lost, keys)
+            counts[task.name] = count_targets(list(examples.values()), self.modalities)
+            for i, example in examples.items():
+                microbatches[dealt[i]].setdefault(task.name, []).append((i, example))
+        own = [microbatches[i] for i in self.own if microbatches[i]]
+        planners = {task.name: task.plan for task in self.tasks if task.plan}
+        batches = [collate(examples, self.modalities, counts, planners, self.round_to, empty) for examples in own]
         return Step(batches, counts, lost, keys)
 
-    def _deal(self, which: int, draws, loads: np.ndarray) -> list[int]:
-        """A microbatch for each place, so that their tokens are about equal: longest first, each to the lightest."""
+    def _deal(self, number: int, draws: Draws, loads: np.ndarray) -> list[int]:
+        """The microbatch of each sample: the longest first, each to the one with the fewest tokens (`loads`) so far."""
         if self.microbatches == 1:
             return [0] * len(draws.sample)
-        lengths = np.array(
-            [
-                self.rulers[which][source].of(int(self.usable[which][source][sample]))
-                for source, sample in zip(draws.source.tolist(), draws.sample.tolist(), strict=True)
-            ]
-        )
-        turns = [0] * len(lengths)
-        for place in np.argsort(-lengths, kind="stable").tolist():
-            turns[place] = int(loads.argmin())
-            loads[turns[place]] += lengths[place]
-        return turns
+        counters, usable = self.token_counters[number], self.usable[number]
+        pairs = zip(draws.source.tolist(), draws.sample.tolist(), strict=True)
+        lengths = np.array([counters[source].count(int(usable[source][sample])) for source, sample in pairs])
+        dealt = [0] * len(lengths)
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            dealt[i] = int(loads.argmin())
+            loads[dealt[i]] += lengths[i]
+        return dealt
 
-    def _read(self, which: int, draws, places: list[int], step: int, lost: list, keys: list) -> dict[int, Example]:
-        """The samples at some places of a step, arranged. What cannot be read gives way to another of its source."""
-        task = self.tasks[which]
-        found: dict[int, Example] = {}
-        waiting = [(place, int(draws.sample[place])) for place in places]
-        for attempt in range(ATTEMPTS):
-            read = self._read_samples(which, draws, waiting, step, lost)
-            again = []
-            for (place, _), one in zip(waiting, read, strict=True):
-                if one is None:
-                    position = int(draws.position[place])
-                    other = self.mixtures[which].substitute(int(draws.source[place]), position, attempt + 1)
-                    again.append((place, other))
+    def _read_task(
+        self, number: int, draws: Draws, own: list[int], step: int, lost: list, keys: list
+    ) -> dict[int, Example]:
+        """The examples of a task at some positions of a step. A sample that cannot be read is replaced by another one
+        of its source."""
+        task, mixture, examples = self.tasks[number], self.mixtures[number], {}
+        pending = [(i, int(draws.sample[i])) for i in own]
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            results = self._read_samples(number, draws, pending, step, lost)
+            failed = []
+            for (i, _), result in zip(pending, results, strict=True):
+                if result is None:
+                    failed.append(i)
                 else:
-                    found[place], name = one
-                    keys.append((task.name, place, name))
-            waiting = again
-            if not waiting:
+                    examples[i], name = result
+                    keys.append((task.name, i, name))
+            if not failed:
                 break
-        return dict(sorted(found.items()))
+            pending = [(i, mixture.substitute(int(draws.source[i]), int(draws.position[i]), attempt)) for i in failed]
+        return dict(sorted(examples.items()))
 
-    def _read_samples(self, which: int, draws, wanted: list[tuple[int, int]], step: int, lost: list) -> list:
-        """For each (place, sample of its source): what it became and its name, None where nothing in it can be read."""
-        task, endings = self.tasks[which], self.wanted[which]
-        results, opened, held = [], [], 0
-        visits = [(int(draws.source[place]), int(draws.epoch[place])) for place, _ in wanted]
-        samples = [
-            int(self.usable[which][source][sample]) for (source, _), (_, sample) in zip(visits, wanted, strict=True)
+    def _read_samples(self, number: int, draws: Draws, pending: list[tuple[int, int]], step: int, lost: list) -> list:
+        """For each (position, sample of its source) its example and name, None where nothing of it can be read."""
+        task, extensions = self.tasks[number], self._extensions[number]
+        results, visits, held = [], [], 0
+        turns = [(int(draws.source[i]), int(draws.epoch[i])) for i, _ in pending]
+        indices = [
+            int(self.usable[number][source][sample]) for (source, _), (_, sample) in zip(turns, pending, strict=True)
         ]
-        for (source, _), index, key in zip(visits, samples, self._keys(task, visits, samples), strict=True):
+        for (source, _), index, seed in zip(turns, indices, self._make_seeds(task, turns, indices), strict=True):
             corpus = task.corpora[source]
-            if self.journal and self.journal.blocks(corpus, index):
-                raw, failed = {}, [("", SampleError("crash", "reading it ended the program twice"))]
+            if self.crash_log and self.crash_log.excludes(corpus, index):
+                raw, errors = {}, [("", SampleError("crash", "reading it ended the program twice"))]
             else:
-                raw, broken = corpus.read(index, endings)
-                failed = [(self._modality_of(ending, task.modalities), error) for ending, error in broken]
-            opened.append(_Opened(corpus, index, raw, key, failed))
+                raw, failed = corpus.read(index, extensions)
+                errors = [(self._find_modality(extension, task.modalities), error) for extension, error in failed]
+            visits.append(_Visit(corpus, index, raw, seed, errors))
             held += sum(map(len, raw.values()))
-            if held > HELD:
-                results += self._arrange(task, opened, step, lost)
-                opened, held = [], 0
-        return results + self._arrange(task, opened, step, lost)
+            if held > MAX_RAW_BYTES:
+                results += self._arrange(task, visits, step, lost)
+                visits, held = [], 0
+        return results + self._arrange(task, visits, step, lost)
 
-    def _keys(self, task: Task, visits: list[tuple[int, int]], samples: list[int]) -> list[int]:
-        """A number for each visit, a (source, epoch), of a sample: of it comes all that is random about the visit."""
+    def _make_seeds(self, task: Task, turns: list[tuple[int, int]], indices: list[int]) -> list[int]:
+        """The seed of each visit, from which all that is random about it comes. turns: (source, epoch) of each."""
         states = {
-            (source, epoch): mix(self.seed, self.numbers[task.name], self.numbers[task.corpora[source].name], epoch)
-            for source, epoch in set(visits)
+            (source, epoch): mix(self.seed, self._hashes[task.name], self._hashes[task.corpora[source].name], epoch)
+            for source, epoch in set(turns)
         }
-        return mix_on(np.array([states[visit] for visit in visits], np.uint64), samples).tolist()
+        return mix_more(np.array([states[turn] for turn in turns], np.uint64), indices).tolist()
 
-    def _arrange(self, task: Task, opened: list[_Opened], step: int, lost: list) -> list:
+    def _arrange(self, task: Task, visits: list[_Visit], step: int, lost: list) -> list:
         for modality in task.modalities:
-            place = self.modalities.index(modality)
-            for one, views in zip(opened, self._views(modality, opened), strict=True):
+            number = self.modalities.index(modality)
+            for visit, views in zip(visits, self._tokenize(modality, visits), strict=True):
                 if isinstance(views, SampleError):
-                    one.failed.append((modality, views))
+                    visit.errors.append((modality, views))
                 elif views and len(views[0]):
-                    one.parts[modality] = views[0].replace(modality=constant(place, len(views[0])))
-        if self.journal:
-            self.journal.clear()
+                    visit.tokens[modality] = views[0].replace(modality=constant(number, len(views[0])))
+        if self.crash_log:
+            self.crash_log.end()
         results, generator = [], torch.Generator()
-        for one in opened:
-            if not one.parts and not one.failed:
-                one.failed.append(("", SampleError("empty", f"none of {', '.join(task.modalities)} in it")))
-            for modality, error in one.failed:
-                lost.append(ledger_row(one.corpus, one.index, modality, error, step + 1))
-            if not one.parts:
+        for visit in visits:
+            if not visit.tokens and not visit.errors:
+                visit.errors.append(("", SampleError("empty", f"none of {', '.join(task.modalities)} in it")))
+            for modality, error in visit.errors:
+                lost.append(quarantine_row(visit.corpus, visit.index, modality, error, step + 1))
+            if not visit.tokens:
                 results.append(None)
                 continue
-            group = group_of(one.corpus, one.index, one.raw, self.tokenizers) if task.grouped else 0
-            arranged = task.arrange(Sample(one.parts, group), generator.manual_seed(one.key >> 1))
-            results.append((arranged, f"{one.corpus.name}/{one.corpus.key(one.index)}"))
+            group = find_group(visit.corpus, visit.index, visit.raw, self.tokenizers) if task.grouped else 0
+            example = task.arrange(Sample(visit.tokens, group), generator.manual_seed(visit.seed >> 1))
+            results.append((example, f"{visit.corpus.name}/{visit.corpus.key(visit.index)}"))
         return results
 
-    def _views(self, modality: str, opened: list[_Opened]):
-        """One training view of each sample's members of a modality, or the SampleError."""
-        tokenizer, number_of = self.tokenizers[modality], self.numbers[modality]
-        members = [{e: one.raw[e] for e in tokenizer.extensions if e in one.raw} for one in opened]
-        generator = random.Random(0)
-        seeds = mix_on(mix_on(0, [one.key for one in opened]), number_of).tolist()
-        for one, own, seed in zip(opened, members, seeds, strict=True):
-            if self.journal and own:
-                self.journal.note(one.corpus, one.index)
+    def _tokenize(self, modality: str, visits: list[_Visit]):
+        """Yields for each visit the views of its members of a modality, or the SampleError."""
+        tokenizer, generator = self.tokenizers[modality], random.Random(0)
+        seeds = mix_more(mix_more(0, [visit.seed for visit in visits]), self._hashes[modality]).tolist()
+        for visit, seed in zip(visits, seeds, strict=True):
+            raw = {extension: visit.raw[extension] for extension in tokenizer.extensions if extension in visit.raw}
+            if self.crash_log and raw:
+                self.crash_log.begin(visit.corpus, visit.index)
             generator.seed(seed)
             try:
-                yield tokenizer.read(own, generator) if own else []
+                tokenizer = self._augmented[visit.corpus.name][modality]
+                yield tokenizer.read(raw, generator if self.augment else None) if raw else []
             except SampleError as error:
                 yield error
 
-    def _endings(self, task: Task) -> tuple[str, ...]:
-        """The members that the task needs."""
-        endings = {ending for modality in task.modalities for ending in self.tokenizers[modality].extensions}
-        if task.grouped:
-            endings |= {"json", *(self.tokenizers["text"].extensions if "text" in self.tokenizers else ())}
-        return tuple(sorted(endings))
-
-    def _modality_of(self, ending: str, parts: list[str]) -> str:
-        return next((modality for modality in parts if ending in self.tokenizers[modality].extensions), ending)
+    def _find_modality(self, extension: str, modalities: list[str]) -> str:
+        return next((m for m in modalities if extension in self.tokenizers[m].extensions), extension)
 
 
-def group_of(corpus: Corpus, index: int, raw: dict, tokenizers: dict) -> int:
-    """A number that samples of one meaning share: the source's `group` field, else the text, else the sample itself."""
+def count_modalities(corpus: Corpus, modalities: list[str], tokenizers: dict[str, Tokenizer]) -> np.ndarray:
+    """How many of the modalities each sample of a corpus has (N,)."""
+    counts = np.zeros(len(corpus), np.int64)
+    for modality in modalities:
+        own = corpus.samples_with(set(tokenizers[modality].extensions))
+        counts[slice(None) if isinstance(own, range) else own] += 1
+    return counts
+
+
+def find_group(corpus: Corpus, index: int, raw: dict[str, bytes], tokenizers: dict[str, Tokenizer]) -> int:
+    """A number that is equal for samples that mean the same: the hash of the source's `group` field, where it names
+    one, else of the text, else of the sample's own key."""
     if corpus.config.group:
         value = lookup(parse_map(raw.get("json")), corpus.config.group)
         if value is not None:
-            return number(f"field {value}")
+            return stable_hash(f"field {value}")
     elif (text := tokenizers.get("text")) is not None:
         try:
             texts = text.split_inputs(raw)
         except SampleError:
             texts = []
         if texts:
-            return number(f"text {texts[0].strip().casefold()}")
-    return number(f"{corpus.shard(index)}/{corpus.key(index)}")
+            return stable_hash(f"text {texts[0].strip().casefold()}")
+    return stable_hash(f"{corpus.shard(index)}/{corpus.key(index)}")

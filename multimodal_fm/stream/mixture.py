@@ -1,9 +1,9 @@
-"""The order of the stream: which sample is read when. A pure function of (seed, phases, position), reached at once.
+"""The order of the stream: which sample is read when, a pure function of (seed, phases, position) in constant time.
 
-Each task has its own sequence of positions 0, 1, 2, ...; step s takes `[s * batch_size, (s + 1) * batch_size)` of it. A block of
-`BLOCK` positions is shared out among the sources by their weights, exactly, in pseudo-random order; within a source
-every epoch is a pseudo-random permutation of its samples (a Feistel network, so that there is nothing to keep in memory
-or to save). Where the weights change a new *phase* begins, in which each source goes on from where it was.
+Each task has its own positions 0, 1, 2, ...; step s takes `[s * batch_size, (s + 1) * batch_size)` of them. A block of
+`BLOCK` positions is apportioned to the sources by their weights, exactly, in pseudo-random order. Within a source every
+epoch is a pseudo-random permutation of its samples (a Feistel network, which has nothing to keep in memory or to save).
+Where the weights change a new *phase* begins, in which each source goes on from where it was.
 """
 
 from __future__ import annotations
@@ -14,191 +14,193 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 4096
-STRETCH = 1024  # positions that are worked out at a time
-ROUNDS = 6
-WINDOW = 16_384  # places
-_STEP, _ONE, _TWO = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_FULL = 2**64 - 1
+BLOCK = 4096  # positions that are apportioned exactly
+STRETCH = 1024  # positions that are computed at a time: for a few, the calls would cost more than the numbers
+ROUNDS = 6  # of the Feistel network
+WINDOW = 16_384  # samples that are permuted among themselves where chunks are kept together
+_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the constants of splitmix64
+_MASK = 2**64 - 1
 
 
 def mix(*words: int) -> int:
-    """A well-mixed 64-bit number of the words (the finalizer of splitmix64, Steele et al. 2014)."""
+    """A 64-bit hash of the words (the finalizer of splitmix64, Steele et al. 2014)."""
     state = 0
     for word in words:
-        state = (state + word + _STEP) & _FULL
-        state = (state ^ (state >> 30)) * _ONE & _FULL
-        state = (state ^ (state >> 27)) * _TWO & _FULL
+        state = (state + word + _GAMMA) & _MASK
+        state = (state ^ (state >> 30)) * _MIX_1 & _MASK
+        state = (state ^ (state >> 27)) * _MIX_2 & _MASK
         state ^= state >> 31
     return state
 
 
-def mix_on(state, words) -> np.ndarray:
-    """`mix` of the words that gave `state` and one more; one of the two, or both, an array (N,): uint64 (N,)."""
-    mixed = np.asarray(words, np.uint64) + np.asarray(state, np.uint64) + np.uint64(_STEP)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(_ONE)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(_TWO)
+def mix_more(state, words) -> np.ndarray:
+    """`mix` of the words that gave `state` and of one more, as uint64 (N,). Either argument may be an array (N,)."""
+    mixed = np.asarray(words, np.uint64) + np.asarray(state, np.uint64) + np.uint64(_GAMMA)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(_MIX_1)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(_MIX_2)
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def number(text: str) -> int:
-    """A 63-bit number of a text, the same in every process."""
+def stable_hash(text: str) -> int:
+    """A 63-bit hash of a text that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
 
 
-def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where `places` (N,) go in the permutation of range(size) that `key` picks, in constant time and memory a place.
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where the permutation of range(size) that `key` picks sends `indices` (N,), in constant time and memory each.
 
-    A balanced Feistel network over the next even power of two, walked until it falls inside.
+    A balanced Feistel network over the next even power of two, applied again to what falls outside of the range.
     """
-    half, low, keys = _network(size, key)
-    found = np.asarray(places, dtype=np.uint64).copy()
-    outside = np.arange(len(found))
+    half, low, keys = _feistel(size, key)
+    permuted = np.asarray(indices, dtype=np.uint64).copy()
+    outside = np.arange(len(permuted))
     while len(outside):
-        left, right = found[outside] >> half, found[outside] & low
+        left, right = permuted[outside] >> half, permuted[outside] & low
         for round_key in keys:
-            left, right = right, left ^ (mix_on(round_key, right) & low)
-        found[outside] = left << half | right
-        outside = outside[found[outside] >= np.uint64(size)]
-    return found.astype(np.int64)
+            left, right = right, left ^ (mix_more(round_key, right) & low)
+        permuted[outside] = left << half | right
+        outside = outside[permuted[outside] >= np.uint64(size)]
+    return permuted.astype(np.int64)
 
 
-def place_of(sample: int, size: int, key: int) -> int:
-    """The place that `permute` sends to `sample`: the network backwards."""
-    half, low, keys = _network(size, key)
-    found = np.array([sample], dtype=np.uint64)
+def invert_permute(image: int, size: int, key: int) -> int:
+    """The index that `permute` sends to `image`."""
+    half, low, keys = _feistel(size, key)
+    index = np.array([image], dtype=np.uint64)
     while True:
-        left, right = found >> half, found & low
+        left, right = index >> half, index & low
         for round_key in reversed(keys):
-            left, right = right ^ (mix_on(round_key, left) & low), left
-        found = left << half | right
-        if found[0] < size:
-            return int(found[0])
+            left, right = right ^ (mix_more(round_key, left) & low), left
+        index = left << half | right
+        if index[0] < size:
+            return int(index[0])
 
 
-def _network(size: int, key: int) -> tuple[np.uint64, np.uint64, list[int]]:
+def _feistel(size: int, key: int) -> tuple[np.uint64, np.uint64, list[int]]:
+    """Bits of a half, the mask of the lower half, and the keys of the rounds."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     return half, np.uint64((1 << int(half)) - 1), [mix(key, turn) for turn in range(ROUNDS)]
 
 
-def shuffle(places: np.ndarray, size: int, chunk: int, key: int) -> np.ndarray:
-    """The samples (N,) at `places` (N,) of one epoch over `size` samples, each sample at one place.
+def shuffle(indices: np.ndarray, size: int, chunk: int, key: int) -> np.ndarray:
+    """The samples (N,) at `indices` (N,) of an epoch over `size` samples.
 
-    With chunk 1 any sample may stand anywhere. Else runs of `chunk` neighbours are permuted, the short last one among
-    them, and the samples of `WINDOW` places among themselves: what is read at a time lies in few ranges of the shards.
+    With chunk=1 any sample may stand anywhere. Else chunks of so many neighbors are permuted (the short last one among
+    them), and then the samples of each window of `WINDOW` among themselves, so that what is read at about the same time
+    lies in few ranges of the shards.
     """
     if chunk == 1:
-        return permute(places, size, key)
-    window, inside = np.divmod(places, WINDOW)
-    spread = np.empty_like(places)
-    for which in np.unique(window):
-        here = window == which
-        length = min(WINDOW, size - int(which) * WINDOW)
-        spread[here] = which * WINDOW + permute(inside[here], length, mix(key, 1, int(which)))
+        return permute(indices, size, key)
+    window, offset = np.divmod(indices, WINDOW)
+    spread = np.empty_like(indices)
+    for number in np.unique(window):
+        inside = window == number
+        length = min(WINDOW, size - int(number) * WINDOW)
+        spread[inside] = number * WINDOW + permute(offset[inside], length, mix(key, 1, int(number)))
     chunks, missing = -(-size // chunk), -size % chunk
-    short = place_of(chunks - 1, chunks, mix(key, 0))  # where the last chunk went, from which all are `missing` early
+    short = invert_permute(chunks - 1, chunks, mix(key, 0))  # where the last chunk went; what follows moves up
     spread = np.where(spread >= (short + 1) * chunk - missing, spread + missing, spread)
     slot, offset = np.divmod(spread, chunk)
     return permute(slot, chunks, mix(key, 0)) * chunk + offset
 
 
-def quotas(weights: list[float], block: int = BLOCK) -> list[int]:
-    """Whole numbers in proportion to the weights that add up to `block` (largest remainder); none is starved."""
+def apportion(weights: list[float], block: int = BLOCK) -> list[int]:
+    """Integers in proportion to the weights that add up to `block` (largest remainder), at least 1 for a weight > 0."""
     total = sum(weights)
-    exact = [block * w / total for w in weights]
-    shares = [max(int(e), 1 if w > 0 else 0) for e, w in zip(exact, weights, strict=True)]
-    by_remainder = sorted(range(len(weights)), key=lambda i: shares[i] - exact[i])
-    for i in range(block - sum(shares)):
-        shares[by_remainder[i % len(shares)]] += 1
-    while sum(shares) > block:
-        shares[shares.index(max(shares))] -= 1
-    return shares
+    exact = [block * weight / total for weight in weights]
+    quotas = [max(int(e), 1 if weight > 0 else 0) for e, weight in zip(exact, weights, strict=True)]
+    by_remainder = sorted(range(len(weights)), key=lambda i: quotas[i] - exact[i])
+    for i in range(block - sum(quotas)):
+        quotas[by_remainder[i % len(quotas)]] += 1
+    while sum(quotas) > block:
+        quotas[quotas.index(max(quotas))] -= 1
+    return quotas
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the order needs to know of a source. By name, so that another one beside it changes nothing."""
+    """What the order depends on. Its order is a function of its name, whatever other sources there are."""
 
     name: str
     size: int
-    chunk: int = 1  # neighbours that stay near each other, see `shuffle`
+    chunk: int = 1  # see `shuffle`
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What stands at some positions of the stream, arrays (N,)."""
+    """What is read at some positions of the stream, arrays (N,)."""
 
     position: np.ndarray
-    source: np.ndarray  # which of the mixture's
-    epoch: np.ndarray  # how many times the source has been gone through before
+    source: np.ndarray  # its number in the mixture
+    epoch: np.ndarray  # of the source
     sample: np.ndarray
 
 
 class Mixture:
     """The stream of one task.
 
-    phases: (first position, weight of each source), in order; there is nothing before the first. drawn: how many samples
-    of each source were read before it.
+    Args:
+        phases: (first position, weight of each source), in order.
+        start_counts: how many samples of each source were read before the first phase.
     """
 
-    def __init__(self, seed: int, sources: list[Source], phases: list[tuple[int, list[float]]], drawn=None):
+    def __init__(self, seed: int, sources: list[Source], phases: list[tuple[int, list[float]]], start_counts=None):
         self.seed, self.sources = seed, sources
         self.starts = np.array([start for start, _ in phases])
-        self.shares = [quotas(weights) for _, weights in phases]
-        self._drawn = [np.array(drawn or [0] * len(sources), np.int64)]  # at each phase's start
-        self._block = functools.lru_cache(maxsize=8)(self._lay_out)
-        self._stretch = functools.lru_cache(maxsize=8)(self._work_out)
-        for phase in range(1, len(phases)):
-            self._drawn.append(self.drawn(int(self.starts[phase])))
+        self.quotas = [apportion(weights) for _, weights in phases]
+        self._block = functools.lru_cache(maxsize=8)(self._lay_out_block)
+        self._stretch = functools.lru_cache(maxsize=8)(self._compute_stretch)
+        self._start_counts = [np.array(start_counts or [0] * len(sources), np.int64)]  # at the start of each phase
+        for start in self.starts[1:].tolist():
+            self._start_counts.append(self.counts_before(start))
 
-    def _lay_out(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """A block's positions: which source each is of, and the how-manieth of its source in the block."""
+    def _lay_out_block(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position of a block, and how many positions of that source precede it in the block."""
         order = permute(np.arange(BLOCK), BLOCK, mix(self.seed, int(self.starts[phase]), block))
-        source = np.searchsorted(np.cumsum(self.shares[phase]), order, "right")
+        source = np.searchsorted(np.cumsum(self.quotas[phase]), order, "right")
         rank = np.empty(BLOCK, np.int64)
-        for which in range(len(self.sources)):
-            own = np.flatnonzero(source == which)
+        for number in range(len(self.sources)):
+            own = np.flatnonzero(source == number)
             rank[own] = np.arange(len(own))
         return source, rank
 
-    def drawn(self, position: int) -> np.ndarray:
-        """How many samples of each source stand before `position`."""
+    def counts_before(self, position: int) -> np.ndarray:
+        """How many samples of each source are read before `position`."""
         phase = max(int(np.searchsorted(self.starts, position, "left")) - 1, 0)
-        block, place = divmod(position - int(self.starts[phase]), BLOCK)
-        before = self._drawn[phase] + block * np.array(self.shares[phase])
-        if place:
-            before = before + np.bincount(self._block(phase, block)[0][:place], minlength=len(self.sources))
-        return before
+        block, offset = divmod(position - int(self.starts[phase]), BLOCK)
+        counts = self._start_counts[phase] + block * np.array(self.quotas[phase])
+        if offset:
+            counts = counts + np.bincount(self._block(phase, block)[0][:offset], minlength=len(self.sources))
+        return counts
 
     def draws(self, start: int, stop: int) -> Draws:
-        """What stands at the positions from `start` to `stop`."""
-        found = [self._stretch(which) for which in range(start // STRETCH, -(-stop // STRETCH))]
-        begin = int(found[0].position[0])
-        columns = zip(*(vars(one).values() for one in found), strict=True)
+        """What is read at the positions from `start` to `stop`."""
+        stretches = [self._stretch(number) for number in range(start // STRETCH, -(-stop // STRETCH))]
+        begin = int(stretches[0].position[0])
+        columns = zip(*(vars(stretch).values() for stretch in stretches), strict=True)
         return Draws(*(np.concatenate(column)[start - begin : stop - begin] for column in columns))
 
-    def _work_out(self, stretch: int) -> Draws:
-        """A stretch of positions at a time: for a few, the calls would cost more than the numbers."""
+    def _compute_stretch(self, stretch: int) -> Draws:
         positions = np.arange(max(stretch * STRETCH, self.starts[0]), (stretch + 1) * STRETCH)
         phases = np.searchsorted(self.starts, positions, "right") - 1
-        source, drawn = np.empty_like(positions), np.empty_like(positions)
+        source, count = np.empty_like(positions), np.empty_like(positions)  # count: of the source's samples before
         blocks = (positions - self.starts[phases]) // BLOCK
         for phase, block in dict.fromkeys(zip(phases.tolist(), blocks.tolist(), strict=True)):
-            here = (phases == phase) & (blocks == block)
-            place = positions[here] - self.starts[phase] - block * BLOCK
-            whose, rank = self._block(phase, block)
-            source[here] = whose[place]
-            base = self._drawn[phase] + block * np.array(self.shares[phase])
-            drawn[here] = base[whose[place]] + rank[place]
-        sizes = np.array([one.size for one in self.sources])
-        epoch, place = np.divmod(drawn, sizes[source])
-        sample = np.empty_like(place)
-        for which, turn in dict.fromkeys(zip(source.tolist(), epoch.tolist(), strict=True)):
-            here = (source == which) & (epoch == turn)
-            own = self.sources[which]
-            sample[here] = shuffle(place[here], own.size, own.chunk, mix(self.seed, number(own.name), turn))
+            inside = (phases == phase) & (blocks == block)
+            offset = positions[inside] - self.starts[phase] - block * BLOCK
+            sources, rank = self._block(phase, block)
+            source[inside] = sources[offset]
+            base = self._start_counts[phase] + block * np.array(self.quotas[phase])
+            count[inside] = base[sources[offset]] + rank[offset]
+        epoch, index = np.divmod(count, np.array([one.size for one in self.sources])[source])
+        sample = np.empty_like(index)
+        for number, turn in dict.fromkeys(zip(source.tolist(), epoch.tolist(), strict=True)):
+            inside = (source == number) & (epoch == turn)
+            own = self.sources[number]
+            key = mix(self.seed, stable_hash(own.name), turn)
+            sample[inside] = shuffle(index[inside], own.size, own.chunk, key)
         return Draws(positions, source, epoch, sample)
 
     def substitute(self, source: int, position: int, attempt: int) -> int:
-        """Another sample of the same source, for a position whose own cannot be used."""
+        """Another sample of the same source, for a position whose sample cannot be used."""
         return mix(self.seed, position, attempt) % self.sources[source].size

@@ -1,77 +1,75 @@
-"""What could not be read: the rows of `quarantine.jsonl`, and when it is too much."""
+"""The rows of `quarantine.jsonl`, which name what could not be read, and the check that it is not too much."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
-from ..corpus.index import Refused
+from ..corpus.scan import Rejection
 from ..corpus.shards import Corpus
 from ..errors import SampleError
 
+MIN_BAD = 5  # bad samples, of which fewer never end a run
 
-def ledger_row(corpus: Corpus, index: int, part: str, error: SampleError, step: int | None) -> dict:
+
+def quarantine_row(corpus: Corpus, index: int, modality: str, error: SampleError, step: int | None) -> dict:
+    """The row of a sample's modality that could not be read."""
     return {
         "source": corpus.name,
         "shard": corpus.shard(index),
         "key": corpus.key(index),
-        "part": part,
+        "part": modality,
         "reason": error.reason,
         "detail": error.detail,
         "step": step,
     }
 
 
-def refused_row(source: str, refused: Refused) -> dict:
-    """The row of something that a shard's index refused."""
-    return {"source": source, **dataclasses.asdict(refused), "step": None}
+def refused_row(source: str, refused: Rejection) -> dict:
+    """The row of something that the index of a shard refused."""
+    row = {"shard": refused.shard, "key": refused.key, "part": refused.member}
+    return {"source": source, **row, "reason": refused.reason, "detail": refused.detail, "step": None}
 
 
-def strict_line(row: dict) -> str:
-    """What a run says that ends at the first bad part."""
+def strict_message(row: dict) -> str:
+    """What a strict run says when it ends, at the first row."""
     name = " ".join(filter(None, (row["shard"], row["key"], row["part"])))
     return f"strict: {row['source']}: {name}: {row['reason']} ({row['detail']}); mend it, or train without strict"
 
 
-class Bad:
-    """Counts how much of each source is bad, and says when it is too much.
+class BadFraction:
+    """Counts the bad samples of each source, to end a run in which their fraction exceeds `limit`.
 
-    Fewer than `LEAST` bad samples say little. Until the whole source has been seen, what counts is the lower end of an
-    interval around the share (Wilson 1927, four standard errors).
+    Until the whole source has been read, the fraction is the lower end of its confidence interval (Wilson 1927).
     """
 
-    LEAST = 5
-
-    def __init__(self, limit: float, corpora: dict[str, Corpus], lost: Iterable[dict]):
+    def __init__(self, limit: float, corpora: dict[str, Corpus], rows: Iterable[dict]):
         self.limit, self.corpora = limit, corpora
-        self.samples: dict[str, set[int]] = {name: set() for name in corpora}  # a number each, which take little room
-        self.add(row for row in lost if row["step"])
+        self.bad: dict[str, set[int]] = {name: set() for name in corpora}  # hashes, which take little memory
+        self.add(row for row in rows if row["step"])
 
-    def add(self, lost: Iterable[dict]) -> None:
-        for row in lost:
-            self.samples[row["source"]].add(hash((row["shard"], row["key"])))
+    def add(self, rows: Iterable[dict]) -> None:
+        for row in rows:
+            self.bad[row["source"]].add(hash((row["shard"], row["key"])))
 
-    def line(self, drawn: dict[str, int]) -> str:
-        """What a run that must end says; empty where it may go on. drawn: samples read so far, by source."""
+    def message(self, samples_read: dict[str, int]) -> str:
+        """What a run that must end says; empty where it may go on. samples_read: by source."""
         for name, corpus in self.corpora.items():
-            refused = sum(one.head["refused_count"] for one in corpus.indexes)
-            seen = min(len(corpus), drawn.get(name, 0))
-            bad = len(self.samples[name])
-            for count, of, what in ((refused, len(corpus) + refused, "parts refused"), (bad, seen, "samples bad")):
-                if (
-                    count >= self.LEAST
-                    and count > self.limit * of
-                    and (of >= len(corpus) or _lower(count, of) > self.limit)
-                ):
+            refused = sum(one.head["rejection_count"] for one in corpus.indexes)
+            read = min(len(corpus), samples_read.get(name, 0))
+            bad = len(self.bad[name])
+            for count, total, what in ((refused, len(corpus) + refused, "parts refused"), (bad, read, "samples bad")):
+                if count < MIN_BAD or count <= self.limit * total:
+                    continue
+                if total >= len(corpus) or _lower_bound(count, total) > self.limit:
                     return (
-                        f"source {name}: {count} of {of} {what}, more than max_bad={self.limit} allows: mend the "
-                        "source, or raise max_bad."
+                        f"source {name}: {count} of {total} {what}, more than max_bad_fraction={self.limit} allows: "
+                        "mend the source, or raise max_bad_fraction."
                     )
         return ""
 
 
-def _lower(count: int, of: int, z: float = 4.0) -> float:
-    """The lower end of the interval around count / of."""
-    share = count / of
-    middle = share + z * z / (2 * of)
-    return (middle - z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5) / (1 + z * z / of)
+def _lower_bound(count: int, total: int, z: float = 4.0) -> float:
+    """The lower end of Wilson's interval of count / total, `z` standard errors wide on each side."""
+    fraction = count / total
+    center = fraction + z * z / (2 * total)
+    return (center - z * (fraction * (1 - fraction) / total + z * z / (4 * total * total)) ** 0.5) / (1 + z * z / total)

@@ -1,7 +1,7 @@
-"""Steps on their way from worker processes: they lie in memory that all processes see and that is used again and again.
+"""Carries steps from worker processes to the main process, in memory that all of them share and that is used again.
 
-PyTorch would send each tensor in a file of its own under /dev/shm, made and thrown away: some hundreds a step, and the
-system clears every page of them first.
+PyTorch would send each tensor in a file of its own under /dev/shm: some hundreds a step, made anew for every step, of
+which the system clears every page first.
 """
 
 from __future__ import annotations
@@ -14,147 +14,124 @@ import os
 import pickle
 import resource
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .dataset import Step, Steps
+from .dataset import Step
 
-ALIGNED = 64  # bytes
-EACH = 5  # shelves a worker: for two steps that wait or are in the making, and for those that are trained on
-ROOM = 1 << 30  # bytes a shelf, of which the system gives what is written to
+ALIGNMENT = 64  # bytes
+BUFFER_BYTES = 1 << 30  # of address space; the system provides the pages that are written to
 
 
-class Shelves(torch.utils.data.Dataset):
-    """Steps by number, for a worker to put on a shelf (`[step]`) and for the main process to take (`taken`).
+class SharedBuffers:
+    """Buffers that worker processes write steps to and the main process reads them from.
 
-    A shelf is free again when the last tensor on it is gone. What finds no shelf, or no room on it, goes through the
-    workers' pipe: slower, but nothing breaks where memory may not be reserved, or where somebody keeps every step.
+    They are made before the workers are forked, which inherit them. The main process takes a free buffer for each step
+    (`acquire`) and frees it when the last tensor in it is gone. Without a free buffer, or where one is full, tensors go
+    through the pipe of the worker: slower, but it works where memory may not be reserved, and where a caller keeps
+    every step.
     """
 
-    def __init__(self, steps: Steps, workers: int):
-        self.steps = steps
-        self.used = mmap.mmap(-1, workers * EACH)  # 1: a worker has put something there and it is not gone yet
-        self.shelves = [[]] * workers
+    def __init__(self, count: int):
+        self.buffers: list[mmap.mmap] = []
         if _may_reserve():
             with contextlib.suppress(OSError):
-                self.shelves = [[mmap.mmap(-1, ROOM) for _ in range(EACH)] for _ in range(workers)]
+                self.buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(count)]
+        self.free = list(range(len(self.buffers)))[::-1]  # the last freed, whose pages exist, is the next to be used
 
-    def __getitem__(self, step: int) -> bytes:
-        try:
-            return self._put(step)
-        except UserError as error:  # PyTorch would make it a traceback
-            return pickle.dumps(error)
+    def acquire(self) -> int | None:
+        """The number of a free buffer, None where there is none."""
+        return self.free.pop() if self.free else None
 
-    def _put(self, step: int) -> bytes:
-        worker = torch.utils.data.get_worker_info().id
-        free = (n for n in range(len(self.shelves[worker])) if not self.used[worker * EACH + n])
-        number = next(free, None)
-        if number is None:
-            return _packed(self.steps[step], None, None)
-        self.used[worker * EACH + number] = 1
-        try:
-            shelf = _Shelf(self.shelves[worker][number])
-            return _packed(self.steps.read(step, shelf.empty), shelf, (worker, number))
-        except BaseException:
-            self.used[worker * EACH + number] = 0
-            raise
+    def write(self, number: int | None, read: Callable[..., Step]) -> bytes:
+        """Called in a worker: the step that `read(empty)` returns, as bytes for `load`.
 
-    def taken(self, parcel: bytes) -> Step:
-        """The step. Raises what the worker raised for bad input."""
-        found = pickle.loads(parcel)
-        if isinstance(found, UserError):
-            raise found
-        (step, places, where, end), data = found, None
-        if where is not None:
-            worker, number = where
-            array = np.frombuffer(self.shelves[worker][number], np.uint8, end)
-            weakref.finalize(array, _free, self.used, worker * EACH + number, os.getpid()).atexit = False
-            data = torch.from_numpy(array)  # every tensor on the shelf keeps the array
-        return _Unpickler(io.BytesIO(step), [_tensor(data, *place) for place in places]).load()
+        `empty` allocates tensors as `torch.empty` does, in the buffer where there is room.
+        """
+        file = io.BytesIO()
+        pickler = _Pickler(file, _Buffer(b"" if number is None else self.buffers[number]))
+        pickler.dump(read(pickler.buffer.empty))
+        return file.getvalue()
 
+    def load(self, number: int | None, data: bytes) -> Step:
+        """The step that `write` wrote to the buffer. Its tensors share the buffer's memory."""
+        memory = None
+        if number is not None:
+            array = np.frombuffer(self.buffers[number], np.uint8)  # every tensor in the buffer keeps it alive
+            weakref.finalize(array, self._release, number, os.getpid()).atexit = False
+            memory = torch.from_numpy(array)
+        return _Unpickler(io.BytesIO(data), memory).load()
 
-def _free(used: mmap.mmap, which: int, process: int) -> None:
-    if os.getpid() == process:  # another one, forked while the step was held, has only lost its copy
-        used[which] = 0
+    def _release(self, number: int, process: int) -> None:
+        if os.getpid() == process:  # a process that was forked while the step was held has only lost its copy
+            self.free.append(number)
 
 
 def _may_reserve() -> bool:
-    """Whether memory that is mapped and not used costs nobody anything: no `ulimit -v`, no strict accounting."""
+    """Whether address space costs nothing until it is used: no `ulimit -v`, no strict accounting of memory."""
     with contextlib.suppress(OSError):
         if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
             return False
     return resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
-class _Shelf:
-    """A shelf while it is filled."""
+class _Buffer:
+    """A buffer that is being filled."""
 
-    def __init__(self, memory: mmap.mmap):
-        self.data, self.end = torch.from_numpy(np.frombuffer(memory, np.uint8)), 0
+    def __init__(self, memory: mmap.mmap | bytes):
+        self.memory = torch.from_numpy(np.frombuffer(memory, np.uint8)) if memory else torch.empty(0, dtype=torch.uint8)
+        self.end = 0
 
     def empty(self, *size: int, dtype: torch.dtype) -> Tensor:
-        """As `torch.empty`: on the shelf where it has room, else anywhere."""
-        begin = self.end
-        end = begin + -(-math.prod(size) * dtype.itemsize // ALIGNED) * ALIGNED
-        if end > len(self.data):
+        """As `torch.empty`: in the buffer where it has room, else anywhere."""
+        begin, end = self.end, self.end + -(-math.prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if end > len(self.memory):
             return torch.empty(size, dtype=dtype)
         self.end = end
-        return _tensor(self.data, begin, dtype, size)
+        return _view(self.memory, begin, dtype, size)
 
-    def place(self, one: Tensor) -> int | None:
-        """Where on the shelf a tensor begins; None where it is not there."""
-        begin = one.data_ptr() - self.data.data_ptr()
-        return begin if one.is_contiguous() and 0 <= begin < self.end else None
+    def place(self, tensor: Tensor) -> int | bytes:
+        """The byte at which the tensor begins in the buffer, where it is copied to if need be; else its bytes."""
+        if not self._contains(tensor):
+            tensor = self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        if self._contains(tensor):
+            return tensor.data_ptr() - self.memory.data_ptr()
+        return tensor.view(-1).view(torch.uint8).numpy().tobytes()
 
-
-def _packed(step: Step, shelf: _Shelf | None, where: tuple[int, int] | None) -> bytes:
-    """What goes through the pipe. `where`: the shelf, by its worker and its number."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(step)
-    places = []
-    for one in pickler.tensors:
-        begin = None if shelf is None else shelf.place(one)
-        if begin is None and shelf is not None:
-            begin = shelf.place(shelf.empty(*one.shape, dtype=one.dtype).copy_(one))
-        found = one.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if begin is None else begin
-        places.append((found, one.dtype, tuple(one.shape)))
-    return pickle.dumps((file.getvalue(), places, where, 0 if shelf is None else shelf.end))
+    def _contains(self, tensor: Tensor) -> bool:
+        return tensor.is_contiguous() and 0 <= tensor.data_ptr() - self.memory.data_ptr() < self.end
 
 
-def _tensor(data: Tensor | None, found: int | bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that begins at a byte of the data, or whose own bytes are given."""
-    if isinstance(found, bytes):
-        data, found = torch.from_numpy(np.array(bytearray(found), np.uint8)), 0
-    count = math.prod(shape)
-    return data[found : found + count * dtype.itemsize].view(dtype).view(shape)
+def _view(memory: Tensor | None, place: int | bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that begins at a byte of the memory, or whose own bytes are given."""
+    if isinstance(place, bytes):
+        memory, place = torch.from_numpy(np.frombuffer(bytearray(place), np.uint8)), 0
+    assert memory is not None
+    size = math.prod(shape) * dtype.itemsize
+    return memory[place : place + size].view(dtype).view(shape)
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles all but tensors, which it keeps and numbers."""
+    """Pickles of a tensor only where it is."""
 
-    def __init__(self, file):
+    def __init__(self, file: io.BytesIO, buffer: _Buffer):
         super().__init__(file, protocol=5)
-        self.tensors: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
+        self.buffer = buffer
 
-    def persistent_id(self, one):
-        if not isinstance(one, Tensor):
-            return None
-        if id(one) not in self._numbers:
-            self._numbers[id(one)] = len(self.tensors)
-            self.tensors.append(one)
-        return self._numbers[id(one)]
+    def persistent_id(self, value):
+        if isinstance(value, Tensor):
+            return self.buffer.place(value), value.dtype, tuple(value.shape)
+        return None
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, tensors: list[Tensor]):
+    def __init__(self, file: io.BytesIO, memory: Tensor | None):
         super().__init__(file)
-        self.tensors = tensors
+        self.memory = memory
 
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]
+    def persistent_load(self, place: tuple[int | bytes, torch.dtype, tuple[int, ...]]) -> Tensor:
+        return _view(self.memory, *place)

@@ -1,4 +1,4 @@
-"""Sound: any rate, channel count and length -> mono, 16 kHz, log-mel, patches in time (and frequency)."""
+"""Sound of any rate, channel count and length as log-mel patches: mono, one rate, cut in time (and frequency)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,209 +16,296 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SampleError
-from ..tokens import Tokens, sequence_of
+from ..tokens import Tokens, make_sequence
 from . import base
-
-EXTENSIONS = ("flac", "wav", "ogg", "mp3")
 
 
 @dataclass
 class Config:
-    sample_rate: int = 16_000  # samples a second
+    sample_rate: int = 16_000  # Hz; all sound is resampled to it
     n_mels: int = 64  # mel bands
-    hop_length: int = 160  # samples a frame
-    win_length: int = 400  # samples that a frame's spectrum sees
+    hop_length: int = 160  # samples from a frame to the next
+    win_length: int = 400  # samples that a frame's spectrum is computed of
     patch_frames: int = 16  # frames a patch
-    patch_mels: int = 64  # mel bands a patch; `n_mels` is one patch over all of them
-    max_tokens: int = 128  # tokens a sequence: longer sound is cropped in training, cut into windows in inference
-    spec_augment: float = 0.0  # training: at most this share of the bands, and of the frames, is blanked (SpecAugment)
-    speed_jitter: float = 0.0  # training: the rate of play changes by at most this share
-    max_windows: int = 64  # inference: at most so many windows of one sound
-    max_seconds: float = 3600.0  # a longer sound is refused, by its header
-    max_bytes: int = 200_000_000  # so is a longer member
+    patch_mels: int = 64  # mel bands a patch; equal to `n_mels`, a patch has them all
+    max_tokens: int = 128  # patches a sequence; longer sound is cropped in training and cut into windows in evaluation
+    spec_augment: float = 0.0  # training: the most of the mel bands, and of the frames, that is blanked, as a share
+    speed_jitter: float = 0.0  # training: played faster or slower by at most this share
+    max_windows: int = 64  # evaluation: windows of one sound; what follows them is not read
+    max_seconds: float = 3600.0  # a longer sound is refused by its header
+    max_bytes: int = 200_000_000  # so is a longer file
 
     def __post_init__(self):
-        counts = (
-            "sample_rate",
-            "n_mels",
-            "hop_length",
-            "win_length",
-            "patch_frames",
-            "patch_mels",
-            "max_tokens",
-            "max_windows",
-        )
-        if min(getattr(self, name) for name in counts) < 1:
-            raise ValueError(f"{', '.join(counts)} are at least 1")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and name not in ("spec_augment", "speed_jitter") and value < 1:
+                raise ValueError(f"{name} is at least 1")
         if not self.max_seconds > 0:
             raise ValueError("max_seconds is above 0")
         if not 0 <= self.spec_augment <= 1 or not 0 <= self.speed_jitter < 1:
             raise ValueError("spec_augment and speed_jitter are shares from 0 to 1")
         if self.n_mels % self.patch_mels:
             raise ValueError(f"n_mels ({self.n_mels}) must be a multiple of patch_mels ({self.patch_mels})")
-        if self.max_tokens < (rows := self.n_mels // self.patch_mels):
-            raise ValueError(f"max_tokens ({self.max_tokens}) must hold one column of patches ({rows})")
+        if self.max_tokens < self.rows:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must hold one column of patches ({self.rows})")
+
+    @property
+    def rows(self) -> int:
+        """Patches in frequency."""
+        return self.n_mels // self.patch_mels
+
+    @property
+    def patch_samples(self) -> int:
+        """Samples that a patch covers."""
+        return self.patch_frames * self.hop_length
 
     @property
     def window_samples(self) -> int:
-        """Samples that `max_tokens` tokens cover."""
-        return self.max_tokens // (self.n_mels // self.patch_mels) * self.patch_frames * self.hop_length
+        """Samples that `max_tokens` patches cover."""
+        return self.max_tokens // self.rows * self.patch_samples
 
 
-def _opened(config: Config, raw) -> tuple[int, int, Callable[[int, int], np.ndarray]]:
-    """Samples a second, how many, and a reader of `n` mono samples from `first` on that decodes no others.
+@dataclass(frozen=True)
+class _Sound:
+    """An open sound: samples a second, how many there are, and a reader of `count` mono samples from `start` on."""
 
-    Raises SampleError, where the header announces too much before anything is decoded.
-    """
-    if isinstance(raw, tuple):
-        wave, rate = torch.as_tensor(raw[0], dtype=torch.float32).numpy(), int(raw[1])
-        wave = wave.mean(0) if wave.ndim == 2 else wave
-        total, take = len(wave), lambda first, n: wave[first : first + n]
-    else:
+    rate: int
+    length: int
+    read: Callable[[int, int], np.ndarray]
+
+
+class Tokenizer(base.Tokenizer):
+    """Sound <-> log-mel patches."""
+
+    Config, extensions = Config, ("flac", "wav", "ogg", "mp3")
+    augmentations = ("spec_augment", "speed_jitter")
+
+    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
+        """Log-mel patches, column by column: content (N, patch_frames * patch_mels) float32, position (time, band, 0).
+
+        `raw` is the sample's members by ending, a path, bytes, or (waveform (T,) or (C, T), sample rate). With a
+        generator one random window, otherwise the windows that cover the sound. Raises SampleError.
+        """
+        raw = self._own_member(raw) if isinstance(raw, dict) else raw
+        if raw is None:
+            return []
+        config, sound, window = self.config, self._open(raw), self.config.window_samples
+        if generator is not None:
+            speed, where = generator.random(), generator.random()
+            rate = round(sound.rate * (1 + config.speed_jitter * (2 * speed - 1)))
+            start = int(where * max(self._resampled_length(sound, rate) - window, 0))
+            return [self._patchify(self._read_window(sound, start, window, rate), generator)]
+        length = min(self._resampled_length(sound), config.max_windows * window)
+        waves = [self._read_window(sound, start, window) for start in range(0, length, window)]
+        if len(waves) > 1 and len(waves[-1]) < config.patch_samples:
+            waves.pop()  # the rest is shorter than a patch
+        return [self._patchify(wave) for wave in waves]
+
+    def _own_member(self, raw: dict):
+        return next((raw[ending] for ending in self.extensions if ending in raw), None)
+
+    def _open(self, raw) -> _Sound:
+        """Raises SampleError; nothing is decoded before the header has been checked, and then only what is read."""
+        if isinstance(raw, tuple):
+            wave, rate = torch.as_tensor(raw[0], dtype=torch.float32).numpy(), int(raw[1])
+            wave = wave.mean(0) if wave.ndim == 2 else wave
+            self.check_header(rate, len(wave))
+            return _Sound(rate, len(wave), lambda start, count: wave[start : start + count])
         import soundfile
 
         if isinstance(raw, (bytes, bytearray, memoryview)):
-            if len(raw) > config.max_bytes:
-                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {config.max_bytes}")
+            if len(raw) > self.config.max_bytes:
+                raise SampleError("byte-limit", f"{len(raw)} bytes, the limit is {self.config.max_bytes}")
             raw = io.BytesIO(raw)
         try:
             file = soundfile.SoundFile(raw)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             raise SampleError("decode", str(error)[:100]) from None
-        rate, total, channels = file.samplerate, file.frames, file.channels
 
-        def take(first: int, n: int) -> np.ndarray:
+        def read(start: int, count: int) -> np.ndarray:
             try:
-                file.seek(first)
-                data = file.read(n, dtype="float32", always_2d=True)  # (T, C)
+                file.seek(start)
+                data = file.read(count, dtype="float32", always_2d=True)  # (T, C)
             except (soundfile.LibsndfileError, ValueError, RuntimeError) as error:
                 raise SampleError("decode", str(error)[:100]) from None
-            return data[:, 0] if channels == 1 else data @ np.full(channels, 1 / channels, np.float32)
+            return data[:, 0] if file.channels == 1 else data @ np.full(file.channels, 1 / file.channels, np.float32)
 
-    check_header(config, rate, total)
-    return rate, total, take
+        self.check_header(file.samplerate, file.frames)
+        return _Sound(file.samplerate, file.frames, read)
+
+    def check_header(self, rate: int, length: int) -> None:
+        """Raises SampleError where a sound of `length` samples, `rate` a second, may not be decoded."""
+        if not 100 <= rate <= 1_000_000:
+            raise SampleError("decode", f"{rate} samples a second")
+        if length <= 0:
+            raise SampleError("empty", "no samples")
+        if length > self.config.max_seconds * rate:
+            raise SampleError(
+                "duration-limit", f"{length / rate:.0f} seconds, the limit is {self.config.max_seconds:g}"
+            )
+
+    def _resampled_length(self, sound: _Sound, rate: int = 0) -> int:
+        return -(-sound.length * self.config.sample_rate // (rate or sound.rate))
+
+    def _read_window(self, sound: _Sound, start: int, count: int, rate: int = 0) -> Tensor:
+        """At most `count` samples from `start` on, both counted at the config's sample rate.
+
+        With `rate` the sound is taken to have that many samples a second.
+        """
+        rate, sample_rate = rate or sound.rate, self.config.sample_rate
+        wave = sound.read(start * rate // sample_rate, -(-count * rate // sample_rate))
+        if not len(wave):
+            raise SampleError("decode", "the header announces samples that are not there")
+        wave = torch.from_numpy(np.ascontiguousarray(wave))
+        if not math.isfinite(float(wave.sum())):  # fifty times faster than to look at each
+            raise SampleError("not-finite", "NaN or infinity among the samples")
+        return resample(wave, rate, sample_rate)[:count]
+
+    def _patchify(self, wave: Tensor, generator: Random | None = None) -> Tokens:
+        """log-mel of a window (T,), at most `max_tokens` patches, normalized over the window."""
+        config = self.config
+        columns = max(1, min(round(len(wave) / config.patch_samples), config.max_tokens // config.rows))
+        length = columns * config.patch_samples
+        wave = F.pad(wave[:length], (0, max(0, length - len(wave))))
+        spectrogram, mel_scale = _transforms(config.sample_rate, config.win_length, config.hop_length, config.n_mels)
+        bins = spectrogram(wave).numpy()  # NumPy's arithmetic on complex numbers is the faster one
+        with np.errstate(over="ignore"):
+            power = torch.from_numpy(bins.real**2 + bins.imag**2)
+        mel = mel_scale(power)[:, : columns * config.patch_frames]
+        mel = mel.clamp(min=1e-8).log10()
+        mel = mel.clamp(min=mel.max() - 8)  # a range of 80 dB
+        mel = (mel - mel.mean()) / (mel.std() + 1e-3)
+        if not torch.isfinite(mel).all():
+            raise SampleError("not-finite", "too loud: its spectrum overflows")
+        if generator is not None and config.spec_augment:
+            mel = _spec_augment(mel, config.spec_augment, generator)
+        content = mel.unflatten(0, (config.rows, config.patch_mels)).unflatten(2, (columns, config.patch_frames))
+        content = content.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # (columns * rows, patch_mels * patch_frames)
+        return make_sequence(content.contiguous(), _positions(columns, config.rows))
+
+    def measure(self, data: bytes, length: int) -> tuple[int, int]:
+        """Milliseconds and samples a second, from the header."""
+        import soundfile
+
+        info = soundfile.info(io.BytesIO(data))
+        return round(1000 * info.frames / info.samplerate), info.samplerate
+
+    def count_tokens(self, length, milliseconds, rate) -> np.ndarray:
+        """Patches (N,) of training windows of sounds of these lengths; `max_tokens` where a length is not known."""
+        config = self.config
+        columns = np.maximum(milliseconds * config.sample_rate // (1000 * config.patch_samples), 1)
+        most = config.max_tokens // config.rows * config.rows
+        return np.where(rate > 0, np.minimum(columns * config.rows, most), most)
+
+    def describe(self, raw: dict) -> dict | None:
+        """Channels, seconds and sample rate, after all of the sound has been decoded. Raises SampleError."""
+        import soundfile
+
+        data = self._own_member(raw)
+        if data is None:
+            return None
+        sound, window, patch = self._open(data), self.config.window_samples, self.config.patch_samples
+        length = self._resampled_length(sound)
+        for start in range(0, max(length - patch, 1), window):
+            rest = length - start
+            self._patchify(self._read_window(sound, start, rest if rest <= window + patch else window))
+        channels = soundfile.info(io.BytesIO(data)).channels
+        return {"channels": channels, "seconds": round(sound.length / sound.rate, 3), "rate": sound.rate}
+
+    def toy(self) -> Tokenizer:
+        return self.replace(max_tokens=max(min(self.config.max_tokens, 32), self.config.rows))
+
+    def embedder(self, width: int) -> nn.Module:
+        return Embed(self.config.patch_frames * self.config.patch_mels, width)
+
+    def predictor(self, width: int) -> nn.Module:
+        return Predict(self.config.patch_frames * self.config.patch_mels, width)
 
 
-def check_header(config: Config, rate: int, total: int) -> None:
-    """Raises SampleError where no sound of `total` samples, `rate` a second, may be decoded."""
-    if not 100 <= rate <= 1_000_000:
-        raise SampleError("decode", f"{rate} samples a second")
-    if total <= 0:
-        raise SampleError("empty", "no samples")
-    if total > config.max_seconds * rate:
-        raise SampleError("duration-limit", f"{total / rate:.0f} seconds, the limit is {config.max_seconds:g}")
+def round_rate(rate: int, to: int) -> int:
+    """The sample rate, rounded to hundreds where the filter that resamples it to `to` would be very large."""
+    return max(100, round(rate, -2)) if rate // math.gcd(rate, to) > 2000 else rate
 
 
-def _wave(config: Config, rate: int, take: Callable, start: int, count: int) -> Tensor:
-    """At most `count` samples at the config's rate from its sample `start` on; `take` gives those at `rate`."""
-    wave = take(start * rate // config.sample_rate, -(-count * rate // config.sample_rate))
-    if not len(wave):
-        raise SampleError("decode", "the header announces samples that are not there")
-    wave = torch.from_numpy(np.ascontiguousarray(wave))
-    if not math.isfinite(float(wave.sum())):  # fifty times faster than to look at each
-        raise SampleError("not-finite", "NaN or infinity among the samples")
-    return _resample(wave, rate, config.sample_rate)[:count]
+def resample(wave: Tensor, rate: int, to: int) -> Tensor:
+    """A wave (T,) of `rate` samples a second (see `round_rate`) as one of `to`.
 
-
-def _resample(wave: Tensor, rate: int, to: int) -> Tensor:
-    """To `to` samples a second. Odd rates are rounded to a hundred, which keeps the filter small."""
-    rate = rate if rate == to else max(100, round(rate, -2))
+    The same as `torchaudio.transforms.Resample` gives, in a third of the time.
+    """
+    rate = round_rate(rate, to)
     if rate == to:
         return wave
-    before, step, pieces = _resampler(rate, to)
+    before, step, blocks = _filter(rate, to)
     count = -(-len(wave) * to // rate)
     rows = -(-len(wave) // step)
-    longest = max(first + len(weights) for first, weights in pieces)
+    longest = max(first + len(weights) for first, weights in blocks)
     wave = F.pad(wave, (before, rows * step + longest - len(wave)))
-    parts = [wave.as_strided((rows, len(weights)), (step, 1), first) @ weights for first, weights in pieces]
+    parts = [wave.as_strided((rows, len(weights)), (step, 1), first) @ weights for first, weights in blocks]
     return torch.cat(parts, 1).flatten()[:count]
 
 
-BLOCK = 32  # samples out of one product of matrices
+BLOCK = 32  # samples that one matrix product gives
 
 
 @functools.lru_cache(maxsize=64)
-def _resampler(rate: int, to: int) -> tuple[int, int, list[tuple[int, Tensor]]]:
-    """The filter of torchaudio without its zeros, about a fifth of the work: zeros put before the wave, its samples a
-    row, and for each block of a row's samples out the first sample in and the weights (samples in, samples out)."""
+def _filter(rate: int, to: int) -> tuple[int, int, list[tuple[int, Tensor]]]:
+    """The filter of torchaudio without its zeros, a fifth of the work.
+
+    Returns the zeros to be put before the wave, the samples that a row of outputs moves on by, and for each block of
+    a row's outputs the first sample that it needs and the weights (samples in, samples out).
+    """
     import torchaudio
 
-    resample = torchaudio.transforms.Resample(rate, to)
-    kernel, width = resample.kernel[:, 0], resample.width
+    transform = torchaudio.transforms.Resample(rate, to)
+    weights: Any = transform.kernel
+    kernel, width = weights[:, 0], transform.width  # (out, samples in)
     step, out = (n // math.gcd(rate, to) for n in (rate, to))
-    times = max(-(-BLOCK // out), -(-(BLOCK * step // out + kernel.shape[1] - step) // step))  # rows do not overlap
-    row = torch.zeros(times * out, kernel.shape[1] + (times - 1) * step)
-    for turn in range(times):
-        row[turn * out : (turn + 1) * out, turn * step : turn * step + kernel.shape[1]] = kernel
-    pieces = []
+    length = kernel.shape[1]
+    repeats = max(-(-BLOCK // out), -(-(BLOCK * step // out + length - step) // step))  # so that rows do not overlap
+    row = torch.zeros(repeats * out, length + (repeats - 1) * step)
+    for repeat in range(repeats):
+        row[repeat * out : (repeat + 1) * out, repeat * step : repeat * step + length] = kernel
+    blocks = []
     for block in row.split(BLOCK):
         used = block.any(0).nonzero()[:, 0]
         first, last = int(used[0]), int(used[-1]) + 1
-        pieces.append((first, block[:, first:last].T.contiguous()))
-    return width, times * step, pieces
+        blocks.append((first, block[:, first:last].T.contiguous()))
+    return width, repeats * step, blocks
 
 
 @functools.lru_cache(maxsize=8)
-def _transforms(rate: int, window: int, hop: int, bands: int):
-    """Wave to complex spectrum (bins, frames), and power to mel bands."""
+def _transforms(rate: int, win_length: int, hop_length: int, n_mels: int):
+    """From a wave to its complex spectrogram (bins, frames), and from power to mel bands."""
     import torchaudio
 
-    size = 1 << (window - 1).bit_length()
-    spectrum = torchaudio.transforms.Spectrogram(size, window, hop, power=None)
-    return spectrum, torchaudio.transforms.MelScale(bands, rate, 20.0, n_stft=size // 2 + 1)
+    n_fft = 1 << (win_length - 1).bit_length()
+    spectrogram = torchaudio.transforms.Spectrogram(n_fft, win_length, hop_length, power=None)
+    return spectrogram, torchaudio.transforms.MelScale(n_mels, rate, 20.0, n_stft=n_fft // 2 + 1)
 
 
-def _patches(config: Config, wave: Tensor, generator: Random | None = None) -> Tokens:
-    """log-mel of one window (at most `max_tokens` patches), normalized over the window, cut into patches."""
-    span = config.patch_frames * config.hop_length
-    columns = max(1, min(round(len(wave) / span), config.window_samples // span))
-    wave = F.pad(wave[: columns * span], (0, max(0, columns * span - len(wave))))
-    spectrum, bands = _transforms(config.sample_rate, config.win_length, config.hop_length, config.n_mels)
-    bins = spectrum(wave).numpy()  # whose arithmetic on complex numbers is the quicker
-    with np.errstate(over="ignore"):
-        power = torch.from_numpy(bins.real**2 + bins.imag**2)
-    mel = bands(power)[:, : columns * config.patch_frames]
-    mel = mel.clamp(min=1e-8).log10()
-    mel = mel.clamp(min=mel.max() - 8)  # eighty decibels of range
-    mel = (mel - mel.mean()) / (mel.std() + 1e-3)
-    if not torch.isfinite(mel).all():
-        raise SampleError("not-finite", "too loud: its spectrum overflows")
-    if generator is not None and config.spec_augment:
-        mel = _blank(config, mel, generator)
-    rows = config.n_mels // config.patch_mels
-    content = mel.unflatten(0, (rows, config.patch_mels)).unflatten(
-        2, (columns, config.patch_frames)
-    )  # (R, patch_mels, C, patch_frames)
-    content = content.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # column by column
-    return sequence_of(content.contiguous(), _positions(columns, rows))
+def _spec_augment(mel: Tensor, share: float, generator: Random) -> Tensor:
+    """One run of mel bands and one of frames set to the mean, each at most `share` of them (Park et al. 2019)."""
+    mel = mel.clone()
+    for axis in (0, 1):
+        length = generator.randrange(int(mel.shape[axis] * share) + 1)
+        mel.narrow(axis, generator.randrange(mel.shape[axis] - length + 1), length).zero_()
+    return mel
 
 
 @functools.lru_cache(maxsize=4096)
 def _positions(columns: int, rows: int) -> Tensor:
-    """(columns * rows, 3); shared, so that nobody may write to it."""
+    """(columns * rows, 3). It is cached and shared: do not write to it."""
     position = torch.zeros(columns, rows, 3)
     position[..., 0] = torch.arange(columns)[:, None]
     position[..., 1] = torch.arange(rows)
     return position.flatten(0, 1)
 
 
-def _blank(config: Config, mel: Tensor, generator: Random) -> Tensor:
-    """One run of bands and one of frames set to the mean (SpecAugment, Park et al. 2019)."""
-    mel = mel.clone()
-    for axis in (0, 1):
-        most = int(mel.shape[axis] * config.spec_augment)
-        width = generator.randrange(most + 1)
-        start = generator.randrange(mel.shape[axis] - width + 1)
-        mel.narrow(axis, start, width).zero_()
-    return mel
-
-
 class Embed(nn.Module):
-    """patches (N, patch_frames * patch_mels) -> (N, D)"""
+    """Patches (N, values) -> (N, D)."""
 
-    def __init__(self, config: Config, width: int):
+    def __init__(self, values: int, width: int):
         super().__init__()
-        self.project = nn.Linear(config.patch_frames * config.patch_mels, width)
+        self.project = nn.Linear(values, width)
         nn.init.normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
 
@@ -226,94 +314,14 @@ class Embed(nn.Module):
 
 
 class Predict(nn.Module):
-    """Mean squared error a patch, each patch normalized to zero mean and unit variance: (M,)."""
+    """Mean squared error (M,) of each patch, normalized to zero mean and unit variance (MAE, He et al. 2022)."""
 
-    def __init__(self, config: Config, width: int):
+    def __init__(self, values: int, width: int):
         super().__init__()
-        self.levels = nn.Linear(width, config.patch_frames * config.patch_mels)
+        self.levels = nn.Linear(width, values)
         nn.init.normal_(self.levels.weight, std=0.02)
         nn.init.zeros_(self.levels.bias)
 
     def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
         target = (content - content.mean(-1, keepdim=True)) / (content.var(-1, keepdim=True) + 1e-2).sqrt()
         return (self.levels(vectors).float() - target).square().mean(-1)
-
-
-class Tokenizer(base.Tokenizer):
-    Config, extensions = Config, EXTENSIONS
-
-    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
-        """Sequences of log-mel patches, content (N, patch_frames * patch_mels) float32, position (time, band, 0).
-
-        raw: the sample's members, a path, bytes, or (waveform (T,) or (C, T), rate). With a generator one random window, else
-        the windows that cover the sound. Raises SampleError.
-        """
-        raw = next((raw[e] for e in EXTENSIONS if e in raw), None) if isinstance(raw, dict) else raw
-        if raw is None:
-            return []
-        rate, total, take = _opened(self.config, raw)
-        if generator is None:
-            whole = -(-total * self.config.sample_rate // rate)
-            starts = range(
-                0, min(whole, self.config.max_windows * self.config.window_samples), self.config.window_samples
-            )
-            waves = [_wave(self.config, rate, take, start, self.config.window_samples) for start in starts]
-            if len(waves) > 1 and len(waves[-1]) < self.config.patch_frames * self.config.hop_length:
-                waves.pop()  # less than a patch is left over
-            return [_patches(self.config, wave) for wave in waves]
-        speed, where = generator.random(), generator.random()
-        rate = round(rate * (1 + self.config.speed_jitter * (2 * speed - 1)))
-        whole = -(-total * self.config.sample_rate // rate)
-        wave = _wave(
-            self.config, rate, take, int(where * max(whole - self.config.window_samples, 0)), self.config.window_samples
-        )
-        return [_patches(self.config, wave, generator)]
-
-    def measure(self, data: bytes, length: int) -> tuple[int, int]:
-        """Milliseconds and samples a second, from the header."""
-        import soundfile
-
-        found = soundfile.info(io.BytesIO(data))
-        return round(1000 * found.frames / found.samplerate), found.samplerate
-
-    def describe(self, raw: dict) -> dict | None:
-        """Decodes all of the sound, a window at a time: its channels, seconds and rate. Raises SampleError."""
-        import soundfile
-
-        data = next((raw[e] for e in EXTENSIONS if e in raw), None)
-        if data is None:
-            return None
-        rate, total, take = _opened(self.config, data)
-        whole, patch = -(-total * self.config.sample_rate // rate), self.config.patch_frames * self.config.hop_length
-        for start in range(0, max(whole - patch, 1), self.config.window_samples):
-            left = whole - start
-            _patches(
-                self.config,
-                _wave(
-                    self.config,
-                    rate,
-                    take,
-                    start,
-                    left if left <= self.config.window_samples + patch else self.config.window_samples,
-                ),
-            )
-        channels = soundfile.info(io.BytesIO(data)).channels
-        return {"channels": channels, "seconds": round(total / rate, 3), "rate": rate}
-
-    def count_tokens(self, length, milliseconds, rate) -> np.ndarray:
-        """Patches (N,) of training windows of sounds of these lengths; `max_tokens` where a length is not known."""
-        column = self.config.n_mels // self.config.patch_mels
-        columns = np.maximum(
-            milliseconds * self.config.sample_rate // (1000 * self.config.hop_length * self.config.patch_frames), 1
-        )
-        whole = self.config.max_tokens // column * column
-        return np.where(rate > 0, np.minimum(columns * column, whole), whole)
-
-    def toy(self) -> Tokenizer:
-        return self.replace(max_tokens=min(self.config.max_tokens, 32))
-
-    def embedder(self, width: int) -> nn.Module:
-        return Embed(self.config, width)
-
-    def predictor(self, width: int) -> nn.Module:
-        return Predict(self.config, width)

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 from random import Random
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from torch import nn
 
+from ..errors import UserError
 from ..tokens import Tokens
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Turns what one modality has of a sample into tokens, and tokens into vectors and losses.
+    """Turns what a sample has of one modality into tokens, and tokens into vectors and losses.
 
-    A subclass sets `Config`, a dataclass of its settings, and `extensions`, the member endings that it reads, and
-    defines `read`, `embedder` and `predictor`. The other methods are hooks with a default.
+    A subclass sets `Config`, a dataclass of its settings, and `extensions`, the endings of the members that it reads,
+    and defines `read`, `embedder` and `predictor`. The other methods are hooks with a default.
     """
 
-    Config: Any
-    extensions: tuple[str, ...]
+    Config: ClassVar[Any]
+    config: Any
+    extensions: ClassVar[tuple[str, ...]]
+    augmentations: ClassVar[tuple[str, ...]] = ()  # settings that only change how `read` varies a training view
 
     def __init__(self, config: Any = None):
         self.config = self.Config() if config is None else config
 
     @property
     def name(self) -> str:
-        """What a configuration calls it: the file of this folder, or the import path of a file elsewhere."""
+        """The name in a configuration: the file of this folder, or the import path of a file elsewhere."""
         return type(self).__module__.removeprefix(f"{__package__}.")
 
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.config == other.config
 
-    def replace(self, **settings) -> Tokenizer:
+    def replace(self, **settings) -> Self:
         """The tokenizer with some settings changed."""
         return type(self)(dataclasses.replace(self.config, **settings))
 
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
-        """The sequences of one input; with a generator the one random view that training reads.
+        """The sequences of one input: without a generator those that cover it, with one a random training view.
 
-        `raw` maps the endings of a sample's members to bytes, or is what a user passed. Raises SampleError.
+        `raw` maps the endings of a sample's members to bytes, or is what a user passed to `embed`. An empty list says
+        that the sample has nothing of this modality. Raises SampleError.
         """
         raise NotImplementedError
 
@@ -50,7 +54,7 @@ class Tokenizer(Protocol):
         raise NotImplementedError
 
     def predictor(self, width: int) -> nn.Module:
-        """A module that scores vectors (M, width) against raw content (M, ...): one loss a token (M,)."""
+        """A module that scores vectors (M, width) against raw content (M, ...): one loss a token, (M,)."""
         raise NotImplementedError
 
     @property
@@ -59,8 +63,10 @@ class Tokenizer(Protocol):
         return False
 
     def fit(self, raws, stem) -> Tokenizer:
-        """The tokenizer after it has learned from the members `raws` of samples; it keeps what it learned in one file,
-        `stem` and an ending."""
+        """The tokenizer after it has learned from `raws`, members of samples.
+
+        What it learned is kept in one file, `stem` and an ending.
+        """
         return self
 
     @property
@@ -72,26 +78,43 @@ class Tokenizer(Protocol):
         """Raises UserError where what was learned is missing or does not fit the settings."""
 
     def split_inputs(self, raw: dict) -> list:
-        """The inputs that a sample's members hold and that evaluation embeds one by one. Raises SampleError."""
+        """The inputs among a sample's members, which evaluation embeds one by one. Raises SampleError."""
         return [raw] if raw else []
 
     def measure(self, data: bytes, length: int) -> tuple[int, int]:
         """Two numbers that say how large a member is, read from its header, for the index of a shard.
 
-        `data` is the first megabytes of the member, `length` its bytes.
+        `data` is the first megabytes of the member, `length` its size in bytes.
         """
         return 0, 0
 
     def count_tokens(self, length: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-        """At most how many tokens (N,) a training view has of members of these bytes and measures; None: not known."""
+        """Tokens (N,) of a training view of members of these sizes in bytes and measures; None: not known."""
         return None
 
     def describe(self, raw: dict) -> Any:
-        """What the members are, in plain data, after all of them was read as strictly as in training; None where there
+        """What the members are, in plain data, after reading all of them as strictly as training does; None where there
         are none. Raises SampleError."""
-        views = self.read(raw)
-        return {"tokens": sum(map(len, views))} if views else None
+        sequences = self.read(raw)
+        return {"tokens": sum(map(len, sequences))} if sequences else None
 
     def toy(self) -> Tokenizer:
         """A cheaper one, for a run at toy size."""
         return self
+
+
+def override_augmentation(tokenizers: dict[str, Tokenizer], augment: dict[str, dict], source: str) -> dict:
+    """The tokenizers by modality with a source's own augmentation settings, `augment`. Raises UserError."""
+    changed = dict(tokenizers)
+    for modality, settings in augment.items():
+        here = f"sources.{source}.augment.{modality}"
+        if modality not in tokenizers:
+            raise UserError(f"{here}: there is no tokenizer {modality!r} (there are: {', '.join(tokenizers)})")
+        known = tokenizers[modality].augmentations
+        if unknown := [name for name in settings if name not in known]:
+            raise UserError(f"{here}.{unknown[0]}: no augmentation of {modality} ({', '.join(known) or 'it has none'})")
+        try:
+            changed[modality] = tokenizers[modality].replace(**settings)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{here}: {error}") from None
+    return changed

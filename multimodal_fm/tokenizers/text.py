@@ -1,6 +1,6 @@
-"""Text: byte-level BPE (Sennrich et al. 2016, bytes as in GPT-2), learned from the run's own training text.
+"""Text as byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2), learned from the run's own training text.
 
-Hugging Face `tokenizers` learns the merges and keeps the file; `tiktoken`, several times faster, applies them.
+Hugging Face `tokenizers` learns the merges and writes the file; `tiktoken`, several times faster, applies them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from torch import Tensor, nn
 from ..corpus import storage
 from ..corpus.fields import lookup, parse
 from ..errors import SampleError, UserError
-from ..tokens import Tokens, sequence_of
+from ..tokens import Tokens, make_sequence
 from . import base
 
-EXTENSIONS = ("txt", "json")
 USUAL_FIELDS = ("txt", "caption", "captions", "text")
-BEGIN, END = 0, 1  # ids that no text can spell: the merges start behind them
+BEGIN, END = 0, 1  # ids that no text can spell; those of the merges follow
+CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
+MAX_WINDOWS = 64  # of one text in evaluation; what follows them is not read
 
 
 @dataclass
 class Config:
-    vocab_size: int = 4096  # ids, the two special ones and the 256 bytes among them
+    vocab_size: int = 4096  # ids, among them BEGIN, END and the 256 bytes
     max_tokens: int = 256  # tokens a sequence; training draws a window of longer text, evaluation covers it
     fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
     """Where a sample's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
-    string, a list or a map of strings). A list: the first that the sample has. A map: training draws by these weights."""
-    file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: a run learns one and keeps it in its folder
+    string, a list or a map of strings). A list: the first that the sample has. A map: training draws by weight."""
+    file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: the run learns one and keeps it in its folder
     train_bytes: int = 20_000_000  # how much training text the merges are learned from
 
     def __post_init__(self):
@@ -45,188 +46,98 @@ class Config:
             raise ValueError("fields names at least one field, with weights from 0 up")
 
 
-def _readable(config: Config, raw: dict) -> list[str]:
-    try:
-        return [text for found in _fields(config, raw).values() for text in found]
-    except SampleError:
-        return []
-
-
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Between what no merge reaches (GPT-2, Radford et al. 2019)."""
-
-
-@functools.cache
-def bpe(file: str):
-    """The trained merges in `file`, a `tiktoken.Encoding`. Raises UserError where there are none."""
-    import tiktoken
-
-    if not file:
-        raise UserError("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
-    try:
-        with open(file, encoding="utf-8") as opened:
-            ranks, split = _ranks(json.load(opened))
-        return tiktoken.Encoding(file, pat_str=split, mergeable_ranks=ranks, special_tokens={})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__})") from None
-
-
-def _ranks(saved: dict) -> tuple[dict[bytes, int], str]:
-    """The id of each run of bytes, and the pattern that splits text, of a file of `tokenizers`. Raises ValueError."""
-    model, steps = saved["model"], saved["pre_tokenizer"]
-    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    *splits, last = steps
-    plain = [s for s in splits if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
-    by_regex = [one["pattern"]["Regex"] for one in plain]
-    split = SPLIT if last.get("use_regex", True) else by_regex[0] if by_regex else r"(?s:.+)"
-    if model["type"] != "BPE" or last["type"] != "ByteLevel" or last["add_prefix_space"] or saved["normalizer"]:
-        raise ValueError("BPE on bytes as they are is what can be read")
-    if len(by_regex) != len(splits) or len(splits) + last.get("use_regex", True) > 1:
-        raise ValueError("text is split by more than one pattern")
-    alphabet = _alphabet()
-    ranks = {bytes(alphabet[letter] for letter in token): rank for token, rank in model["vocab"].items()}
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    made = [model["vocab"][left + right] for left, right in merges]
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"byte {missing[0]} has no id")
-    if made != sorted(made):
-        raise ValueError("ids are not in the order of the merges")
-    return ranks, split
-
-
-def _alphabet() -> dict[str, int]:
-    """The bytes by the letters that stand for them in a file: themselves, or if unprintable the next from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _whole(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which are no characters."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
-
-
-def _encoded(config: Config, text: str, limit: int | None) -> np.ndarray:
-    """The merges' own ids of a text without halves of surrogate pairs."""
-    ids, merges = [], bpe(config.file)
-    for start in range(0, len(text), CHUNK):
-        ids += merges.encode_ordinary(text[start : start + CHUNK])
-        if limit is not None and len(ids) >= limit:
-            break
-    ids = ids[:limit]
-    return np.fromiter(ids, np.int64, len(ids))
-
-
-def _pick(draw: float, count: int) -> int:
-    """A draw from [0, 1) as one of `count` numbers."""
-    return min(int(draw * count), count - 1)
-
-
-def _offered(config: Config, raw) -> dict[str, list[str]]:
-    """The texts that may be read, by field; empty where the sample has none. Raises SampleError where all are blank."""
-    found = {"given": [raw]} if isinstance(raw, str) else _fields(config, raw)
-    texts = {name: kept for name, texts in found.items() if (kept := list(filter(str.strip, texts)))}
-    if found and not texts:
-        raise SampleError("empty", "no text in it")
-    return texts
-
-
-MOST_WINDOWS = 64
-
-
-def _windows(config: Config, text: str) -> list[Tokens]:
-    room = config.max_tokens - 2
-    ids = _encoded(config, _whole(text), room * MOST_WINDOWS)
-    return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
-
-
-def _sequence(ids: np.ndarray) -> Tokens:
-    content = np.empty(len(ids) + 2, dtype=np.int64)
-    content[0], content[-1] = BEGIN, END
-    np.add(ids, 2, out=content[1:-1])
-    return sequence_of(torch.from_numpy(content), _positions(len(content)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _positions(count: int) -> Tensor:
-    """(count, 3); shared, so that nobody may write to it."""
-    return _most_positions(1 << count.bit_length())[:count]
-
-
-@functools.cache
-def _most_positions(count: int) -> Tensor:
-    return F.pad(torch.arange(count, dtype=torch.float32)[:, None], (0, 2))
-
-
-def _draw(config: Config, found: dict[str, list[str]], draws: list[float]) -> str:
-    names = list(found)
-    if isinstance(config.fields, dict):
-        weights = np.cumsum([float(config.fields.get(name, 1.0)) for name in names])
-        weights = weights if weights[-1] > 0 else np.arange(1, len(names) + 1)
-        which = int(np.searchsorted(weights, draws[0] * weights[-1], side="right"))
-        texts = found[names[min(which, len(names) - 1)]]
-    else:
-        texts = found[names[0]]
-    return texts[_pick(draws[1], len(texts))]
-
-
-def _fields(config: Config, raw: dict) -> dict[str, list[str]]:
-    """The sample's texts by field. Raises SampleError where bytes are no UTF-8 or no JSON."""
-    found, row = {}, None
-    for name in config.fields:
-        if name == "txt":
-            if "txt" in raw:
-                found[name] = [_utf8(raw["txt"])]
-        elif "json" in raw:
-            row = parse(raw["json"]) if row is None else row
-            value = lookup(row, name)
-            value = list(value.values()) if isinstance(value, dict) else value
-            value = [value] if isinstance(value, str) else value
-            if isinstance(value, list) and (texts := [text for text in value if isinstance(text, str)]):
-                found[name] = texts
-        if found and isinstance(config.fields, list):
-            break
-    return found
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise SampleError("text-decode", f"not UTF-8 at byte {error.start}") from None
-
-
-class Embed(nn.Embedding):
-    """ids (N,) -> (N, D)"""
-
-    def __init__(self, config: Config, width: int):
-        super().__init__(config.vocab_size, width)
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, content: Tensor) -> Tensor:
-        return self.weight.index_select(0, content)
-
-
-class Predict(nn.Module):
-    """Cross-entropy in nats of ids (M,) under vectors (M, D), one a token: (M,)."""
-
-    def __init__(self, config: Config, width: int):
-        super().__init__()
-        self.logits = nn.Linear(width, config.vocab_size)
-        nn.init.normal_(self.logits.weight, std=0.02)
-        nn.init.zeros_(self.logits.bias)
-
-    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(vectors).float(), content, reduction="none")
-
-
 class Tokenizer(base.Tokenizer):
-    Config, extensions = Config, EXTENSIONS
+    """Text <-> ids."""
+
+    Config, extensions = Config, ("txt", "json")
+
+    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
+        """Sequences BEGIN ids END of at most `max_tokens` tokens: content (N,) int64, position (index, 0, 0).
+
+        `raw` is the sample's members by ending, or a string. With a generator one of the texts is drawn, and of a long
+        one a window; otherwise the first text is cut into at most `MAX_WINDOWS` windows. Raises SampleError.
+        """
+        texts = self._texts(raw)
+        if not texts:
+            return []
+        room = self.config.max_tokens - 2
+        if generator is None:
+            ids = self._encode(_replace_surrogates(next(iter(texts.values()))[0]), room * MAX_WINDOWS)
+            return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
+        draws = [generator.random() for _ in range(4)]
+        text = self._draw(texts, draws[0], draws[1])
+        reach = room * 8  # characters: nearly any text has fewer in `room` tokens
+        start = _index(draws[2], max(len(text) - reach, 0) + 1)
+        ids = self._encode(_replace_surrogates(text[start : start + reach]))
+        start = _index(draws[3], max(len(ids) - room, 0) + 1)
+        return [_sequence(ids[start : start + room])]
+
+    def split_inputs(self, raw) -> list[str]:
+        """Each text of the first field that the sample has. Raises SampleError."""
+        return next(iter(self._texts(raw).values()), [])
+
+    def describe(self, raw: dict) -> str | None:
+        """The sample's first text; None where it has none. Raises SampleError."""
+        return next(iter(self.split_inputs(raw)), None)
+
+    def _texts(self, raw) -> dict[str, list[str]]:
+        """The texts by field; empty where the sample has none. Raises SampleError where all of them are blank."""
+        given = {"given": [raw]} if isinstance(raw, str) else self._field_texts(raw)
+        texts = {name: kept for name, values in given.items() if (kept := [text for text in values if text.strip()])}
+        if given and not texts:
+            raise SampleError("empty", "no text in it")
+        return texts
+
+    def _field_texts(self, raw: dict) -> dict[str, list[str]]:
+        """All texts by field, blank ones too. Raises SampleError where bytes are not UTF-8 or not JSON."""
+        texts, row = {}, None
+        for name in self.config.fields:
+            if name == "txt":
+                if "txt" in raw:
+                    texts[name] = [_decode_utf8(raw["txt"])]
+            elif "json" in raw:
+                row = parse(raw["json"]) if row is None else row
+                value = lookup(row, name)
+                value = list(value.values()) if isinstance(value, dict) else value
+                value = [value] if isinstance(value, str) else value
+                if isinstance(value, list) and (strings := [text for text in value if isinstance(text, str)]):
+                    texts[name] = strings
+            if texts and isinstance(self.config.fields, list):
+                break
+        return texts
+
+    def _draw(self, texts: dict[str, list[str]], field_draw: float, text_draw: float) -> str:
+        """One of the texts, for two numbers drawn from [0, 1)."""
+        names, fields = list(texts), self.config.fields
+        chosen = names[0]
+        if isinstance(fields, dict):
+            weights = np.cumsum([float(fields.get(name, 1.0)) for name in names])
+            weights = weights if weights[-1] > 0 else np.arange(1, len(names) + 1)
+            which = int(np.searchsorted(weights, field_draw * weights[-1], side="right"))
+            chosen = names[min(which, len(names) - 1)]
+        return texts[chosen][_index(text_draw, len(texts[chosen]))]
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
+        return (self._encode(_replace_surrogates(text), limit) + 2).tolist()
+
+    def _encode(self, text: str, limit: int | None = None) -> np.ndarray:
+        """The merges' own ids of a text without lone surrogates."""
+        ids, merges = [], load_merges(self.config.file)
+        for start in range(0, len(text), CHUNK):
+            ids += merges.encode_ordinary(text[start : start + CHUNK])
+            if limit is not None and len(ids) >= limit:
+                break
+        ids = ids[:limit]
+        return np.fromiter(ids, np.int64, len(ids))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that `encode` gave `ids` for."""
+        return load_merges(self.config.file).decode([i - 2 for i in ids if i > END])
+
+    def count_bytes(self, ids: list[int]) -> int:
+        """How many bytes of text `ids` stand for."""
+        return len(load_merges(self.config.file).decode_bytes([i - 2 for i in ids if i > END]))
 
     @property
     def learns(self) -> bool:
@@ -236,14 +147,8 @@ class Tokenizer(base.Tokenizer):
     def file(self) -> str:
         return self.config.file
 
-    def toy(self) -> Tokenizer:
-        smaller = {} if self.file else {"vocab_size": min(self.config.vocab_size, 512)}
-        return self.replace(
-            max_tokens=min(self.config.max_tokens, 32), train_bytes=min(self.config.train_bytes, 200_000), **smaller
-        )
-
     def fit(self, raws, stem: Path) -> Tokenizer:
-        """Learn the merges from at most `train_bytes` of text and save them as `STEM.json`."""
+        """Learns the merges from at most `train_bytes` of text and saves them as `STEM.json`."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
@@ -256,70 +161,152 @@ class Tokenizer(base.Tokenizer):
             limit_alphabet=256,
         )
 
-        def texts():
+        def training_texts():
             left = self.config.train_bytes
             for raw in raws:
-                for text in _readable(self.config, raw):
-                    text = _whole(text[: 1 + left // 4])
+                try:
+                    texts = [text for values in self._field_texts(raw).values() for text in values]
+                except SampleError:
+                    continue
+                for text in texts:
+                    text = _replace_surrogates(text[: 1 + left // 4])
                     left -= len(text.encode())
                     yield text
                 if left <= 0:
                     return
 
-        tokenizer.train_from_iterator(texts(), trainer)
+        tokenizer.train_from_iterator(training_texts(), trainer)
         path = f"{stem}.json"
-        storage.put(Path(path), tokenizer.to_str(pretty=True).encode())  # at once: another process may be reading it
+        storage.write_atomic(path, tokenizer.to_str(pretty=True).encode())
         return self.replace(file=path)
 
     def check(self) -> None:
         """Raises UserError where the trained file is missing or holds more ids than the model has."""
-        held = bpe(self.config.file).n_vocab + 2
-        if held > self.config.vocab_size:
-            raise UserError(
-                f"{self.config.file} holds {held} ids: set tokenizers.text.vocab_size to that, not {self.config.vocab_size}"
-            )
+        ids, most = load_merges(self.config.file).n_vocab + 2, self.config.vocab_size
+        if ids > most:
+            raise UserError(f"{self.config.file} holds {ids} ids: set tokenizers.text.vocab_size to that, not {most}")
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
-        return (_encoded(self.config, _whole(text), limit) + 2).tolist()
+    def estimate_tokens(self, length: np.ndarray, tokens_per_byte: float = 0.25) -> np.ndarray:
+        """About how many tokens (N,) texts of these bytes have before they are cropped, BEGIN and END among them."""
+        return np.asarray(length) * tokens_per_byte + 2
 
-    def decode(self, ids: list[int]) -> str:
-        """The text that `encode` made `ids` of."""
-        return bpe(self.config.file).decode([i - 2 for i in ids if i > END])
-
-    def count_bytes(self, ids: list[int]) -> int:
-        """How many bytes of text `ids` stand for."""
-        return len(bpe(self.config.file).decode_bytes([i - 2 for i in ids if i > END]))
-
-    def read(self, raw, generator: Random | None = None) -> list[Tokens]:
-        """Sequences BEGIN ids END of at most `max_tokens` tokens, content (N,) int64. raw: the sample's members, or a string.
-
-        With a generator one text is drawn, and of a long one a window; without, the sample's first text, cut into at most
-        `MOST_WINDOWS` windows. Raises SampleError.
-        """
-        found = _offered(self.config, raw)
-        if not found:
-            return []
-        if generator is None:
-            return _windows(self.config, next(iter(found.values()))[0])
-        draws = [generator.random() for _ in range(4)]
-        text, room = _draw(self.config, found, draws), self.config.max_tokens - 2
-        reach = room * 8  # characters: far more than there is room for of nearly any text
-        start = _pick(draws[2], max(len(text) - reach, 0) + 1)
-        ids = _encoded(self.config, _whole(text[start : start + reach]), None)
-        start = _pick(draws[3], max(len(ids) - room, 0) + 1)
-        return [_sequence(ids[start : start + room])]
-
-    def split_inputs(self, raw) -> list[str]:
-        """Each text of the first field that the sample has: what evaluation and search take one by one."""
-        return next(iter(_offered(self.config, raw).values()), [])
-
-    def describe(self, raw: dict) -> str | None:
-        """The sample's first text; None where it has none. Raises SampleError."""
-        return next(iter(self.split_inputs(raw)), None)
+    def toy(self) -> Tokenizer:
+        smaller = {} if self.file else {"vocab_size": min(self.config.vocab_size, 512)}
+        max_tokens, train_bytes = min(self.config.max_tokens, 32), min(self.config.train_bytes, 200_000)
+        return self.replace(max_tokens=max_tokens, train_bytes=train_bytes, **smaller)
 
     def embedder(self, width: int) -> nn.Module:
-        return Embed(self.config, width)
+        return Embed(self.config.vocab_size, width)
 
     def predictor(self, width: int) -> nn.Module:
-        return Predict(self.config, width)
+        return Predict(self.config.vocab_size, width)
+
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""The pieces of text that no merge crosses (GPT-2, Radford et al. 2019)."""
+
+
+@functools.cache
+def load_merges(file: str):
+    """The trained merges in `file` as a `tiktoken.Encoding`. Raises UserError where there are none."""
+    import tiktoken
+
+    if not file:
+        raise UserError("the text tokenizer has no file: it is trained by `mmfm pretrain`, or set tokenizers.text.file")
+    try:
+        with open(file, encoding="utf-8") as opened:
+            ranks, split = _parse_merges(json.load(opened))
+        return tiktoken.Encoding(file, pat_str=split, mergeable_ranks=ranks, special_tokens={})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__})") from None
+
+
+def _parse_merges(saved: dict) -> tuple[dict[bytes, int], str]:
+    """The id of each token's bytes, and the pattern that splits text, of a file of `tokenizers`. Raises ValueError."""
+    model, steps = saved["model"], saved["pre_tokenizer"]
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    *splits, last = steps
+    plain = [s for s in splits if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+    patterns = [step["pattern"]["Regex"] for step in plain]
+    split = GPT2_SPLIT if last.get("use_regex", True) else patterns[0] if patterns else r"(?s:.+)"
+    if model["type"] != "BPE" or last["type"] != "ByteLevel" or last["add_prefix_space"] or saved["normalizer"]:
+        raise ValueError("only BPE on unchanged bytes can be read")
+    if len(patterns) != len(splits) or len(splits) + last.get("use_regex", True) > 1:
+        raise ValueError("text is split by more than one pattern")
+    byte_of = _byte_of_letter()
+    ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in model["vocab"].items()}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merged = [model["vocab"][left + right] for left, right in merges]
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"byte {missing[0]} has no id")
+    if merged != sorted(merged):
+        raise ValueError("ids are not in the order of the merges")
+    return ranks, split
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of a GPT-2 vocabulary file stands for: itself, or one that is not printable."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _replace_surrogates(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which are no characters and have no UTF-8."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _decode_utf8(data: bytes) -> str:
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise SampleError("text-decode", f"not UTF-8 at byte {error.start}") from None
+
+
+def _index(draw: float, count: int) -> int:
+    """A number drawn from [0, 1) as one of range(count)."""
+    return min(int(draw * count), count - 1)
+
+
+def _sequence(ids: np.ndarray) -> Tokens:
+    content = np.empty(len(ids) + 2, dtype=np.int64)
+    content[0], content[-1] = BEGIN, END
+    np.add(ids, 2, out=content[1:-1])
+    return make_sequence(torch.from_numpy(content), _positions(len(content)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(count: int) -> Tensor:
+    """(count, 3), a part of a longer one. It is cached and shared: do not write to it."""
+    return _longer_positions(1 << count.bit_length())[:count]
+
+
+@functools.cache
+def _longer_positions(count: int) -> Tensor:
+    return F.pad(torch.arange(count, dtype=torch.float32)[:, None], (0, 2))
+
+
+class Embed(nn.Embedding):
+    """Ids (N,) -> (N, D)."""
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__(vocab_size, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.weight.index_select(0, content)
+
+
+class Predict(nn.Module):
+    """Cross-entropy (M,), in nats, of ids (M,) under vectors (M, D)."""
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.logits = nn.Linear(width, vocab_size)
+        nn.init.normal_(self.logits.weight, std=0.02)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(vectors).float(), content, reduction="none")

@@ -2,103 +2,112 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from ..batch import Batch, table_of
-from ..model import Model
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch, SequenceTable, find_pairs
+from ..model import Model, autocast
 from .parallel import ALONE, Ranks
 
 
 def forward_backward(
     model: Model,
+    objectives: nn.ModuleDict,
     weights: dict[str, float],
     batches: list[Batch],
     precision: str = "float32",
     ranks: Ranks = ALONE,
-) -> dict:
-    """One step's gradients, added up over this rank's microbatches, and this rank's share of its losses by name.
+) -> dict[str, Tensor]:
+    """Add one step's gradients up over this rank's microbatches; returns this rank's share of the losses by name.
 
-    An objective that compares sequences over the whole step does so over all microbatches: with several, their features
-    are made without gradients first, compared, and the features' gradients sent back through each microbatch in turn
-    (gradient caching, Gao et al. 2021): the same gradients as in one batch, in a microbatch's memory.
+    An objective that compares sequences over the whole step does so over all microbatches of all ranks: with several,
+    their features are made without gradients first, compared, and the features' gradients sent back through each
+    microbatch in turn (gradient caching, Gao et al. 2021): the same gradients as in one batch, in the memory of a
+    microbatch. Nothing here waits for the device.
     """
-    device = next(model.parameters()).device.type
-    cast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
-    whole = [name for name in weights if getattr(model.objectives[name], "whole_step", False)]
-    report, returned = _Report(weights), {}
-    if whole and (len(batches) > 1 or ranks.size > 1):
-        features = _features(model, whole, batches, cast)
-        for name in whole:
-            returned[name] = _compared(model, name, weights[name], features[name], cast, ranks, report)
+    cast = autocast(model.device, precision == "bfloat16")
+    whole_step = [name for name in weights if objectives[name].whole_step]
+    report, cached = _Report(weights, model.device), {}
+    if whole_step and (len(batches) > 1 or ranks.size > 1):
+        features = _features(model, objectives, whole_step, batches, cast)
+        for name in whole_step:
+            cached[name] = _compare(objectives[name], name, weights[name], features[name], model, cast, ranks, report)
     for batch in batches:
         with cast:
-            output, total = model(batch), 0.0
+            output = model(batch)
+            total: Any = 0.0
             for name, weight in weights.items():
-                objective, targets = model.objectives[name], batch.tasks.get(_task_of(name))
+                objective: Any = objectives[name]
+                targets = batch.tasks.get(_task(name))
                 if targets is None:
                     continue
-                if name in returned:
-                    total = total + (objective.features(output, targets) * returned[name].pop(0)).sum()
+                if name in cached:
+                    total = total + (objective.features(output, targets) * cached[name].pop(0)).sum()
                     continue
-                if name in whole:
-                    loss, numbers = objective.compare(objective.features(output, targets), targets)
+                if name in whole_step:
+                    loss, figures = objective.compare(
+                        objective.features(output, targets), _pairs(targets.table, model, model.device)
+                    )
                 else:
-                    loss, numbers = objective.loss(output, targets)
-                report.add(name, loss, numbers)
+                    loss, figures = objective.loss(output, targets)
+                report.add(name, loss, figures)
                 total = total + weight * loss
         total.backward()
-    return report.numbers
+    return report.values
 
 
 class _Report:
-    """Losses and what else the objectives say, by name, added up."""
+    """Losses, and what else the objectives say, by name, added up on the device."""
 
-    def __init__(self, weights: dict[str, float]):
-        self.weights, self.numbers = weights, {"loss": 0.0}
+    def __init__(self, weights: dict[str, float], device):
+        self.weights, self.values = weights, {"loss": torch.zeros((), device=device)}
 
-    def add(self, name: str, loss: Tensor, numbers: dict) -> None:
+    def add(self, name: str, loss: Tensor, figures: dict[str, Tensor]) -> None:
         for key, value in {
             "loss": self.weights[name] * loss.detach(),
             f"loss/{name}": loss.detach(),
-            **{f"loss/{name}/{key}": value for key, value in numbers.items()},
+            **{f"loss/{name}/{key}": value for key, value in figures.items()},
         }.items():
-            self.numbers[key] = self.numbers.get(key, 0.0) + value
+            self.values[key] = self.values[key] + value if key in self.values else value
 
 
-def _task_of(name: str) -> str:
+def _task(name: str) -> str:
     """The task whose samples an objective reads."""
-    return name.split("+")[0]
+    return name.partition("/")[0]
 
 
-def _features(model: Model, names: list[str], batches: list[Batch], cast) -> dict[str, list[tuple]]:
-    """Each objective's features, without gradients, of each microbatch that has its task, and what they are of."""
-    found: dict[str, list] = {name: [] for name in names}
+def _pairs(table: SequenceTable, model: Model, device) -> dict:
+    return {name: pairs.to(device) for name, pairs in find_pairs(table, model.modalities).items()}
+
+
+def _features(model, objectives, names: list[str], batches: list[Batch], cast) -> dict[str, list[tuple]]:
+    """Each objective's features, without gradients, of each microbatch that has its task, and their tables."""
+    features: dict[str, list] = {name: [] for name in names}
     with torch.no_grad(), cast:
         for batch in batches:
             output = model(batch)
             for name in names:
-                if targets := batch.tasks.get(_task_of(name)):
-                    found[name].append((model.objectives[name].features(output, targets), targets))
-    return found
+                if targets := batch.tasks.get(_task(name)):
+                    features[name].append((objectives[name].features(output, targets), targets.table))
+    return features
 
 
-def _compared(
-    model: Model, name: str, weight: float, pairs: list[tuple], cast, ranks: Ranks, report: _Report
-) -> list[Tensor]:
+def _compare(objective, name, weight, features: list[tuple], model, cast, ranks: Ranks, report) -> list[Tensor]:
     """Compare one objective's features over all microbatches of all ranks: the gradients of each of this rank's."""
-    own = [features for features, _ in pairs]
-    tables = [table for told in ranks.all_gather_objects([targets.table() for _, targets in pairs]) for table in told]
+    own = [one for one, _ in features]
+    tables = [table for told in ranks.all_gather_objects([table.clone() for _, table in features]) for table in told]
     if not tables:
         return []
-    device = model.device
     width = max(ranks.all_gather_objects(own[0].shape[1] if own else 0))
-    every = ranks.all_gather(torch.cat(own) if own else torch.zeros(0, width, device=device))
-    leaf = torch.cat(every).detach().requires_grad_()
+    gathered = ranks.all_gather(torch.cat(own) if own else torch.zeros(0, width, device=model.device))
+    leaf = torch.cat(gathered).detach().requires_grad_()
     with cast:
-        loss, numbers = model.objectives[name].compare(leaf, table_of(tables, device))
+        loss, figures = objective.compare(leaf, _pairs(SequenceTable.concatenate(tables), model, model.device))
     loss = loss / ranks.size  # every rank compares all, and their gradients are added up
     (weight * loss).backward()
-    report.add(name, loss, {key: value / ranks.size for key, value in numbers.items()})
-    gradients = leaf.grad.split([len(one) for one in every])[ranks.rank] * ranks.size
+    report.add(name, loss, {key: value / ranks.size for key, value in figures.items()})
+    assert leaf.grad is not None
+    gradients = leaf.grad.split([len(one) for one in gathered])[ranks.rank] * ranks.size
     return list(gradients.split([len(one) for one in own]))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
-import signal
+import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -14,259 +13,314 @@ from typing import NoReturn
 import torch
 
 from ..batch import Batch, with_counts
-from ..config import Config
-from ..corpus.shards import Corpus, find
+from ..corpus.shards import Corpus
 from ..errors import UserError
 from ..model import pick_device
 from ..run_dir import checkpoint
-from ..stream.crash_log import Journal
-from ..stream.dataset import Step, Steps
-from ..stream.quarantine import Bad, refused_row, strict_line
-from ..stream.tasks import Origin, fit, steps_of
-from ..stream.workers import Loader
+from ..stream.crash_log import CrashLog
+from ..stream.dataset import Step
+from ..stream.loader import Loader
+from ..stream.quarantine import BadFraction, refused_row, strict_message
+from ..stream.tasks import Origin, build_stream
 from ..tokens import FILLER
-from . import parallel
-from . import resume as resuming
+from . import optim, parallel
+from .config import TrainConfig
 from .monitor import Monitor, Silent
 from .parallel import Ranks
-from .train_step import Learner
+from .profile import Profile
+from .resume import checkpoint_data, discard_damaged, find_start, locked
+from .setup import init_weights, open_sources, prepare_tokenizers
+from .signals import StopSignal
+from .train_step import TrainStep
+from .validate import Validation, run_evaluations
 
-PATIENCE = 10  # steps in a row without a finite gradient, after which a run gives up
+MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
-def pretrain(config: Config, resume: bool = False, allow_data_change: bool = False) -> Path:
+def pretrain(
+    config: TrainConfig, resume: bool | str = False, allow_data_change: bool = False, profile: bool = False
+) -> Path:
     """Train as `config` says and return the last checkpoint's folder.
 
     Same config, data, machine and number of threads: the same losses, bit for bit, interrupted or not. The first
     SIGINT, SIGTERM or SIGHUP saves and raises SystemExit(130, 143 or 129), a second leaves at once. Under `torchrun`
     each process takes some of every step's microbatches; the samples and their order stay the same. Raises UserError.
     """
+    with start(config, resume, allow_data_change, profile) as run:
+        for step in range(run.step, run.config.steps):
+            batch = run.next_batch()
+            if batch is None:  # a signal has come
+                break
+            report = run.train_step(step, batch.microbatches)  # forward, backward and update
+            run.finish_step(batch, report)  # counts it, and writes down the one before
+            if run.is_due(run.config.validate_every) or run.is_due(run.config.evaluate_every):
+                run.validate()
+            if run.is_due(run.config.save_every):
+                run.save()
+        return run.finish()
+
+
+@contextlib.contextmanager
+def start(config: TrainConfig, resume: bool | str, allow_data_change: bool, profile: bool) -> Iterator[Run]:
+    """Everything that is open while a run goes on: its folder's lock, sources, readers, records."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    ranks = parallel.join(device)
+    ranks = parallel.init(device)
+    run_dir = Path(config.run_dir)
     try:
-        folder = ranks.broadcast(lambda: resuming.start(Path(config.run), resume))
-        corpora = ranks.first_rank_first(lambda: _corpora(config))
-        steps_of(config, corpora, tokenizers=False)  # before anything is written: a source may offer a task nothing
+        corpora = ranks.first_then_others(lambda: open_sources(config))
         with contextlib.ExitStack() as stack:
-            ranks.broadcast(lambda: stack.enter_context(resuming.alone(Path(config.run))))
-            config, origin = _settled(config, corpora, ranks, folder, allow_data_change)
-            learner = Learner(config, device, ranks, folder)
-            return _Run(config, corpora, origin, learner, ranks, folder).to_its_end()
+            ranks.on_first(lambda: stack.enter_context(locked(run_dir)))
+            checkpoint_dir = ranks.on_first(lambda: find_start(run_dir, resume))
+            config, origin = prepare_tokenizers(config, corpora, ranks, checkpoint_dir, allow_data_change)
+            train_step = TrainStep(config, device, ranks, checkpoint_dir)
+            if checkpoint_dir:
+                ranks.on_first(lambda: discard_damaged(run_dir, checkpoint_dir))
+            run = Run(config, corpora, origin, train_step, ranks, checkpoint_dir, profile)
+            try:
+                run.stop_if_bad()
+                yield run
+            finally:
+                run.close()
     finally:
-        parallel.leave()
+        parallel.shutdown()
 
 
-def _corpora(config: Config) -> dict[str, Corpus]:
-    """The sources, opened. Raises UserError where shards of them, or of the evaluations, are missing."""
-    corpora = {name: Corpus(source, name) for name, source in config.sources.items()}
-    for name, evaluation in config.evaluate.items():
-        find(evaluation.on, f"evaluate.{name}")
-    for name, corpus in corpora.items():
-        if config.strict and corpus.refused:
-            raise UserError(strict_line(refused_row(name, corpus.refused[0])))
-    return corpora
+@dataclass
+class StepBatch:
+    """One step's microbatches of this rank, and what all ranks met while they read theirs."""
+
+    microbatches: list[Batch]
+    errors: list[dict]  # rows of quarantine.jsonl
+    samples: list[tuple[str, int, str]]  # (task, position, source/key)
+    num_tokens: int
+    num_filler: int
 
 
-def _settled(config: Config, corpora, ranks: Ranks, folder: Path | None, allow: bool) -> tuple[Config, Origin]:
-    """The config with tokenizers that have learned, and since when its mixture holds. Raises UserError."""
-    if folder:
-        config, origin = resuming.resumed(config, folder, corpora, allow)
-    else:
-        run = Path(config.run)
-        run.mkdir(parents=True, exist_ok=True)
-        fitted = ranks.first_rank_first(lambda: fit(config, corpora, run))
-        config, origin = dataclasses.replace(config, tokenizers=fitted), Origin()
-    for tokenizer in config.tokenizers.values():
-        tokenizer.check()
-    return config, origin
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One step's microbatches of this rank, and what all ranks met on the way to theirs."""
-
-    batches: list[Batch]
-    lost: list[dict]
-    keys: list[tuple[str, int, str]]
-    tokens: int
-    filler: int
-
-
-class _Run:
-    """From the first step, or the one after a checkpoint's, to the last."""
+class Run:
+    """A run between its first step, or the one after a checkpoint's, and its last. `step` counts the steps done."""
 
     def __init__(
         self,
-        config: Config,
+        config: TrainConfig,
         corpora: dict[str, Corpus],
         origin: Origin,
-        learner: Learner,
+        train_step: TrainStep,
         ranks: Ranks,
-        folder: Path | None,
+        checkpoint_dir: Path | None,
+        profile: bool = False,
     ):
         self.config, self.corpora, self.origin = config, corpora, origin
-        self.learner, self.ranks, self.folder = learner, ranks, Path(config.run)
-        self.start = self.done = checkpoint.read_data(folder, "state")["step"] if folder else 0
-        self.saved, self.failed = folder, 0
-        self.leaving = _Leaving()
-        self.journal = Journal(self.folder / f"reading-{ranks.rank}", config.workers)
-        if config.readers == "threads":
-            self.journal.watch()
-        self.steps = steps_of(config, corpora, ranks.rank, ranks.size, origin, self.journal)
-        self.loader = Loader(self.steps, self.start, config.steps, config.workers, config.readers)
-        self.monitor = Monitor(self.folder, self.start, config.steps) if ranks.first else Silent()
-        if not folder and not self.monitor.skipped:  # else a start that never reached a checkpoint has said it
-            self.monitor.quarantine([refused_row(c.name, r) for c in corpora.values() for r in c.refused])
-        self.bad = Bad(config.max_bad, corpora, self.monitor.before())
-        for line in (*_headline(config, learner, corpora, self.start), *self.journal.told):
+        self.train_step, self.ranks, self.run_dir = train_step, ranks, Path(config.run_dir)
+        state = checkpoint.read_data(checkpoint_dir, "state") if checkpoint_dir else {"step": 0}
+        self.step = self.first_step = state["step"]
+        self.best: dict | None = checkpoint.read_best(self.run_dir) if checkpoint_dir else None
+        if self.best and self.best["step"] > self.step:  # its checkpoint was damaged: it will be made again
+            self.best = None
+        self.saved, self.skipped_in_a_row, self.pending = checkpoint_dir, 0, None
+        self.crash_log = CrashLog(self.run_dir / f"crash-log-{ranks.rank}", config.num_workers)
+        self.dataset = build_stream(
+            config.tasks, corpora, config.model.tokenizers, config.seed, config.microbatches, config.round_to,
+            ranks.rank, ranks.size, origin, self.crash_log,
+        )  # fmt: skip
+        self.loader = Loader(self.dataset, self.step, config.steps, config.num_workers)
+        self.stream = iter(self.loader)
+        self.monitor = Monitor(self.run_dir, self.step, config.steps, config.track) if ranks.is_first else Silent()
+        self.validation = Validation(config, train_step) if config.validate_every and ranks.is_first else None
+        self.profile = Profile(self.run_dir) if profile and ranks.is_first else None
+        if not checkpoint_dir:
+            self.monitor.quarantine([refused_row(c.name, r) for c in corpora.values() for r in c.rejections])
+            if config.init:
+                for line in init_weights(train_step.trained, config.init):
+                    self.monitor.say(line)
+                train_step.ema.load_state_dict(train_step.trained.state_dict())
+        self.bad_fraction = BadFraction(config.max_bad_fraction, corpora, self.monitor.quarantined())
+        for line in (*_headline(config, train_step, corpora, self.step), *self.crash_log.messages):
             self.monitor.say(line)
+        self.stop_signal = StopSignal()  # last: what fails before it leaves the signals as they were
+        self.last_time = time.monotonic()
 
-    def to_its_end(self) -> Path:
-        """All steps that are left, or those until a signal comes; the last checkpoint's folder."""
-        try:
-            self._stop_if_bad()
-            stream = iter(self.loader)
-            while self.done < self.config.steps and self._step(stream):
-                if self.done % self.config.save_every == 0:
-                    self._save()
-            if self.saved != checkpoint.folder_of(self.folder, self.done):
-                self._save()
-        finally:
-            self.loader.close()
-            self.journal.close()
-            self.monitor.close()
-            self.leaving.restore()
-        for line in (*self.monitor.skipped.lines(), f"checkpoint: {self.saved}"):
-            self.monitor.say(line)
-        if self.leaving.signal:
-            self.monitor.say("interrupted: the same command with --resume goes on from there")
-            raise SystemExit(128 + self.leaving.signal)
-        return self.saved
+    def is_due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
 
-    def _step(self, stream) -> bool:
-        """One step, unless a signal has come to any rank; whether it was done."""
+    def next_batch(self) -> StepBatch | None:
+        """What the next step reads; None where a signal has come to any rank. Raises UserError."""
         began = time.monotonic()
-        read = self._next(stream)
-        if read is None:
-            return False
-        report = self.learner.learn(self.done, read.batches)
-        self.done += 1
-        seconds = time.monotonic() - began
-        counts = {"tokens": read.tokens, "filler": read.filler}
-        pace = {"seconds": seconds, "tokens_per_second": read.tokens / seconds}
-        self.monitor.log({"step": self.done, **report, **counts, **pace})
-        if self.config.trace:
-            self.monitor.trace({"step": self.done, "samples": _samples(self.steps, read.keys)})
-        self.failed = self.failed + 1 if report["skipped"] else 0
-        if self.failed >= PATIENCE:
+        data: Step | None = None if self.stop_signal.number else next(self.stream)
+        self.data_wait = time.monotonic() - began
+        own = data and (data.errors, data.counts, data.samples, _count_tokens(data))
+        told = self.ranks.all_gather_objects((self.stop_signal.number, own))
+        self.stop_signal.number = max(number for number, _ in told)
+        if self.stop_signal.number or data is None:
+            return None
+        errors, counts, samples, tokens = (list(column) for column in zip(*(own for _, own in told), strict=True))
+        errors, samples, tokens = ([row for own in column for row in own] for column in (errors, samples, tokens))
+        self.monitor.quarantine(errors)
+        if errors and self.config.strict:
+            self._abort(f"{strict_message(errors[0])}.")
+        if not samples:
+            self._abort(f"{self.run_dir}: not one sample of step {self.step + 1} could be read.")
+        microbatches = [with_counts(batch, _sum_counts(counts)) for batch in data.batches]
+        return StepBatch(microbatches, errors, samples, sum(n for n, _ in tokens), sum(filler for _, filler in tokens))
+
+    def finish_step(self, batch: StepBatch, report: dict[str, torch.Tensor]) -> None:
+        """Counts a step. Its figures are read one step later, when the device has them, so that nothing waits."""
+        self._log_pending()
+        self.step += 1
+        now = time.monotonic()
+        seconds, self.last_time = now - self.last_time, now
+        counts = {"tokens": batch.num_tokens, "filler": batch.num_filler}
+        pace = {
+            "seconds": seconds,
+            "data_wait": self.data_wait,
+            "optimizer_share": self.train_step.optimizer_seconds() / seconds,
+            "tokens_per_second": batch.num_tokens / seconds,
+            "memory_gb": _memory_gb(self.train_step.device),
+        }
+        factor = optim.lr_factor(self.config.optim, self.step - 1, self.config.steps)
+        self.pending = {"step": self.step, **report, "lr": self.config.optim.lr * factor, **counts, **pace}
+        if self.config.log_samples:
+            self.monitor.log_samples({"step": self.step, "samples": _in_stream_order(self.config, batch.samples)})
+        if self.profile:
+            self.profile.step()
+        if batch.errors:
+            self.bad_fraction.add(batch.errors)
+            self.stop_if_bad()
+
+    def _log_pending(self) -> None:
+        row, self.pending = self.pending, None
+        if row is None:
+            return
+        row = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+        row["skipped"] = int(row["skipped"])
+        self.monitor.log_step(row)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
-                f"{self.folder}: {PATIENCE} steps in a row without a finite gradient (the last is {self.done}); "
+                f"{self.run_dir}: {MAX_SKIPPED} steps in a row without a finite gradient (the last is {row['step']}); "
                 "lower optim.lr, or look into the data"
             )
-        if read.lost:
-            self.bad.add(read.lost)
-            self._stop_if_bad()
-        return True
 
-    def _next(self, stream) -> _Read | None:
-        """What the next step reads; None where a signal has come to any rank. Raises UserError."""
-        data: Step | None = None if self.leaving.signal else next(stream)
-        told = self.ranks.all_gather_objects(
-            (self.leaving.signal, data and (data.lost, data.counts, data.keys, _tokens(data)))
-        )
-        self.leaving.signal = max(signal for signal, _ in told)
-        if self.leaving.signal:
-            return None
-        lost, counts, keys, tokens = (list(column) for column in zip(*(own for _, own in told), strict=True))
-        lost, keys, tokens = ([row for own in column for row in own] for column in (lost, keys, tokens))
-        self.monitor.quarantine(lost)
-        if lost and self.config.strict:
-            self._end(f"{strict_line(lost[0])}.")
-        if not keys:
-            self._end(f"{self.folder}: not one sample of step {self.done + 1} could be read.")
-        batches = [with_counts(batch, _sum_counts(counts)) for batch in data.batches]
-        return _Read(batches, lost, keys, sum(n for n, _ in tokens), sum(filler for _, filler in tokens))
+    def validate(self) -> None:
+        """The figures that are due at this step; a new best one keeps a checkpoint of it."""
+        self._log_pending()
+        figures: dict[str, float] = {}
+        if self.ranks.is_first:
+            if self.validation and self.is_due(self.config.validate_every):
+                figures |= self.validation()
+            if self.is_due(self.config.evaluate_every):
+                figures |= run_evaluations(self.config, self.train_step)
+            self.monitor.log({"step": self.step, **figures})
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k in ("validation/loss", self.config.best))
+            self.monitor.say(f"step {self.step:>5}  {shown}")
+            everything = all(map(self.is_due, filter(None, (self.config.validate_every, self.config.evaluate_every))))
+            if everything and self.config.best and self.config.best not in figures:
+                close = ", ".join(sorted(figures)[:8])
+                raise UserError(f"best: no figure is called {self.config.best!r} (there are: {close}, ...)")
+        figure = self.ranks.on_first(lambda: figures.get(self.config.best))
+        sign = 1 if self.config.best_mode == "min" else -1
+        if figure is not None and (self.best is None or sign * figure < sign * self.best["value"]):
+            self.best = {"figure": self.config.best, "value": figure, "step": self.step}
+            self.save()
+        self.last_time = time.monotonic()
 
-    def _stop_if_bad(self) -> None:
-        line = self.ranks.broadcast(
-            lambda: self.bad.line(self.steps.drawn(self.done))
-        )  # the first alone read the ledger
-        if line:
-            self._end(line)
-
-    def _end(self, line: str) -> NoReturn:
-        """Saves what was done, and raises UserError."""
-        if self.done != self.start and self.saved != checkpoint.folder_of(self.folder, self.done):
-            self._save()
-        saved = f"; checkpoint: {self.saved}" if self.saved else ""
-        raise UserError(f"{line} See {self.folder}/quarantine.jsonl{saved}")
-
-    def _save(self) -> None:
-        self.saved = checkpoint.folder_of(self.folder, self.done)
-        if self.ranks.first:
-            drawn = self.steps.drawn_by_task(self.done)
-            state = resuming.state_of(self.config, self.done, self.corpora, self.origin, drawn)
-            held = {modality: t.file for modality, t in self.config.tokenizers.items()}
-            files = {modality: file for modality, file in held.items() if file}
-            checkpoint.save(self.saved, self.learner.tensors(), state, files)
-            checkpoint.retain(self.folder, self.config.keep)
+    def save(self) -> Path:
+        """Publishes a checkpoint of this step, unless there is one already."""
+        self._log_pending()
+        folder = checkpoint.folder_of(self.run_dir, self.step)
+        if self.saved == folder:
+            return folder
+        if self.ranks.is_first:
+            drawn = self.dataset.samples_read_by_task(self.step)
+            data = checkpoint_data(self.config, self.step, self.corpora, self.origin, drawn)
+            files = {modality: t.file for modality, t in self.config.model.tokenizers.items() if t.file}
+            checkpoint.save(folder, self.train_step.tensors(), data, files)
+            checkpoint.write_best(self.run_dir, self.best)
+            checkpoint.retain(self.run_dir, self.config.keep, self.best["step"] if self.best else None)
+        self.saved = folder
         self.ranks.barrier()
+        self.last_time = time.monotonic()
+        return folder
+
+    def finish(self) -> Path:
+        """Saves what is not saved yet. Raises SystemExit where a signal ended the run."""
+        saved = self.save()
+        for line in (*self.monitor.skipped.lines(), f"checkpoint: {saved}"):
+            self.monitor.say(line)
+        if self.stop_signal.number:
+            self.monitor.say("interrupted: the same command with --resume goes on from there")
+            raise SystemExit(128 + self.stop_signal.number)
+        return saved
+
+    def stop_if_bad(self) -> None:
+        """Raises UserError, after saving, where too many of a source's samples are bad."""
+        # the first rank alone has read the quarantine of earlier tries
+        message = self.ranks.on_first(lambda: self.bad_fraction.message(self.dataset.samples_read(self.step)))
+        if message:
+            self._abort(message)
+
+    def _abort(self, message: str) -> NoReturn:
+        """Saves what was done and raises UserError."""
+        if self.step != self.first_step:
+            self.save()
+        saved = f"; checkpoint: {self.saved}" if self.saved else ""
+        raise UserError(f"{message} See {self.run_dir}/quarantine.jsonl{saved}")
+
+    def close(self) -> None:
+        for part in (self.loader, self.crash_log, self.monitor, *([self.profile] if self.profile else [])):
+            part.close()
+        self.stop_signal.restore()
 
 
-class _Leaving:
-    """Remembers the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
-
-    def __init__(self):
-        self.signal = 0
-        known = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup: a terminal that closes is no matter
-            known.append(signal.SIGHUP)
-        try:
-            self.before = {s: signal.signal(s, self._note) for s in known}
-        except ValueError:  # not in the main thread: nobody sends it signals
-            self.before = {}
-
-    def _note(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def _tokens(data: Step) -> list[tuple[int, int]]:
+def _count_tokens(data: Step) -> list[tuple[int, int]]:
     """Tokens and filler of each microbatch."""
-    fillers = [int((batch.tokens.sequence == FILLER).sum()) for batch in data.batches]
-    return [(len(batch.tokens) - filler, filler) for batch, filler in zip(data.batches, fillers, strict=True)]
+    filler = [int((batch.tokens.sequence == FILLER).sum()) for batch in data.batches]
+    return [(len(batch.tokens) - count, count) for batch, count in zip(data.batches, filler, strict=True)]
 
 
-def _samples(steps: Steps, keys: list[tuple[str, int, str]]) -> list[str]:
-    """The step's samples in the stream's order, whoever read them."""
-    order = {task.name: number for number, task in enumerate(steps.tasks)}
-    rows = sorted((order[task], place, name) for task, place, name in keys)
-    return [name for _, _, name in rows]
+def _in_stream_order(config: TrainConfig, samples: list[tuple[str, int, str]]) -> list[str]:
+    """The names of a step's samples in the stream's order, whoever read them."""
+    tasks = list(config.tasks)
+    return [name for _, _, name in sorted((tasks.index(task), position, name) for task, position, name in samples)]
 
 
-def _sum_counts(told) -> dict[str, dict[str, int]]:
-    """Targets tokens by task and modality, over all ranks."""
+def _sum_counts(counts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Target tokens by task and modality, over all ranks."""
     total: dict[str, dict[str, int]] = {}
-    for counts in told:
-        for name, own in counts.items():
-            modalities = total.setdefault(name, {})
-            for modality, count in own.items():
-                modalities[modality] = modalities.get(modality, 0) + count
+    for own in counts:
+        for task, by_modality in own.items():
+            for modality, count in by_modality.items():
+                total.setdefault(task, {})[modality] = total.get(task, {}).get(modality, 0) + count
+            total.setdefault(task, {})
     return total
 
 
-def _headline(config: Config, learner: Learner, corpora: dict[str, Corpus], start: int) -> list[str]:
-    millions = sum(p.numel() for p in learner.model.parameters()) / 1e6
+def _memory_gb(device: torch.device) -> float:
+    """The most memory that the process has had so far, on the device, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _cpu_computes_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return torch.backends.cpu.get_cpu_capability() != "AVX2" and any(
+        f in flags for f in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+
+
+def _headline(config: TrainConfig, train_step: TrainStep, corpora: dict[str, Corpus], step: int) -> list[str]:
+    millions = sum(p.numel() for p in train_step.parameters) / 1e6
     samples = ", ".join(f"{name} {len(corpus):,}" for name, corpus in corpora.items())
-    go_on = f", going on from step {start}" if start else ""
-    return [
-        f"{config.run}: {millions:.1f} M parameters on {learner.device}, {config.steps} steps{go_on}",
+    go_on = f", going on from step {step}" if step else ""
+    lines = [
+        f"{config.run_dir}: {millions:.1f} M parameters on {train_step.device}, {config.steps} steps{go_on}",
         f"samples: {samples}",
     ]
+    if config.precision == "bfloat16" and train_step.device.type == "cpu" and not _cpu_computes_bfloat16():
+        lines.append("warning: this processor computes bfloat16 in software, several times slower: precision=float32")
+    return lines

@@ -1,75 +1,160 @@
-"""Optimizers and schedules: AdamW, Muon for the matrices (Jordan et al. 2024), warm-up, cosine or a late decay."""
+"""Optimizers and learning-rate schedules: AdamW, and Muon for the matrices of the backbone."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..errors import UserError
+from .muon import Muon
+
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+"""The state that each optimizer keeps of a parameter: of the parameter's shape, but for `step`, which is a scalar."""
 
 
 @dataclass
 class Config:
-    name: Literal["adamw", "muon"] = "adamw"  # muon: the backbone's matrices; the rest stays with AdamW
-    lr: float = 1e-3
-    muon_lr: float = 5e-3
-    weight_decay: float = 0.05
-    betas: list[float] = None  # AdamW
-    clip: float = 1.0  # the largest norm of the whole gradient; 0 is no limit
-    warmup: int = 20  # steps
-    schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # wsd: warm up, stay, decay
-    decay: float = 0.3  # wsd: the last share of the steps, over which the rate falls to `final`
-    final: float = 0.0  # of the full rate
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the backbone's blocks; AdamW for the rest
+    lr: float = 1e-3  # the highest learning rate of AdamW
+    muon_lr: float = 5e-3  # the highest learning rate of Muon
+    weight_decay: float = 0.05  # of matrices; biases, gains, embeddings and temperatures are not decayed
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # of AdamW
+    grad_clip: float = 1.0  # the largest norm of the whole gradient; 0 is no limit
+    warmup_steps: int = 20  # the learning rate rises linearly over them
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # after the warm-up; wsd: constant, then a linear decay
+    decay_fraction: float = 0.3  # wsd: the last fraction of the steps, over which the learning rate decays
+    final_lr_fraction: float = 0.0  # of the full learning rate: where wsd and cosine end
 
     def __post_init__(self):
-        self.betas = list(self.betas or [0.9, 0.98])
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas are two numbers from 0 to below 1")
-        numbers = (self.lr, self.muon_lr, self.weight_decay, self.clip, self.decay, self.final)
-        if not all(0 <= value < float("inf") for value in numbers):
-            raise ValueError("rates, decays and clip are numbers from 0 up")
+        if not all(0 <= v < math.inf for v in (self.lr, self.muon_lr, self.weight_decay, self.grad_clip)):
+            raise ValueError("lr, muon_lr, weight_decay and grad_clip are numbers from 0 up")
+        if self.warmup_steps < 0:
+            raise ValueError("warmup_steps is a whole number from 0 up")
+        if not (0 <= self.decay_fraction <= 1 and 0 <= self.final_lr_fraction <= 1):
+            raise ValueError("decay_fraction and final_lr_fraction are numbers from 0 to 1")
 
 
-def factor(config: Config, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by at `step` of `steps`."""
-    warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    if config.schedule == "cosine":
-        done = max(0.0, step - config.warmup) / max(1, steps - config.warmup)
-        return warm * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-    if config.schedule == "wsd":
-        left = (steps - step) / max(1.0, config.decay * steps)
-        return warm * (config.final + (1 - config.final) * min(1.0, left))
-    return warm
+@runtime_checkable
+class WithoutDecay(Protocol):
+    """A module with parameters of its own that must not be decayed (timm's convention)."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of such parameters, as the module's attributes are called."""
+        ...
 
 
-def build(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One optimizer, or two with Muon. Vectors, gains, embeddings and temperatures are not decayed."""
-    matrices, plain, decayed = [], [], []
+def build(config: Config, model: nn.Module, backbone: Backbone) -> list[torch.optim.Optimizer]:
+    """Builds the optimizers of all parameters of `model` that need a gradient: AdamW and, if configured, Muon.
+
+    Muon takes the matrices of `backbone.blocks`. Not decayed are biases, gains, temperatures and whatever else has less
+    than two dimensions, `nn.Embedding`, and what a module names in its method `no_weight_decay`.
+    """
+    no_decay = _no_weight_decay(model)
+    muon = set(backbone.blocks.parameters()) if config.name == "muon" else set()
+    matrices, decayed, others = [], [], []
     for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-        if config.name == "muon" and name.startswith("backbone.blocks.") and weight.ndim == 2:
-            matrices.append(weight)
-        elif weight.ndim >= 2 and "embed" not in name and not name.endswith(("vectors", "blank")):
-            decayed.append(weight)
-        else:
-            plain.append(weight)
+        if weight.requires_grad:
+            exempt = weight.ndim < 2 or name in no_decay
+            (others if exempt else matrices if weight in muon else decayed).append(weight)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)]
+    fused = all(weight.device.type in ("cpu", "cuda") for weight in (*decayed, *others))  # not on the meta device
+    betas = (config.betas[0], config.betas[1])
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["full_lr"] = group["lr"]
+            group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+def _no_weight_decay(model: nn.Module) -> set[str]:
+    names = set()
+    for prefix, module in model.named_modules():
+        parameters = {name for name, _ in module.named_parameters(recurse=False)}
+        own = {"weight"} if isinstance(module, nn.Embedding) else set()
+        if isinstance(module, WithoutDecay):
+            own |= module.no_weight_decay()
+        if unknown := own - parameters:
+            raise ValueError(f"{type(module).__name__}.no_weight_decay names {unknown.pop()}, which is no parameter")
+        names |= {f"{prefix}.{name}" if prefix else name for name in own}
+    return names
+
+
+def lr_factor(config: Config, step: int, steps: int) -> float:
+    """Returns what the learning rates are multiplied by at `step`, from 0 to `steps` - 1."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return warmup
+    if config.schedule == "cosine":
+        progress = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        height = min(1.0, (steps - step) / max(1.0, config.decay_fraction * steps))
+    return warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Sets every learning rate to `factor` times its full value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * share
+            group["lr"] = group["initial_lr"] * factor
+
+
+def optimizer_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """Returns the state by name, `{parameter name}/{state name}`; zeros for a parameter that was never updated."""
+    state = {}
+    for optimizer, weight, name in _named(optimizers, model):
+        for key in STATE[type(optimizer)]:
+            own = optimizer.state.get(weight, {}).get(key)
+            state[f"{name}/{key}"] = _zeros(weight, key) if own is None else own
+    return state
+
+
+def load_optimizer_state(optimizers: list[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Restores what `optimizer_state` returned, whatever the order of the parameters was then.
+
+    Raises UserError where a parameter's state is missing, there is state of none, or a shape differs.
+    """
+    expected = {f"{name}/{key}": _shape(w, key) for o, w, name in _named(optimizers, model) for key in STATE[type(o)]}
+    problems = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "of another shape": [n for n in expected if n in tensors and tensors[n].shape != expected[n]],
+    }
+    if any(problems.values()):
+        named = (f"{', '.join(n[:3])}{', ...' if n[3:] else ''} {what}" for what, n in problems.items() if n)
+        raise UserError(f"the optimizer's state is not this model's: {'; '.join(named)}")
+    names = {weight: name for _, weight, name in _named(optimizers, model)}
+    for optimizer in optimizers:
+        whole, weights = optimizer.state_dict(), [w for group in optimizer.param_groups for w in group["params"]]
+        indices = [index for group in whole["param_groups"] for index in group["params"]]
+        whole["state"] = {
+            index: {key: tensors[f"{names[weight]}/{key}"] for key in STATE[type(optimizer)]}
+            for index, weight in zip(indices, weights, strict=True)
+        }
+        optimizer.load_state_dict(whole)
+
+
+def _named(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> list[tuple]:
+    """Each optimizer with each of its parameters and that parameter's name."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    return [(o, weight, names[weight]) for o in optimizers for group in o.param_groups for weight in group["params"]]
+
+
+def _shape(weight: Tensor, key: str) -> torch.Size:
+    return torch.Size() if key == "step" else weight.shape
+
+
+def _zeros(weight: Tensor, key: str) -> Tensor:
+    return weight.new_zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(weight, requires_grad=False)

@@ -1,115 +1,178 @@
-"""What a checkpoint holds of a run, and what a run that goes on from it must have in common with it."""
+"""What a run keeps in its folder to go on from, and what a run that goes on must have in common with it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from ..config import Config, to_data
+from ..config import to_data
 from ..corpus.shards import Corpus
+from ..corpus.storage import write_atomic
 from ..errors import UserError
 from ..run_dir import checkpoint
 from ..stream.tasks import Origin
+from .config import TrainConfig
 
-LOCK = ".lock"  # in a run's folder
-MAY_CHANGE = (  # between a run and its resume
-    *("run", "steps", "workers", "readers", "keep", "save_every", "evaluate", "device", "trace", "strict", "max_bad"),
+LOCK = ".lock"
+OWN = (  # what a run leaves in its folder before its first checkpoint
+    *("metrics.jsonl", "quarantine.jsonl", "samples.jsonl", "changes.jsonl", "crashes.jsonl", "crash-log-*"),
+    *("tensorboard", "wandb", "profile.json", "profile.txt", "best.json", "tokenizer-*.json", ".tmp-*"),
+    *("checkpoints", "checkpoints/step-*.tmp-*"),
 )
-MIXTURE = ("sources", "by", "temperature")  # of a task: a change begins a new phase of its stream
-
-
-def start(run: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None for a new run. Raises UserError."""
-    try:
-        if resume and not (run.is_dir() and not checkpoint.steps(run)):
-            whole = checkpoint.newest(run)
-            for folder in checkpoint.steps(run):
-                if folder > whole:  # damaged, and made again by the run that goes on
-                    shutil.rmtree(folder)
-            return whole
-        if not resume and run.exists() and any(path.name != LOCK for path in run.iterdir()):
-            raise UserError(f"{run} already holds a run: go on with --resume, or name another folder with run=FOLDER")
-        return None  # a run that was stopped before its first checkpoint begins again
-    except OSError as error:
-        raise UserError(f"run={str(run)[:80]}: {error.strerror}") from None
+MAY_CHANGE = (
+    *("run_dir", "steps", "num_workers", "keep", "save_every", "device", "log_samples", "strict", "max_bad_fraction"),
+    *("evaluate", "evaluate.*", "evaluate_every", "validate_every", "validation_steps", "best", "best_mode", "track"),
+    *("optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.betas", "optim.grad_clip", "optim.warmup_steps"),
+    *("optim.schedule", "optim.decay_fraction", "optim.final_lr_fraction", "ema_decay", "threads", "compile"),
+    *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init"),
+    *("sources.*.validation", "model.tokenizers.*.file"),
+)
+MIXTURE = ("tasks.*.sources", "tasks.*.sources.*", "tasks.*.weigh_by", "tasks.*.temperature")  # begins a new phase
 
 
 @contextlib.contextmanager
-def alone(run: Path):
+def locked(run_dir: Path):
     """While it lasts, no other process trains in the run's folder. Raises UserError where one does."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "w") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for path in (run_dir, *run_dir.iterdir(), *(run_dir / "checkpoints").glob("*")):
+            if path.is_symlink() and path != run_dir:
+                raise UserError(f"{path} is a link, which a run would write through: remove it")
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UserError(f"run_dir={str(run_dir)[:80]}: {error.strerror}") from None
+    with os.fdopen(descriptor, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
         except (BlockingIOError, PermissionError):
-            mend = "wait for it, or name another folder with run=FOLDER"
-            raise UserError(f"{run}: another process is training there; {mend}") from None
+            mend = "wait for it, or name another folder with run_dir=FOLDER"
+            raise UserError(f"{run_dir}: another process is training there; {mend}") from None
         except OSError:
             pass  # a filesystem without locks
         yield
 
 
-def resumed(config: Config, folder: Path, corpora: dict[str, Corpus], allow: bool) -> tuple[Config, Origin]:
-    """The given config with the checkpoint's tokenizers, and since when its mixture holds.
+def find_start(run_dir: Path, resume: bool | str) -> Path | None:
+    """The checkpoint to go on from, None for a new run. Call it under `locked`. Raises UserError.
 
-    Raises UserError where config or data have changed; the mixture may change: a new phase begins.
+    resume: True, False, or "auto": go on where there is a checkpoint, else begin.
     """
-    before, now = checkpoint.read_data(folder, "config"), to_data(config)
-    state = checkpoint.read_data(folder, "state")
-    old, new = json.loads(json.dumps([before, now]))
-    changed = [
-        k for k in new if k not in (*MAY_CHANGE, "tasks", "sources") and _unfitted(old.get(k)) != _unfitted(new[k])
-    ]
-    mixtures = []
-    for data in (old, new):
-        mixtures.append({n: {k: s.pop(k, None) for k in MIXTURE} for n, s in data["tasks"].items()})
-    if old["tasks"] != new["tasks"]:
-        changed.append("tasks")
-    if any(name in old["sources"] and old["sources"][name] != source for name, source in new["sources"].items()):
-        changed.append("sources")
-    if changed:
-        raise UserError(f"{folder}: the run was made with other {', '.join(changed)}; resume it with the same config")
+    if checkpoint.steps(run_dir):
+        if not resume:
+            mend = "go on with --resume, or name another folder with run_dir=FOLDER"
+            raise UserError(f"{run_dir} already holds a run: {mend}")
+        return checkpoint.newest(run_dir)
+    entries = [path for path in (*run_dir.iterdir(), *(run_dir / "checkpoints").glob("*")) if path.name != LOCK]
+    own = [path for path in entries if _matches(str(path.relative_to(run_dir)), OWN)]
+    if foreign := [path for path in entries if path not in own]:
+        mend = "name another folder with run_dir=FOLDER"
+        raise UserError(f"{run_dir} holds {foreign[0].relative_to(run_dir)}, which is not of a run: {mend}")
+    if resume is True and not own:
+        raise UserError(f"{run_dir}: there is no run to go on with; leave out --resume, or say --resume auto")
+    for path in own:  # of a start that did not reach its first checkpoint
+        if path.parent != run_dir:
+            shutil.rmtree(path)
+        elif path.suffix == ".jsonl" and path.name != "crashes.jsonl":
+            path.unlink()
+    return None
+
+
+def discard_damaged(run_dir: Path, newest: Path) -> None:
+    """Remove the checkpoints after `newest`, the newest whole one: the run that goes on makes them again."""
+    for folder in checkpoint.steps(run_dir):
+        if folder > newest:
+            shutil.rmtree(folder)
+
+
+def resume_config(
+    config: TrainConfig, folder: Path, corpora: dict[str, Corpus], allow_data_change: bool
+) -> tuple[TrainConfig, Origin]:
+    """The given configuration with the checkpoint's tokenizers, and since when its mixture holds.
+
+    Raises UserError, with the keys and both values, where something has changed that must not; all that has changed
+    otherwise is printed and written to changes.jsonl. A change of the mixture begins a new phase of the stream.
+    """
+    before, state = checkpoint.read_data(folder, "config"), checkpoint.read_data(folder, "state")
+    old, new = (_leaves(json.loads(json.dumps(data))) for data in (before, to_data(config)))
+    added = [name for name in config.sources if name not in before["sources"]]
+    changes = {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key.startswith(f"sources.{name}.") for name in added)
+    }
+    refused = {k: both for k, both in changes.items() if not _matches(k, (*MAY_CHANGE, *MIXTURE)) and _told(k, both)}
+    if refused:
+        lines = "; ".join(f"{key} was {before}, is {after}" for key, (before, after) in refused.items())
+        raise UserError(f"{folder}: the run was made with another configuration: {lines}. Resume it with the same one")
     other = [name for name, corpus in corpora.items() if state["data"].get(name, "") not in ("", corpus.fingerprint())]
-    if other and not allow:
+    if other and not allow_data_change:
         raise UserError(
             f"{folder}: the shards of {', '.join(other)} have changed since; restore them, start a new run, "
             "or go on with --allow-data-change"
         )
     origin = Origin(**state["origin"])
-    if mixtures[0] != mixtures[1] or other:
+    if other or any(_matches(key, MIXTURE) for key in changes):
         origin = Origin(state["step"], state["drawn"])
         why = f"the shards of {', '.join(other)} have changed" if other else "the mixture has changed"
         print(f"from step {state['step']} on another phase: {why}", file=sys.stderr)
-    tokenizers = {}
-    for modality, tokenizer in config.tokenizers.items():
-        file = before["tokenizers"][modality].get("file")
-        if file:
-            kept = checkpoint.tokenizer_file(config.run, modality, file)
-            own = shutil.copyfile(checkpoint.tokenizer_file(folder, modality, file), f"{kept}.{os.getpid()}")
-            os.replace(own, kept)  # at once: another rank may be reading it
-            tokenizer = tokenizer.replace(file=str(kept))
-        tokenizers[modality] = tokenizer
-    return dataclasses.replace(config, tokenizers=tokenizers), origin
+    _record(
+        config, state["step"], {k: c for k, c in changes.items() if k not in ("run_dir", "init") and "file" not in k}
+    )
+    files = {m: t["file"] for m, t in before["model"]["tokenizers"].items() if t.get("file")}
+    return keep_tokenizers(config, {m: checkpoint.tokenizer_file(folder, m, f) for m, f in files.items()}), origin
 
 
-def _unfitted(data):
-    """Settings without the files that fitting wrote, as JSON gives them back."""
-    data = json.loads(json.dumps(data))
-    if isinstance(data, dict):
-        return {k: {n: v for n, v in s.items() if n != "file"} if isinstance(s, dict) else s for k, s in data.items()}
-    return data
+def _leaves(data, path: str = "") -> dict[str, object]:
+    """Dotted keys and their values. The order of a task's objectives, the first of which arranges, is a value too."""
+    if not isinstance(data, dict) or not data:
+        return {path: data}
+    leaves: dict[str, object] = {f"{path} (order)": list(data)} if fnmatch.fnmatch(path, "tasks.*.objectives") else {}
+    for key, value in data.items():
+        leaves |= _leaves(value, f"{path}.{key}" if path else key)
+    return leaves
 
 
-def state_of(config: Config, step: int, corpora: dict[str, Corpus], origin: Origin, drawn: dict) -> dict[str, dict]:
-    """What a checkpoint holds beside its tensors. drawn: how much of each source was read, by task."""
+def _matches(key: str, patterns) -> bool:
+    return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
+
+
+def _told(key: str, both: tuple) -> bool:
+    return both != (None, None)
+
+
+def _record(config: TrainConfig, step: int, changes: dict[str, tuple]) -> None:
+    if not changes or os.environ.get("RANK", "0") != "0":
+        return
+    with open(Path(config.run_dir) / "changes.jsonl", "a", encoding="utf-8") as file:
+        for key, (before, after) in changes.items():
+            print(f"from step {step} on: {key} was {before}, is {after}", file=sys.stderr)
+            file.write(json.dumps({"step": step, "key": key, "before": before, "after": after}) + "\n")
+
+
+def keep_tokenizers(config: TrainConfig, files: dict[str, Path]) -> TrainConfig:
+    """The configuration with the files of tokenizers, by modality, copied from a checkpoint to the run's folder."""
+    tokenizers = dict(config.model.tokenizers)
+    for modality, file in files.items():
+        kept = checkpoint.tokenizer_file(config.run_dir, modality, file.name)
+        write_atomic(kept, file.read_bytes())
+        tokenizers[modality] = tokenizers[modality].replace(file=str(kept))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizers=tokenizers))
+
+
+def checkpoint_data(
+    config: TrainConfig, step: int, corpora: dict[str, Corpus], origin: Origin, drawn: dict
+) -> dict[str, dict]:
+    """What a checkpoint holds beside its tensors. drawn: how many samples of each source were read, by task."""
     return {
         "config": to_data(config),
+        "model": to_data(config.model),
         "state": {
             "step": step,
             "seed": config.seed,

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from pathlib import Path
+import tempfile
 
-from ..config import Config
+from .config import TrainConfig
 
 
-def toy(config: Config) -> Config:
-    """The same run at toy size: ten steps in seconds, to see it work before paying for it."""
-    tokenizers = {modality: tokenizer.toy() for modality, tokenizer in config.tokenizers.items()}
-    tasks = {n: dataclasses.replace(s, batch_size=min(s.batch_size, 8)) for n, s in config.tasks.items()}
-    run = Path(f"{config.run}-smoke")
-    shutil.rmtree(run, ignore_errors=True)
+def toy(config: TrainConfig) -> TrainConfig:
+    """The same run at toy size, ten steps in seconds, to see it work before paying for it; in a temporary folder."""
+    model = dataclasses.replace(
+        config.model,
+        tokenizers={modality: tokenizer.toy() for modality, tokenizer in config.model.tokenizers.items()},
+        backbone=dataclasses.replace(config.model.backbone, width=64, depth=2, num_heads=2),
+    )
+    tasks = {name: dataclasses.replace(task, batch_size=min(task.batch_size, 8)) for name, task in config.tasks.items()}
     return dataclasses.replace(
         config,
-        run=str(run),
+        run_dir=tempfile.mkdtemp(prefix="multimodal_fm-smoke-"),
         steps=10,
-        tokenizers=tokenizers,
+        model=model,
         tasks=tasks,
-        model=dataclasses.replace(config.model, width=64, depth=2, heads=2),
         microbatches=min(config.microbatches, 2),
         save_every=10,
+        validate_every=min(config.validate_every, 5),
+        evaluate_every=0,
+        best="",
         compile=False,
-        workers=0,
-        optim=dataclasses.replace(config.optim, warmup=2),
+        num_workers=0,
+        track=[],
+        init="",
+        optim=dataclasses.replace(config.optim, warmup_steps=2),
     )

@@ -23,12 +23,12 @@ from test_report import Reader, _bytes
 from multimodal_fm.cli import app
 from multimodal_fm.corpus import index, shards
 from multimodal_fm.errors import UserError
-from multimodal_fm.inspect.lines import lines
-from multimodal_fm.inspect.page import SHOW, gallery
-from multimodal_fm.inspect.run import plugins
-from multimodal_fm.inspect.samples import SHOWN, every_sample
-from multimodal_fm.inspect.stats import survey
-from multimodal_fm.inspect.verify import Damage, open_all, verify
+from multimodal_fm.inspect.page import GALLERY, gallery
+from multimodal_fm.inspect.run import load_tokenizers
+from multimodal_fm.inspect.samples import MAX_CHARACTERS, describe_samples
+from multimodal_fm.inspect.stats import count_corpus
+from multimodal_fm.inspect.summary import summarize
+from multimodal_fm.inspect.verify import Damage, open_indexes, verify_shard
 from multimodal_fm.tokenizers import text
 
 HOSTILE = '<script>alert("1")</script></p>{{ 7 * 7 }} & \u202e\u05e9\u05dc\u05d5\u05dd'
@@ -44,7 +44,7 @@ def shard(tmp_path):
     """Eight samples of all three modalities, indexed."""
     path = tmp_path / "a.tar"
     shards.write(path, samples(8))
-    index.opened(str(path))
+    index.open_index(str(path))
     return path
 
 
@@ -55,10 +55,10 @@ def run(capsys, *words) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def damaged(path, piece=index.PIECE) -> list[tuple[str, str, str]]:
+def damaged(path, piece=index.PIECE_BYTES) -> list[tuple[str, str, str]]:
     """(key, part, reason) of what `--verify` finds."""
     damage = Damage()
-    verify(str(path), piece, damage)
+    verify_shard(str(path), piece, damage)
     assert damage.count == len(damage.rows) and all(row["shard"] == str(path) for row in damage.rows)
     return [(row["key"], row["part"], row["reason"]) for row in damage.rows]
 
@@ -72,7 +72,7 @@ def flip(path, place: int, bit: int = 2) -> None:
 
 
 def rows_of(*paths) -> list[dict]:
-    return list(every_sample(open_all([str(p) for p in paths], index.PIECE), plugins()))
+    return list(describe_samples(open_indexes([str(p) for p in paths], index.PIECE_BYTES), load_tokenizers()))
 
 
 # --- what it holds ---
@@ -93,11 +93,11 @@ def mixed(tmp_path):
 
 
 def test_counts_are_those_of_the_samples(mixed):
-    found = survey(open_all(list(map(str, mixed)), 64), plugins()).data
+    found = count_corpus(open_indexes(list(map(str, mixed)), 64), load_tokenizers()).data
     pieces = -(-600 // 60)  # ten words to a piece of 64 bytes
     assert (found["shards"], found["samples"]) == (3, 6 + 3 + pieces)
     assert found["bytes"] == sum(path.stat().st_size for path in mixed)
-    assert found["makeup"] == {
+    assert found["combinations"] == {
         "text": 2 + pieces, "text + image": 3, "text + audio": 1, "image": 1, "text + image + audio": 1, "nothing": 1
     }  # fmt: skip
     assert found["together"] == {"text + image": 4, "text + audio": 2, "image + audio": 1, "text + image + audio": 1}
@@ -116,15 +116,15 @@ def test_counts_are_those_of_the_samples(mixed):
 
 
 def test_of_many_items_an_even_sample_tells_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("multimodal_fm.inspect.stats.SAMPLE", 100)
+    monkeypatch.setattr("multimodal_fm.inspect.stats.TEXT_SAMPLES", 100)
     rows = [json.dumps({"text": "x" * 40} if i % 2 else {"label": i}) for i in range(1001)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    found = survey(open_all([str(tmp_path / "a.jsonl")], 2000), plugins()).data
+    found = count_corpus(open_indexes([str(tmp_path / "a.jsonl")], 2000), load_tokenizers()).data
     words = found["modalities"]["text"]
     assert not words["exact"] and abs(words["samples"] - 500) < 150
     assert abs(words["bytes"] - words["samples"] * 40) <= 20  # both are rounded
-    assert sum(found["makeup"].values()) == 1001
-    assert any("about" in line for line in lines(found))
+    assert sum(found["combinations"].values()) == 1001
+    assert any("about" in line for line in summarize(found))
 
 
 def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
@@ -134,21 +134,21 @@ def test_tokens_are_those_of_the_config(tmp_path, corpus, shard):
         .config
     )
     data = tiny(corpus)
-    data["tokenizers"]["text"] |= {"max_tokens": 6, "file": settings.file}
+    data["model"]["tokenizers"]["text"] |= {"max_tokens": 6, "file": settings.file}
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(data))
-    tokenizers = plugins(str(path))
-    found = survey(open_all([str(shard)], 2000), tokenizers, str(path)).data
+    tokenizers = load_tokenizers(str(path))
+    found = count_corpus(open_indexes([str(shard)], 2000), tokenizers, str(path)).data
     words = found["modalities"]["text"]
     assert words["tokens_by"] == "the trained tokenizer" and words["tokens"] == 8 * 6 and words["cropped_samples"] == 8
     texts = [f"a {color} square number {i}" for i, color in enumerate([*COLORS, *COLORS])]
     exact = sum(len(text.Tokenizer(settings).encode(one)) + 2 for one in texts)
     assert abs(words["tokens"] + words["cropped_tokens"] - exact) <= 8
-    assert found["modalities"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(lines(found))
-    data["tokenizers"]["text"]["file"] = str(tmp_path / "none.json")
+    assert found["modalities"]["image"]["tokens"] == 8 * 12 and str(path) in "\n".join(summarize(found))
+    data["model"]["tokenizers"]["text"]["file"] = str(tmp_path / "none.json")
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(UserError, match="none.json"):
-        plugins(str(path))
+        load_tokenizers(str(path))
 
 
 def test_what_is_refused_is_counted_and_named(tmp_path, capsys):
@@ -206,8 +206,8 @@ def test_the_gallery_shows_and_plays(page):
 
 def test_the_gallery_has_something_of_each_makeup(tmp_path):
     shards.write(tmp_path / "a.tar", [{"__key__": f"w{i}", "txt": "words"} for i in range(500)] + samples(2))
-    shown = gallery(open_all([str(tmp_path / "a.tar")], 2000), plugins())
-    assert 12 <= len(shown) <= SHOW and {"sample0000", "sample0001", "w0", "w499"} <= {one["key"] for one in shown}
+    shown = gallery(open_indexes([str(tmp_path / "a.tar")], 2000), load_tokenizers())
+    assert 12 <= len(shown) <= GALLERY and {"sample0000", "sample0001", "w0", "w499"} <= {one["key"] for one in shown}
 
 
 def test_a_page_of_nothing(tmp_path, capsys):
@@ -239,7 +239,7 @@ def test_300_flipped_bits_are_all_found_each_in_its_sample(tmp_path, modality):
         ]
         pieces = (malformed.pax(("mtime", b"1700000000.25")) + malformed.member(*one) for one in members)
         path.write_bytes(b"".join(pieces) + malformed.END)
-    one = index.opened(str(path))
+    one = index.open_index(str(path))
     spans = sorted(
         ((one.key(i), e, offset, length) for i in range(len(one)) for e, (offset, length, _) in one.spans(i).items()),
         key=lambda span: span[2],
@@ -254,7 +254,7 @@ def test_300_flipped_bits_are_all_found_each_in_its_sample(tmp_path, modality):
 
 
 def test_a_flipped_bit_in_a_text_is_one_row(shard, capsys):
-    offset, length, _ = index.opened(str(shard)).spans(3)["txt"]
+    offset, length, _ = index.open_index(str(shard)).spans(3)["txt"]
     flip(shard, offset + 1)
     assert damaged(shard) == [("sample0003", "txt", "crc")]
     code, out, _ = run(capsys, shard, "--verify")
@@ -308,7 +308,7 @@ def test_a_cut_shard_is_damaged_however_it_was_indexed(tmp_path):
 
 
 def test_a_damaged_index_is_found(tmp_path, shard, capsys):
-    file, draws = index.opened(str(shard)).file, random.Random(6)
+    file, draws = index.open_index(str(shard)).file, random.Random(6)
     for place in [9, 20, 40, *(draws.randrange(32, file.stat().st_size) for _ in range(60))]:
         flip(file, place)
         found = damaged(shard)
@@ -373,7 +373,7 @@ def test_each_part_is_described(tmp_path):
     }
     assert found["cmyk"] == common | {"text": "one", "image": {"width": 40, "height": 30, "mode": "CMYK"}}
     assert found["turned"]["image"] == {"width": 36, "height": 48, "mode": "RGB"}  # as a run gets it: upright
-    assert len(found["turned"]["text"]) == SHOWN
+    assert len(found["turned"]["text"]) == MAX_CHARACTERS
     assert found["grey"] == common | {"image": {"width": 40, "height": 30, "mode": "L"}}
     assert found["neither"] == common | {"outcome": "skip", "lost": {"sample": "empty"}}
 
@@ -393,7 +393,7 @@ def test_all_of_a_long_sound_is_read(tmp_path):
         made.append({"__key__": key, "wav": data.getvalue()})
     shards.write(tmp_path / "a.tar", made)
     tokenizers = {"audio": audio.Tokenizer(audio.Config(max_tokens=16, max_windows=2))}
-    rows = every_sample(open_all([str(tmp_path / "a.tar")], 2000), tokenizers)
+    rows = describe_samples(open_indexes([str(tmp_path / "a.tar")], 2000), tokenizers)
     assert [(row["outcome"], row["lost"]) for row in rows] == [
         ("ok", {}), ("skip", {"audio": "not-finite"}), ("skip", {"audio": "not-finite"})
     ]  # fmt: skip
@@ -408,11 +408,18 @@ def test_another_kind_is_counted_in_tokens(tmp_path):
         def read(self, raw, generator=None):
             return [list(raw["series"])]
 
-    shards.write(tmp_path / "a.tar", [{"__key__": "k", "series": b"12345"}])
-    indexes, tokenizers = open_all([str(tmp_path / "a.tar")], 2000), {"series": Series()}
-    assert next(every_sample(indexes, tokenizers))["series"] == {"tokens": 5}
-    found = survey(indexes, tokenizers).data
-    assert found["modalities"] == {"series": {"samples": 1, "bytes": 5}} and lines(found)
+        def measure(self, data, length):
+            return data.count(b","), 0
+
+        def count_tokens(self, length, a, b):
+            return a + 1
+
+    shards.write(tmp_path / "a.tar", [{"__key__": "k", "series": b"1,2,3"}])
+    tokenizers = {"series": Series()}
+    indexes = open_indexes([str(tmp_path / "a.tar")], 2000, tokenizers=tokenizers.values())
+    assert next(describe_samples(indexes, tokenizers))["series"] == {"tokens": 5}
+    found = count_corpus(indexes, tokenizers).data
+    assert found["modalities"] == {"series": {"samples": 1, "bytes": 5, "tokens": 3}} and summarize(found)
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +433,7 @@ def test_a_malformed_shard_gives_the_outcomes_that_it_should(cases, name):
     case = cases[name]
     if not Path(case.path).exists() or case.path.endswith(".gz"):
         with pytest.raises(UserError, match=re.escape(case.path)):
-            shards.find([case.path])
+            shards.list_shards([case.path])
         return
     before = used()
     rows = rows_of(case.path)

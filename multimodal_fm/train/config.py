@@ -1,0 +1,107 @@
+"""The configuration of a run: `mmfm pretrain CONFIG.yaml [key=value ...]` reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .. import config
+from ..corpus import shards
+from ..errors import UserError
+from ..evals.base import Evaluation
+from ..model import TOKENIZERS, ModelConfig
+from ..stream.tasks import TaskConfig
+from ..tokenizers.base import override_augmentation
+from . import optim
+
+
+@dataclass
+class TrainConfig:
+    """One run."""
+
+    sources: dict[str, shards.Config]  # what the run reads, by name
+    tasks: dict[str, TaskConfig]  # what a step trains, by name: all of them in every step
+    model: ModelConfig = field(default_factory=ModelConfig)  # tokenizers, backbone, heads
+    optim: optim.Config = field(default_factory=optim.Config)  # optimizer and learning rates
+    run_dir: str = ""  # empty: runs/NAME for NAME.yaml
+    init: str = ""  # a run or checkpoint whose weights a new run starts from
+    steps: int = 1000  # updates of the weights
+    microbatches: int = 1  # each step's samples are dealt into so many; memory falls, results stay
+    seed: int = 0  # of the weights, of the order of the samples and of every random view of them
+    strict: bool = False  # the first thing that cannot be read ends the run, and is named
+    max_bad_fraction: float = 0.05  # of a source's samples that may be bad before the run ends
+    ema_decay: float = 0.999  # of the averaged weights (exponential moving average), reached gradually
+    num_workers: int = 1  # processes that read ahead; results do not depend on it
+    log_samples: bool = False  # write which samples each step read to RUN/samples.jsonl
+    threads: int = 0  # 0: as many as PyTorch chooses
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU where there is one
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights and moments stay float32
+    compile: bool = False  # torch.compile of the backbone's blocks
+    round_to: int = 1  # filler rounds a microbatch's tokens up to a multiple, where a GPU wants it
+    save_every: int = 200  # steps between checkpoints
+    keep: int = 2  # how many of the newest checkpoints stay
+    validate_every: int = 0  # steps between validations on the sources' `validation` shards; 0: none
+    validation_steps: int = 4  # batches of each task that a validation reads: always the same samples
+    evaluate: dict[str, Evaluation] = field(default_factory=dict)  # what `mmfm evaluate` and the report measure
+    evaluate_every: int = 0  # steps between evaluations during the run; 0: only `mmfm evaluate` and the report
+    best: str = ""  # the figure of validation or evaluation by which the best checkpoint is kept beside the newest
+    best_mode: Literal["min", "max"] = "min"  # whether the lowest or the highest figure is the best
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Where the figures of metrics.jsonl go too."""
+
+    def __post_init__(self):
+        if not self.model.tokenizers:
+            read = {modality for task in self.tasks.values() for modality in task.modalities}
+            names = [name for name in ("text", "image", "audio") if name in read]
+            made = {name: config.plugin_class(TOKENIZERS, name)() for name in names}
+            self.model = dataclasses.replace(self.model, tokenizers=made)
+
+    def problems(self):
+        tokenizers = self.model.tokenizers
+        if not self.tasks:
+            yield "tasks", "names at least one task"
+        for name, task in self.tasks.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                yield f"tasks.{name or repr('')}", "cannot be a name: letters, digits, - and _"
+            if problem := config.name_problem(task.modalities, tokenizers, "tokenizer"):
+                yield f"tasks.{name}.modalities", problem
+            if problem := config.name_problem(task.sources, self.sources, "source"):
+                yield f"tasks.{name}.sources", problem
+        for name, source in self.sources.items():
+            try:
+                override_augmentation(tokenizers, source.augment, name)
+            except UserError as error:
+                yield "", str(error)
+        for name in ("steps", "microbatches", "round_to", "save_every", "keep", "validation_steps"):
+            if getattr(self, name) < 1:
+                yield name, "is at least 1"
+        limits = {"num_workers": 256, "threads": 4096, "ema_decay": 1, "seed": 2**62, "max_bad_fraction": 1}
+        for name, most in {**limits, "validate_every": math.inf, "evaluate_every": math.inf}.items():
+            if not 0 <= getattr(self, name) <= most:
+                yield name, f"is from 0 to {most}"
+        if self.validate_every and not any(source.validation for source in self.sources.values()):
+            yield "validate_every", "needs `validation` shards in at least one of the sources"
+        if self.evaluate_every and not self.evaluate:
+            yield "evaluate_every", "needs something to measure under `evaluate`"
+        if self.best and not self.validate_every and not self.evaluate_every:
+            yield "best", "needs validate_every or evaluate_every"
+        for name, evaluation in self.evaluate.items():
+            if problem := config.name_problem(evaluation.modalities, tokenizers, "tokenizer"):
+                yield f"evaluate.{name}.modalities", problem
+
+
+def load(path: str | Path, overrides: Sequence[config.Override] = ()) -> TrainConfig:
+    """Read a YAML file, apply `key=value` overrides (dots go deeper, values are YAML). Raises UserError."""
+    data = config.read_yaml(path, overrides)
+    data.setdefault("run_dir", f"runs/{Path(path).stem}")
+    return build(data, str(path))
+
+
+def build(data: dict, where: str = "config", plugins: bool = True) -> TrainConfig:
+    """The configuration from plain data. Raises UserError with all that is wrong in one message."""
+    return config.build(TrainConfig, data, where, plugins)

@@ -1,0 +1,80 @@
+"""What has to be there before the first step: sources, tokenizers that have learned, and where to start from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from ..corpus.shards import Corpus, list_shards
+from ..errors import UserError
+from ..model import read_config
+from ..run_dir import checkpoint
+from ..stream.quarantine import refused_row, strict_message
+from ..stream.tasks import Origin, build_stream, fit_tokenizers
+from .config import TrainConfig
+from .parallel import Ranks
+from .resume import keep_tokenizers, resume_config
+
+
+def open_sources(config: TrainConfig) -> dict[str, Corpus]:
+    """The sources, opened. Raises UserError where shards of them, or of the evaluations, are missing."""
+    tokenizers = config.model.tokenizers
+    corpora = {name: Corpus(source, name, tokenizers.values()) for name, source in config.sources.items()}
+    for name, evaluation in config.evaluate.items():
+        list_shards(evaluation.on, f"evaluate.{name}")
+    for name, source in config.sources.items():
+        if source.validation:
+            list_shards(source.validation, f"sources.{name}.validation")
+    for name, corpus in corpora.items():
+        if config.strict and corpus.rejections:
+            raise UserError(strict_message(refused_row(name, corpus.rejections[0])))
+    build_stream(config.tasks, corpora, tokenizers, fitted=False)  # raises where a source offers a task nothing
+    return corpora
+
+
+def prepare_tokenizers(
+    config: TrainConfig, corpora: dict[str, Corpus], ranks: Ranks, start: Path | None, allow_data_change: bool
+) -> tuple[TrainConfig, Origin]:
+    """The configuration with tokenizers that have learned, and since when its mixture holds. Raises UserError."""
+    if start:
+        config, origin = resume_config(config, start, corpora, allow_data_change)
+    else:
+        config, origin = _with_inherited_tokenizers(config), Origin()
+        run_dir = Path(config.run_dir)
+        tokenizers = ranks.first_then_others(
+            lambda: fit_tokenizers(config.tasks, corpora, config.model.tokenizers, config.seed, run_dir)
+        )
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizers=tokenizers))
+    for tokenizer in config.model.tokenizers.values():
+        tokenizer.check()
+    return config, origin
+
+
+def _with_inherited_tokenizers(config: TrainConfig) -> TrainConfig:
+    """With `init`, a tokenizer that would have to learn takes the file of the run that the weights come from."""
+    if not config.init:
+        return config
+    before = read_config(checkpoint.newest(config.init)).tokenizers
+    learning = [m for m, tokenizer in config.model.tokenizers.items() if tokenizer.learns and m in before]
+    return keep_tokenizers(config, {m: Path(before[m].file) for m in learning if before[m].file})
+
+
+def init_weights(trained: nn.ModuleDict, init: str) -> list[str]:
+    """Copy the averaged weights of another run into a model and its objectives by name; what does not fit stays.
+
+    Returns lines that name what was taken, what has another shape and so starts anew, and what is new. Raises UserError
+    where there is no such run.
+    """
+    folder, lines = checkpoint.newest(init), []
+    for name, file in (("model", "ema"), ("objectives", "ema_objectives")):
+        tensors, own = checkpoint.read_tensors(folder, file), trained[name].state_dict()
+        taken = {n: tensors[n] for n in own if n in tensors and tensors[n].shape == own[n].shape}
+        trained[name].load_state_dict(taken, strict=False)
+        resized = sorted(n for n in own if n in tensors and n not in taken)
+        new = sorted(own.keys() - tensors.keys())
+        lines.append(f"init: {len(taken)} of {len(own)} tensors of {name} taken from {folder}")
+        lines += [f"init: of another shape, starts anew: {', '.join(resized)}"] * bool(resized)
+        lines += [f"init: new: {', '.join(new)}"] * bool(new)
+    return lines

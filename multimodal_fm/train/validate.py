@@ -1,0 +1,78 @@
+"""Losses and evaluations during a run, with the averaged weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..batch import find_pairs, with_counts
+from ..corpus.shards import Corpus
+from ..stream.tasks import build_stream
+from .config import TrainConfig
+from .train_step import TrainStep
+
+
+class Validation:
+    """Measures every task's loss on its sources' held-out shards: the same samples each time, without augmentation.
+
+    Opening it raises UserError where there are none that a task can read.
+    """
+
+    def __init__(self, config: TrainConfig, train_step: TrainStep):
+        self.train_step, self.num_steps = train_step, config.validation_steps
+        tokenizers = config.model.tokenizers
+        held_out = {
+            name: Corpus(
+                dataclasses.replace(source, shards=source.validation, validation=""), name, tokenizers.values()
+            )
+            for name, source in config.sources.items()
+            if source.validation
+        }
+        tasks = {}
+        for name, task in config.tasks.items():
+            weights = {source: task.phases()[-1][1][source] for source in task.sources if source in held_out}
+            if total := sum(weights.values()):
+                largest = [len(held_out[s]) * total / weight for s, weight in weights.items() if weight]
+                batch_size = max(1, min(task.batch_size, int(min(largest))))  # no sample twice in a step
+                tasks[name] = dataclasses.replace(task, sources=weights, batch_size=batch_size)
+        self.stream = build_stream(tasks, held_out, tokenizers, config.seed, augment=False)
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """`validation/loss`, the weighted sum as in training, and each objective's `validation/loss/task/objective`."""
+        step, totals = self.train_step, {}
+        model: Any = step.ema["model"]
+        objectives: Any = step.ema["objectives"]
+        for number in range(self.num_steps):
+            data = self.stream[number]
+            if not data.batches:  # none of the samples could be read
+                continue
+            batch = with_counts(data.batches[0], data.counts).to(step.device)
+            output = model(batch)
+            for name, weight in step.weights.items():
+                objective, targets = objectives[name], batch.tasks.get(name.partition("/")[0])
+                if targets is None:
+                    continue
+                if objective.whole_step:
+                    pairs = {k: p.to(step.device) for k, p in find_pairs(targets.table, model.modalities).items()}
+                    loss, _ = objective.compare(objective.features(output, targets), pairs)
+                else:
+                    loss, _ = objective.loss(output, targets)
+                for key, value in (("validation/loss", weight * loss), (f"validation/loss/{name}", loss)):
+                    totals[key] = totals.get(key, 0.0) + float(value) / self.num_steps
+        return totals
+
+
+def run_evaluations(config: TrainConfig, train_step: TrainStep) -> dict[str, float]:
+    """The figures of the config's `evaluate`, named `evaluate/NAME/FIGURE`."""
+    from ..evals.run import evaluate
+
+    figures = {}
+    model: Any = train_step.ema["model"].eval()
+    objectives: Any = train_step.ema["objectives"]
+    for name, evaluation in config.evaluate.items():
+        measured, _ = evaluate(model, dict(objectives.items()), evaluation)
+        figures |= {f"evaluate/{name}/{key}": figure["value"] for key, figure in measured.items()}
+    return figures
