@@ -407,7 +407,7 @@ tar("compressed", 0, "an honest .tar.gz: no random access, refused before anythi
 
 # --- keys and parts that come again ---
 
-tar("key-twice-adjacent", 11, "a sample's members all twice, one after the other", lambda: around(whole("hurt", "hurt")),
+tar("key-twice-adjacent", 11, "a sample's members all twice in a row", lambda: around(whole("hurt", "hurt")),
     own=hurt, refused=tuple(("hurt", e, "duplicate") for e in ("jpg", "txt", "json", "flac")),
     outcome={"hurt": "ok|partial"})  # fmt: skip
 tar("key-again", 12, "a key that comes again after other samples, with another part: all of it is left out",
@@ -580,7 +580,7 @@ tar("archive-inside", 0, "an archive as a member: bytes, not samples", lambda: a
 tar("archive-inside-flipped", 3, "the same with a flipped bit in the name: its members still are no samples",
     lambda: around(member("hurt.txt", b"before it") + flipped(member("hurt.tar", _inside()), 2)),
     own=lambda: {"hurt": {"txt": b"before it"}}, refused=SHARD, outcome={"hurt": "ok|partial"})  # fmt: skip
-tar("part-missing", 19, "a sample of text alone among those that have all", lambda: around(member("hurt.txt", b"alone")),
+tar("part-missing", 19, "text alone among those that have all", lambda: around(member("hurt.txt", b"alone")),
     own=lambda: {"hurt": {"txt": b"alone"}}, outcome=OK)  # fmt: skip
 
 # --- members that are never opened ---

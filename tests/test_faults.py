@@ -714,7 +714,7 @@ def test_resumes_around_the_edge_of_an_epoch(tmp_path):
 
 
 def test_opening_far_on_reads_no_more(tmp_path, monkeypatch):
-    """47. Counted: bytes, rows of the index, blocks laid out and places permuted, at 0 and after ten million samples."""
+    """47. Counted: bytes, rows of the index, blocks laid out, at 0 and after ten million samples."""
     for i in range(20):
         made = [{"__key__": f"{i}-{j}", "txt": f"text {j}"} for j in range(50)]
         shards.write(tmp_path / f"a-{i:02d}.tar", made)
