@@ -23,8 +23,9 @@ def stream(config, overrides=(), start: int = 0, rank: int = 0, ranks: int = 1):
 
     config: a YAML file, or a `multimodal_fm.train.config.TrainConfig`. Yields the lists of microbatches
     (`multimodal_fm.batch.Batch`) of the steps from `start` to `config.steps`, exactly as a run would see them, read
-    ahead by `num_workers` processes. A text tokenizer without a file learns its merges first, in `run_dir`. Raises
-    UserError.
+    ahead by `num_workers` processes. With several ranks each yields its own microbatches, whose counts of target tokens
+    are this rank's: add them up over the ranks (`multimodal_fm.batch.with_counts`) before a loss. A text tokenizer
+    without a file learns its merges first, in `run_dir`. Raises UserError.
     """
     from pathlib import Path
 

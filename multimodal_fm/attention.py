@@ -90,9 +90,9 @@ def plan_attention(query: Tokens, key: Tokens | None = None) -> Plan:
         pattern = torch.where(pattern == NOTHING, NOTHING, MIXED)
     groups, first_query, first_key = [], 0, 0
     alike = itertools.groupby(zip(pattern.tolist(), query_lengths.tolist(), key_lengths.tolist(), strict=True))
-    for (kind, num_queries, num_keys), members in alike:
+    for (of_pattern, num_queries, num_keys), members in alike:
         count = sum(1 for _ in members)
-        groups.append(Group(kind, count, num_queries, num_keys, first_query, first_key))
+        groups.append(Group(of_pattern, count, num_queries, num_keys, first_query, first_key))
         first_query, first_key = first_query + count * num_queries, first_key + count * num_keys
     return Plan((query.sequence, query.order), (key.sequence, key.order), tuple(groups))
 

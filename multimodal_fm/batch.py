@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,9 +236,9 @@ def collate(
     )
     for name in tasks:
         mine = [(i, example) for i, (task, _, example) in enumerate(examples) if task == name]
-        ids, kind, *rest = (torch.from_numpy(column[names == name]) for column in columns)
+        ids, of_modality, *rest = (torch.from_numpy(column[names == name]) for column in columns)
         found = _targets(mine, modalities, first_row, first_sequence, row_in_layout)
-        targets = Targets(*found, counts[name], ids, kind, SequenceTable(kind, *rest))
+        targets = Targets(*found, counts[name], ids, of_modality, SequenceTable(of_modality, *rest))
         if planner := (planners or {}).get(name):
             targets = dataclasses.replace(targets, plan=planner(batch, targets))
         batch.tasks[name] = targets
@@ -335,6 +335,22 @@ def _targets(
         row = row_in_layout.index_select(0, rows.clamp(min=0) + torch.from_numpy(first_row[owners]))
         answers[modality] = torch.where(rows >= 0, row, -1)
     return tokens, answers
+
+
+MAX_TOKENS = 16_384  # read by the backbone at a time, where nothing is trained
+
+
+def batch_by_tokens(sequences: Iterable[tuple[int, Tokens]], max_tokens: int = MAX_TOKENS):
+    """Lists of successive (owner, sequence) pairs of at most so many tokens together, of at least one pair each."""
+    batch, count = [], 0
+    for owner, sequence in sequences:
+        if batch and count + len(sequence) > max_tokens:
+            yield batch
+            batch, count = [], 0
+        batch.append((owner, sequence))
+        count += len(sequence)
+    if batch:
+        yield batch
 
 
 def _fill(tokens: Tokens, round_to: int) -> Tokens:

@@ -6,6 +6,7 @@ N tokens, S sequences, D width, E length of the retrieval vectors.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from . import backbone
 from .backbone import Backbone
-from .batch import Batch, Example, collate
-from .config import Folder, Plugin, build, to_data
+from .batch import MAX_TOKENS, Batch, Example, batch_by_tokens, collate
+from .config import Folder, Plugin, build
 from .errors import SampleError, UserError
 from .run_dir import checkpoint
 from .tokenizers.base import Tokenizer
@@ -126,7 +127,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_sequences(
-        self, modality: str, inputs: list[list[Tokens]], max_tokens: int = 16_384, head: str = "retrieval"
+        self, modality: str, inputs: list[list[Tokens]], max_tokens: int = MAX_TOKENS, head: str = "retrieval"
     ) -> tuple[Tensor, Tensor]:
         """Unit vectors (B, E) of a head and pooled features (B, D) of inputs of one modality, each of one or several
         sequences, whose means count by their lengths.
@@ -142,18 +143,14 @@ class Model(nn.Module):
         finally:
             self.train(training)
 
-    def _pool(self, modality: str, inputs: list[list[Tokens]], max_tokens: int = 16_384, head: str = "") -> tuple:
+    def _pool(self, modality: str, inputs: list[list[Tokens]], max_tokens: int = MAX_TOKENS, head: str = "") -> tuple:
         """Features (B, D), or a head's unit vectors (B, E) and features (B, D)."""
         flat = [(i, sequence) for i, sequences in enumerate(inputs) for sequence in sequences]
         number = self.modalities.index(modality)
-        outputs, start = [], 0
+        outputs = []
         cast = autocast(self.device, self.device.type == "cuda")
-        while start < len(flat):
-            stop, room = start, max_tokens
-            while stop < len(flat) and (stop == start or len(flat[stop][1]) <= room):
-                room -= len(flat[stop][1])
-                stop += 1
-            sequences = [s.replace(modality=constant(number, len(s))) for _, s in flat[start:stop]]
+        for pairs in batch_by_tokens(flat, max_tokens):
+            sequences = [s.replace(modality=constant(number, len(s))) for _, s in pairs]
             examples = [(i, Example([sequence], [None])) for i, sequence in enumerate(sequences)]
             batch = collate({"embed": examples}, self.modalities, {"embed": {}}).to(self.device)
             with cast:
@@ -161,7 +158,6 @@ class Model(nn.Module):
             targets = batch.tasks["embed"]
             pooled = pooled.index_select(0, targets.sequence)
             outputs.append((self.heads[head](pooled, targets.modality), pooled) if head else (pooled,))
-            start = stop
         owner = torch.tensor([i for i, _ in flat], device=self.device)
         length = torch.tensor([float(len(s)) for _, s in flat], device=self.device)[:, None]
         total = torch.zeros(len(inputs), 1, device=self.device).index_add(0, owner, length)
@@ -228,11 +224,6 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) ->
     module.load_state_dict(tensors)
 
 
-def model_data(config: ModelConfig) -> dict:
-    """What `model.json` of a checkpoint holds."""
-    return to_data(config)
-
-
 def read_config(folder: Path, plugins: bool = False) -> ModelConfig:
     """A checkpoint's model configuration, with its tokenizers' files where they now lie. Raises UserError."""
     data = checkpoint.read_data(folder, "model")
@@ -245,8 +236,6 @@ def read_config(folder: Path, plugins: bool = False) -> ModelConfig:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one; under torchrun each process takes its own. Raises UserError."""
-    import os
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:

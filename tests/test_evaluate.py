@@ -14,7 +14,9 @@ from conftest import jpeg, samples, tiny, tone
 from PIL import Image
 from test_config import mmfm
 
+from multimodal_fm import batch as batching
 from multimodal_fm import load as load_model
+from multimodal_fm import model as model_module
 from multimodal_fm import objectives
 from multimodal_fm.corpus import shards
 from multimodal_fm.corpus.shards import Config, Corpus
@@ -397,7 +399,7 @@ def test_bits_per_byte_by_hand(run, monkeypatch):
     assert len(windows[0]) > 2 and len(windows[1]) == 1
     expected = [sum(len(window) - 1 for window in own) * np.log2(300) for own in windows]
     for budget in (16_384, 60):
-        monkeypatch.setattr(bits_per_byte, "batch_by_tokens", lambda w, n=budget: embedding.batch_by_tokens(w, n))
+        monkeypatch.setattr(bits_per_byte, "batch_by_tokens", lambda w, n=budget: batching.batch_by_tokens(w, n))
         bits, sizes = bits_per_byte.measure_bits(model, "next/causal", objective, texts)
         assert bits.tolist() == pytest.approx(expected, rel=1e-5)
         assert sizes.tolist() == [len(text.encode()) for text in texts]
@@ -413,7 +415,7 @@ def test_bits_per_byte_reads_no_more_than_its_tokens_at_a_time(run):
     model.forward = lambda batch: sizes.append(len(batch.tokens)) or forward(batch)
     texts = ["a red square number one " * 400 for _ in range(16)]
     bits_per_byte.measure_bits(model, "next/causal", objectives.load(run, model)["next/causal"], texts)
-    assert sum(sizes) > 20_000 and max(sizes) <= embedding.TOKENS
+    assert sum(sizes) > 20_000 and max(sizes) <= batching.MAX_TOKENS
 
 
 def test_a_text_that_is_only_read_has_no_bits(tmp_path, corpus):
@@ -436,7 +438,7 @@ def test_media_stay_in_the_corpus_and_little_waits_to_be_embedded(model, corpus,
     source = Corpus(Config(f"{corpus}/validation-*.tar"))
     whole, calls = embed_corpus(model, source), []
     vectors = type(model).embed_sequences
-    monkeypatch.setattr(embedding, "TOKENS", 40)
+    monkeypatch.setattr(embedding, "MAX_TOKENS", 40)
     monkeypatch.setattr(
         type(model),
         "embed_sequences",
@@ -631,8 +633,8 @@ def test_half_precision_changes_little(run, model, corpus, monkeypatch):
     whole = embed_corpus(model, source)
     texts, objective = whole.inputs["text"].texts, objectives.load(run, model)["next/causal"]
     bits = bits_per_byte.measure_bits(model, "next/causal", objective, texts)[0]
-    for module in (embedding, bits_per_byte):
-        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    for module in (model_module, bits_per_byte):
+        monkeypatch.setattr(module, "autocast", lambda device, enabled: torch.autocast("cpu", torch.bfloat16))
     half = embed_corpus(model, source)
     for modality, inputs in half.inputs.items():
         assert inputs.vectors.dtype == inputs.features.dtype == torch.float32

@@ -99,6 +99,20 @@ def test_what_may_change_is_recorded_and_goes_on(run, corpus):
     }
 
 
+def test_every_change_is_recorded_whatever_its_key_is_called_and_a_source_may_go(tmp_path, corpus):
+    """Only where a run lies, and its tokenizer's file, go without saying."""
+    data = text_only(corpus, tmp_path / "run", steps=2, save_every=2)
+    data["tasks"] = {"profiles": data["tasks"]["words"] | {"sources": {"all": 1, "more": 1}}}
+    data["sources"]["more"] = data["sources"]["all"]
+    loop.pretrain(build(data))
+    data["sources"].pop("more")
+    data["tasks"]["profiles"] |= {"sources": {"all": 1}, "weight": 0.5}
+    data["steps"] = 4
+    assert loop.pretrain(build(data), resume=True).name == "step-00000004"
+    changed = {row["key"] for row in records(tmp_path / "run", "changes")}
+    assert changed == {"steps", "tasks.profiles.weight", "tasks.profiles.sources.more"}
+
+
 @pytest.mark.parametrize(
     "path, value, said",
     [

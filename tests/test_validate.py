@@ -1,5 +1,6 @@
 """Losses and evaluations during a run: on fixed samples, with the averaged weights, the best checkpoint kept."""
 
+import dataclasses
 import json
 import signal
 
@@ -14,6 +15,7 @@ from multimodal_fm.run_dir import checkpoint
 from multimodal_fm.tokenizers import image
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build
+from multimodal_fm.train.parallel import Ranks
 from multimodal_fm.train.train_step import TrainStep
 from multimodal_fm.train.validate import Validation
 
@@ -124,3 +126,42 @@ def test_validation_shards_must_be_there_before_the_first_step(tmp_path, corpus)
     with pytest.raises(UserError, match="sources.all.validation: no file matches"):
         loop.pretrain(build(text_only(corpus, tmp_path / "run", sources=source, validate_every=1)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_sample_that_cannot_be_read_is_named_and_weighs_nothing(tmp_path, corpus, capsys):
+    """The mean is over the steps that had something: a step without a sample is no step with a loss of 0."""
+    made = [{e: one[e] for e in ("__key__", "txt", "json")} for one in samples(4, 100)]
+    shards.write(tmp_path / "mixed.tar", [*made, *({"__key__": f"bad{i}", "txt": b"\xff"} for i in range(4))])
+    data = text_only(corpus, tmp_path / "run", steps=1, validate_every=1, validation_steps=2)
+    data["sources"]["all"]["validation"] = str(tmp_path / "mixed.tar")
+    loop.pretrain(build(data))
+    said = capsys.readouterr().err
+    assert "validation: skipped 4 parts: 4 text-decode" in said and "bad0" in said
+
+    config, _ = fit(data, tmp_path)
+    validation = Validation(config, TrainStep(config, torch.device("cpu")))
+    whole = validation()
+    steps = [validation.stream[number] for number in range(2)]
+    empty = dataclasses.replace(steps[1], batches=[])
+    validation.stream = [steps[0], empty]
+    assert validation()["validation/loss"] > 0.75 * whole["validation/loss"]
+
+
+def test_what_is_wrong_with_best_is_told_to_every_rank(tmp_path, corpus):
+    """It is found on the first rank alone, inside what the others wait for."""
+    told = []
+
+    class First(Ranks):
+        def on_first(self, work):
+            try:
+                return work()
+            except UserError as error:
+                told.append(str(error))
+                raise
+
+    data = text_only(corpus, tmp_path / "run", sources=sources(corpus), steps=1, validate_every=1, best="no/such")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.parallel, "init", lambda device: First())
+        with pytest.raises(UserError, match="no figure is called 'no/such'"):
+            loop.pretrain(build(data))
+    assert len(told) == 1

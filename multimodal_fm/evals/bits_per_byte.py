@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..batch import Sample, collate, count_targets
+from ..batch import Sample, batch_by_tokens, collate, count_targets
+from ..model import autocast
 from . import base
-from .embed_corpus import EmbeddedCorpus, autocast, batch_by_tokens
+from .embed_corpus import EmbeddedCorpus
 from .metrics import estimate
 
 
@@ -48,7 +49,7 @@ def measure_bits(model, name: str, objective, texts: list[str]) -> tuple[np.ndar
         counts = count_targets([example for _, example in examples], model.modalities)
         microbatch = collate({name: examples}, model.modalities, {name: counts}).to(model.device)
         targets = microbatch.tasks[name]
-        with autocast(model.device):
+        with autocast(model.device, model.device.type == "cuda"):
             nats = objective.score(model(microbatch), targets, "text").double().cpu()
         window_of_target = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
         bits.index_add_(0, torch.tensor(owners)[window_of_target], nats / math.log(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 
+from ..batch import MAX_TOKENS
 from ..corpus.fields import lookup, parse_map
 from ..corpus.shards import Corpus
 from ..errors import SampleError
 from ..model import Model
 from ..stream.quarantine import quarantine_row
 from ..tokens import Tokens
-
-TOKENS = 16_384  # read by the backbone at a time; what waits for it holds little more
 
 
 @dataclass
@@ -140,7 +138,7 @@ class _Embedder:
             self.samples.append([])
             self.waiting.append(sequences)
             self.waiting_tokens += sum(map(len, sequences))
-            if self.waiting_tokens >= TOKENS:
+            if self.waiting_tokens >= MAX_TOKENS:
                 self._embed()
         return self.number_of[digest]
 
@@ -157,33 +155,14 @@ class _Embedder:
 
 def embed_sequences(model: Model, modality: str, inputs: list[list[Tokens]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors (B, E) and features (B, D) of inputs, each of one or several sequences, on the CPU in float32."""
-    with autocast(model.device):
-        vectors, features = model.embed_sequences(modality, inputs)
+    vectors, features = model.embed_sequences(modality, inputs)
     return vectors.float().cpu(), features.float().cpu()
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """How a model is read that is not trained: in bfloat16 on a GPU, as it is on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def split_inputs(tokenizer, raw: dict) -> list:
     """What a sample's members offer to a tokenizer, each input in the form that `read` takes. Raises SampleError."""
     members = {extension: data for extension, data in raw.items() if extension in tokenizer.extensions}
     return tokenizer.split_inputs(members) if members else []
-
-
-def batch_by_tokens(sequences, tokens: int = TOKENS):
-    """Lists of successive (owner, sequence) pairs of about so many tokens, of at least one pair each."""
-    batch, count = [], 0
-    for owner, sequence in sequences:
-        if batch and count + len(sequence) > tokens:
-            yield batch
-            batch, count = [], 0
-        batch.append((owner, sequence))
-        count += len(sequence)
-    if batch:
-        yield batch
 
 
 def _digest(value) -> bytes:

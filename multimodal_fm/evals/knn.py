@@ -11,7 +11,7 @@ import torch
 
 from . import base
 from .embed_corpus import EmbeddedCorpus
-from .metrics import estimate, find_nearest, labeled_features
+from .metrics import estimate, find_nearest, labeled_modalities
 
 TEMPERATURE = 0.1
 
@@ -29,10 +29,7 @@ class Evaluator(base.Evaluator):
     def run(self, embedded: EmbeddedCorpus, config: Config, model=None, objectives=None) -> dict[str, dict]:
         """`knn/MODALITY/accuracy`, over the inputs whose class occurs in another group too."""
         figures = {}
-        for modality in embedded.inputs:
-            data = labeled_features(embedded, modality, config.labels, config.group)
-            if data is None:
-                continue
+        for modality, data in labeled_modalities(embedded, config):
             scored, groups = torch.from_numpy(data.scored), torch.from_numpy(data.groups)
             unit = torch.from_numpy(data.features - data.features.mean(0))
             unit = torch.nn.functional.normalize(unit, dim=1, eps=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,13 @@ class LabeledFeatures:
     groups: np.ndarray  # (N,) inputs of an equal group never vouch for each other
     scored: np.ndarray  # (N,) bool: the label is that of another group too, so that it can be learned from there
     chance: float  # the share of the commonest label among those that are scored
+
+
+def labeled_modalities(embedded: EmbeddedCorpus, config: Any) -> Iterator[tuple[str, LabeledFeatures]]:
+    """Each modality with labels to learn and to score, by the `labels` and `group` of an evaluator's settings."""
+    for modality in embedded.inputs:
+        if (data := labeled_features(embedded, modality, config.labels, config.group)) is not None:
+            yield modality, data
 
 
 def labeled_features(embedded: EmbeddedCorpus, modality: str, field: str, group: str) -> LabeledFeatures | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import base
 from .embed_corpus import EmbeddedCorpus
-from .metrics import estimate, labeled_features
+from .metrics import estimate, labeled_modalities
 
 
 @dataclass
@@ -29,10 +29,7 @@ class Evaluator(base.Evaluator):
         from sklearn.preprocessing import StandardScaler
 
         figures = {}
-        for modality in embedded.inputs:
-            data = labeled_features(embedded, modality, config.labels, config.group)
-            if data is None:
-                continue
+        for modality, data in labeled_modalities(embedded, config):
             right = np.zeros(len(data.labels))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # classes smaller than the number of folds, and slow convergence

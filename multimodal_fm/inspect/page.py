@@ -75,9 +75,9 @@ def _uri(media, index: Index, sample: int, tokenizer) -> str:
     """A picture or a sound as a data URI; empty for other modalities, and where it cannot be made."""
     if not isinstance(tokenizer, (image.Tokenizer, audio.Tokenizer)):
         return ""
-    kind = "image" if isinstance(tokenizer, image.Tokenizer) else "audio"
+    modality = "image" if isinstance(tokenizer, image.Tokenizer) else "audio"
     try:
-        return media.uri(kind, tokenizer.extensions, read_members(index, sample, tokenizer)[0])
+        return media.uri(modality, tokenizer.extensions, read_members(index, sample, tokenizer)[0])
     except (SampleError, OSError, RuntimeError, ValueError):  # no player would accept it either
         return ""
 

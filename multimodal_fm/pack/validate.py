@@ -79,9 +79,9 @@ def convert_image(settings: Settings, extension: str, data: bytes, record: dict)
     return extension, data
 
 
-def _encode(pixels: Image.Image, kind: str, **options) -> bytes:
+def _encode(pixels: Image.Image, file_format: str, **options) -> bytes:
     data = io.BytesIO()
-    pixels.save(data, kind, **options)
+    pixels.save(data, file_format, **options)
     return data.getvalue()
 
 

@@ -361,11 +361,11 @@ def _file_set(extension: str, files: list[dict]) -> dict:
 
 
 def _record_set(extension: str) -> dict:
-    kind = {"image": "sc:ImageObject", "audio": "sc:AudioObject"}.get(modality_of(extension), "sc:Text")
+    data_type = {"image": "sc:ImageObject", "audio": "sc:AudioObject"}.get(modality_of(extension), "sc:Text")
     regex = {"transform": {"regex": "^(.*/)?([^/.]+)"}}
     fields = (
         ("key", "sc:Text", "The sample's key.", {"fileProperty": "filename"}, regex),
-        ("content", kind, f"What KEY.{extension} holds.", {"fileProperty": "content"}, {}),
+        ("content", data_type, f"What KEY.{extension} holds.", {"fileProperty": "content"}, {}),
     )
     return {
         "@type": "cr:RecordSet",

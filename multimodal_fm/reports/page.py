@@ -36,13 +36,13 @@ class Media:
     def __init__(self, max_image: int, max_audio: int):
         self.max_image, self.max_audio, self.known = max_image, max_audio, {}
 
-    def uri(self, kind: str, extensions: tuple, raw: dict) -> str:
-        """The data URI of the first of a sample's members that has one of the extensions; kind: image or audio."""
+    def uri(self, modality: str, extensions: tuple, raw: dict) -> str:
+        """The data URI of the first of a sample's members that has one of the extensions; modality: image or audio."""
         data = next(raw[ending] for ending in extensions if ending in raw)
-        if (kind, data) not in self.known:
-            mime, small = self._image(data) if kind == "image" else self._audio(data)
-            self.known[kind, data] = f"data:{mime};base64,{base64.b64encode(small).decode()}"
-        return self.known[kind, data]
+        if (modality, data) not in self.known:
+            mime, small = self._image(data) if modality == "image" else self._audio(data)
+            self.known[modality, data] = f"data:{mime};base64,{base64.b64encode(small).decode()}"
+        return self.known[modality, data]
 
     def _image(self, data: bytes) -> tuple[str, bytes]:
         from PIL import Image

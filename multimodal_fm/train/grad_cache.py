@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch, SequenceTable, find_pairs
-from ..model import Model, autocast
+from ..batch import Batch, Pairs, SequenceTable, Targets, find_pairs
+from ..model import Model, Output, autocast
 from .parallel import ALONE, Ranks
 
 
@@ -40,22 +40,24 @@ def forward_backward(
             total: Any = 0.0
             for name, weight in weights.items():
                 objective: Any = objectives[name]
-                targets = batch.tasks.get(_task(name))
+                targets = batch.tasks.get(task_of_objective(name))
                 if targets is None:
                     continue
                 if name in cached:
                     total = total + (objective.features(output, targets) * cached[name].pop(0)).sum()
                     continue
-                if name in whole_step:
-                    loss, figures = objective.compare(
-                        objective.features(output, targets), _pairs(targets.table, model, model.device)
-                    )
-                else:
-                    loss, figures = objective.loss(output, targets)
+                loss, figures = score(objective, output, targets, model)
                 report.add(name, loss, figures)
                 total = total + weight * loss
         total.backward()
     return report.values
+
+
+def score(objective, output: Output, targets: Targets, model: Model) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the figures of an objective on one microbatch, which holds all of its task's step."""
+    if objective.whole_step:
+        return objective.compare(objective.features(output, targets), _pairs(targets.table, model))
+    return objective.loss(output, targets)
 
 
 class _Report:
@@ -73,13 +75,13 @@ class _Report:
             self.values[key] = self.values[key] + value if key in self.values else value
 
 
-def _task(name: str) -> str:
+def task_of_objective(name: str) -> str:
     """The task whose samples an objective reads."""
     return name.partition("/")[0]
 
 
-def _pairs(table: SequenceTable, model: Model, device) -> dict:
-    return {name: pairs.to(device) for name, pairs in find_pairs(table, model.modalities).items()}
+def _pairs(table: SequenceTable, model: Model) -> dict[str, Pairs]:
+    return {name: pairs.to(model.device) for name, pairs in find_pairs(table, model.modalities).items()}
 
 
 def _features(model, objectives, names: list[str], batches: list[Batch], cast) -> dict[str, list[tuple]]:
@@ -89,7 +91,7 @@ def _features(model, objectives, names: list[str], batches: list[Batch], cast) -
         for batch in batches:
             output = model(batch)
             for name in names:
-                if targets := batch.tasks.get(_task(name)):
+                if targets := batch.tasks.get(task_of_objective(name)):
                     features[name].append((objectives[name].features(output, targets), targets.table))
     return features
 
@@ -104,7 +106,7 @@ def _compare(objective, name, weight, features: list[tuple], model, cast, ranks:
     gathered = ranks.all_gather(torch.cat(own) if own else torch.zeros(0, width, device=model.device))
     leaf = torch.cat(gathered).detach().requires_grad_()
     with cast:
-        loss, figures = objective.compare(leaf, _pairs(SequenceTable.concatenate(tables), model, model.device))
+        loss, figures = objective.compare(leaf, _pairs(SequenceTable.concatenate(tables), model))
     loss = loss / ranks.size  # every rank compares all, and their gradients are added up
     (weight * loss).backward()
     report.add(name, loss, {key: value / ranks.size for key, value in figures.items()})

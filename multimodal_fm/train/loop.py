@@ -17,6 +17,7 @@ from ..corpus.shards import Corpus
 from ..errors import UserError
 from ..model import pick_device
 from ..run_dir import checkpoint
+from ..run_dir.records import Skipped
 from ..stream.crash_log import CrashLog
 from ..stream.dataset import Step
 from ..stream.loader import Loader
@@ -119,6 +120,7 @@ class Run:
         if self.best and self.best["step"] > self.step:  # its checkpoint was damaged: it will be made again
             self.best = None
         self.saved, self.skipped_in_a_row, self.pending = checkpoint_dir, 0, None
+        self.validation_errors_said = False
         self.crash_log = CrashLog(self.run_dir / f"crash-log-{ranks.rank}", config.num_workers)
         self.dataset = build_stream(
             config.tasks, corpora, config.model.tokenizers, config.seed, config.microbatches, config.round_to,
@@ -174,12 +176,12 @@ class Run:
         pace = {
             "seconds": seconds,
             "data_wait": self.data_wait,
-            "optimizer_share": self.train_step.optimizer_seconds() / seconds,
             "tokens_per_second": batch.num_tokens / seconds,
             "memory_gb": _memory_gb(self.train_step.device),
         }
         factor = optim.lr_factor(self.config.optim, self.step - 1, self.config.steps)
         self.pending = {"step": self.step, **report, "lr": self.config.optim.lr * factor, **counts, **pace}
+        self.pending_times = self.train_step.optimizer_times
         if self.config.log_samples:
             self.monitor.log_samples({"step": self.step, "samples": _in_stream_order(self.config, batch.samples)})
         if self.profile:
@@ -194,6 +196,7 @@ class Run:
             return
         row = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         row["skipped"] = int(row["skipped"])
+        row["optimizer_share"] = self.train_step.seconds_between(*self.pending_times) / row["seconds"]
         self.monitor.log_step(row)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
         if self.skipped_in_a_row >= MAX_SKIPPED:
@@ -205,25 +208,32 @@ class Run:
     def validate(self) -> None:
         """The figures that are due at this step; a new best one keeps a checkpoint of it."""
         self._log_pending()
-        figures: dict[str, float] = {}
-        if self.ranks.is_first:
-            if self.validation and self.is_due(self.config.validate_every):
-                figures |= self.validation()
-            if self.is_due(self.config.evaluate_every):
-                figures |= run_evaluations(self.config, self.train_step)
-            self.monitor.log({"step": self.step, **figures})
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k in ("validation/loss", self.config.best))
-            self.monitor.say(f"step {self.step:>5}  {shown}")
-            everything = all(map(self.is_due, filter(None, (self.config.validate_every, self.config.evaluate_every))))
-            if everything and self.config.best and self.config.best not in figures:
-                close = ", ".join(sorted(figures)[:8])
-                raise UserError(f"best: no figure is called {self.config.best!r} (there are: {close}, ...)")
-        figure = self.ranks.on_first(lambda: figures.get(self.config.best))
+        figure = self.ranks.on_first(self._measure).get(self.config.best)
         sign = 1 if self.config.best_mode == "min" else -1
         if figure is not None and (self.best is None or sign * figure < sign * self.best["value"]):
             self.best = {"figure": self.config.best, "value": figure, "step": self.step}
             self.save()
         self.last_time = time.monotonic()
+
+    def _measure(self) -> dict[str, float]:
+        """The figures that are due, written down; on the first rank alone. Raises UserError where `best` is none."""
+        figures: dict[str, float] = {}
+        if self.validation and self.is_due(self.config.validate_every):
+            figures |= self.validation()
+            if self.validation.errors and not self.validation_errors_said:
+                self.validation_errors_said = True  # they are the same each time
+                for line in Skipped(self.validation.errors).lines():
+                    self.monitor.say(f"validation: {line.strip()}")
+        if self.is_due(self.config.evaluate_every):
+            figures |= run_evaluations(self.config, self.train_step)
+        self.monitor.log({"step": self.step, **figures})
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k in ("validation/loss", self.config.best))
+        self.monitor.say(f"step {self.step:>5}  {shown}")
+        everything = all(map(self.is_due, filter(None, (self.config.validate_every, self.config.evaluate_every))))
+        if everything and self.config.best and self.config.best not in figures:
+            close = ", ".join(sorted(figures)[:8])
+            raise UserError(f"best: no figure is called {self.config.best!r} (there are: {close}, ...)")
+        return figures
 
     def save(self) -> Path:
         """Publishes a checkpoint of this step, unless there is one already."""

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init"),
     *("sources.*.validation", "model.tokenizers.*.file"),
 )
+NOT_RECORDED = ("run_dir", "init", "model.tokenizers.*.file")
 MIXTURE = ("tasks.*.sources", "tasks.*.sources.*", "tasks.*.weigh_by", "tasks.*.temperature")  # begins a new phase
 
 
@@ -101,13 +102,13 @@ def resume_config(
     """
     before, state = checkpoint.read_data(folder, "config"), checkpoint.read_data(folder, "state")
     old, new = (_leaves(json.loads(json.dumps(data))) for data in (before, to_data(config)))
-    added = [name for name in config.sources if name not in before["sources"]]
+    own = config.sources.keys() ^ before["sources"].keys()  # new ones, and those that are not read any more
     changes = {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key.startswith(f"sources.{name}.") for name in added)
+        if old.get(key) != new.get(key) and not any(key.startswith(f"sources.{name}.") for name in own)
     }
-    refused = {k: both for k, both in changes.items() if not _matches(k, (*MAY_CHANGE, *MIXTURE)) and _told(k, both)}
+    refused = {k: both for k, both in changes.items() if not _matches(k, (*MAY_CHANGE, *MIXTURE))}
     if refused:
         lines = "; ".join(f"{key} was {before}, is {after}" for key, (before, after) in refused.items())
         raise UserError(f"{folder}: the run was made with another configuration: {lines}. Resume it with the same one")
@@ -122,9 +123,7 @@ def resume_config(
         origin = Origin(state["step"], state["drawn"])
         why = f"the shards of {', '.join(other)} have changed" if other else "the mixture has changed"
         print(f"from step {state['step']} on another phase: {why}", file=sys.stderr)
-    _record(
-        config, state["step"], {k: c for k, c in changes.items() if k not in ("run_dir", "init") and "file" not in k}
-    )
+    _record(config, state["step"], {k: both for k, both in changes.items() if not _matches(k, NOT_RECORDED)})
     files = {m: t["file"] for m, t in before["model"]["tokenizers"].items() if t.get("file")}
     return keep_tokenizers(config, {m: checkpoint.tokenizer_file(folder, m, f) for m, f in files.items()}), origin
 
@@ -141,10 +140,6 @@ def _leaves(data, path: str = "") -> dict[str, object]:
 
 def _matches(key: str, patterns) -> bool:
     return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
-
-
-def _told(key: str, both: tuple) -> bool:
-    return both != (None, None)
 
 
 def _record(config: TrainConfig, step: int, changes: dict[str, tuple]) -> None:

@@ -91,13 +91,13 @@ class TrainStep:
         return {**report, "grad_norm": grad_norm, "skipped": skipped}
 
     def _update(self, step: int, skipped: Tensor) -> None:
-        self._times = [self._now()]
+        began = self._now()
         for optimizer in self.optimizers:
             if self.device.type != "meta":
                 # as torch.amp.GradScaler says it: the optimizer then changes nothing
                 optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
-        self._times.append(self._now())
+        self.optimizer_times = began, self._now()
         objective: Any
         for objective in self.objectives.values():
             objective.after_update()
@@ -110,12 +110,12 @@ class TrainStep:
         event.record()
         return event
 
-    def optimizer_seconds(self) -> float:
-        """How long the optimizers took in the last step; on a GPU in the last one that has ended."""
-        began, ended = self._times
+    def seconds_between(self, began: Any, ended: Any) -> float:
+        """The seconds between the two `optimizer_times` of a step; on a GPU this waits for that step to end."""
         if self.device.type != "cuda":
             return ended - began
-        return began.elapsed_time(ended) / 1000 if ended.query() else float("nan")
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds of it, by file."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..batch import find_pairs, with_counts
+from ..batch import with_counts
 from ..corpus.shards import Corpus
 from ..stream.tasks import build_stream
 from .config import TrainConfig
+from .grad_cache import score, task_of_objective
 from .train_step import TrainStep
 
 
@@ -22,6 +23,7 @@ class Validation:
 
     def __init__(self, config: TrainConfig, train_step: TrainStep):
         self.train_step, self.num_steps = train_step, config.validation_steps
+        self.errors: list[dict] = []
         tokenizers = config.model.tokenizers
         held_out = {
             name: Corpus(
@@ -41,28 +43,30 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """`validation/loss`, the weighted sum as in training, and each objective's `validation/loss/task/objective`."""
-        step, totals = self.train_step, {}
+        """`validation/loss`, the weighted sum as in training, and each objective's `validation/loss/task/objective`.
+
+        Each is a mean over the steps that had something of its task; `errors` names what could not be read.
+        """
+        step, losses = self.train_step, {}
+        self.errors = []
         model: Any = step.ema["model"]
         objectives: Any = step.ema["objectives"]
         for number in range(self.num_steps):
             data = self.stream[number]
+            self.errors += data.errors
             if not data.batches:  # none of the samples could be read
                 continue
             batch = with_counts(data.batches[0], data.counts).to(step.device)
             output = model(batch)
-            for name, weight in step.weights.items():
-                objective, targets = objectives[name], batch.tasks.get(name.partition("/")[0])
-                if targets is None:
-                    continue
-                if objective.whole_step:
-                    pairs = {k: p.to(step.device) for k, p in find_pairs(targets.table, model.modalities).items()}
-                    loss, _ = objective.compare(objective.features(output, targets), pairs)
-                else:
-                    loss, _ = objective.loss(output, targets)
-                for key, value in (("validation/loss", weight * loss), (f"validation/loss/{name}", loss)):
-                    totals[key] = totals.get(key, 0.0) + float(value) / self.num_steps
-        return totals
+            for name in step.weights:
+                if (targets := batch.tasks.get(task_of_objective(name))) is not None:
+                    loss, _ = score(objectives[name], output, targets, model)
+                    losses.setdefault(name, []).append(float(loss))
+        means = {name: sum(own) / len(own) for name, own in losses.items()}
+        if not means:
+            return {}
+        total = sum(step.weights[name] * mean for name, mean in means.items())
+        return {"validation/loss": total, **{f"validation/loss/{name}": mean for name, mean in means.items()}}
 
 
 def run_evaluations(config: TrainConfig, train_step: TrainStep) -> dict[str, float]:
