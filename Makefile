@@ -13,7 +13,7 @@ demo: $(READY)  ## the corpus, the training, the report; SEED=7 draws another sp
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh data/demo.sh "$(SEED)" "$(RUN)"
 
 test: $(READY)  ## the default tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(READY)  ## the slow ones too
 	$(BIN)/python -m pytest -q -m "not gpu"

@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
-from . import stream as _room  # noqa: F401  so that no later import of the room puts it in place of the function below
+import dataclasses
+import os
+
+from . import stream as _stream  # noqa: F401  so that no later import of a room puts it in place of a function below
+from . import tune as _tune  # noqa: F401
 
 __version__ = "0.1.0"
 
 
-def load(run, ema: bool = True, device: str = "auto", plugins: bool = False):
+def load(run, ema: bool = True, device: str = "auto", plugins: bool = False, adapter=""):
     """The model of a run's newest whole checkpoint; see `multimodal_fm.model.load`."""
     from .model import load
 
-    return load(run, ema, device, plugins)
+    return load(run, ema, device, plugins, adapter)
 
 
 def stream(config, overrides=(), start: int = 0, rank: int = 0, ranks: int = 1):
@@ -43,7 +47,15 @@ def stream(config, overrides=(), start: int = 0, rank: int = 0, ranks: int = 1):
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         tokenizers = fit_tokenizers(config.tasks, corpora, tokenizers, config.seed, Path(config.run_dir))
     dataset = build_stream(
-        config.tasks, corpora, tokenizers, config.seed, config.microbatches, config.round_to, rank, ranks
+        config.tasks,
+        corpora,
+        tokenizers,
+        config.seed,
+        config.microbatches,
+        config.round_to,
+        rank,
+        ranks,
+        heads=config.model.heads,
     )
     loader = Loader(dataset, start, config.steps, config.num_workers)
     try:
@@ -51,6 +63,30 @@ def stream(config, overrides=(), start: int = 0, rank: int = 0, ranks: int = 1):
             yield [with_counts(batch, step.counts) for batch in step.batches]
     finally:
         loader.close()
+
+
+def tune(
+    model, data, task: str, how: str = "full", validation=(), test=(), run_dir: str = "", overrides=(), **settings
+) -> dict:
+    """Adapt a model to labeled data; returns what RUN/tune.json says, with the figures of the test part under `test`.
+
+    model: a run, a checkpoint, a model in memory, or "none" with `like=RUN`. data, validation, test: shards, folders,
+    tables or `hf:OWNER/NAME`, one or a list. task, how, settings: as `mmfm tune --help` says. The adapted model is read
+    with `multimodal_fm.load(run_dir)`. Raises UserError.
+    """
+    import json
+
+    from .tune.run import FILE, Settings
+    from .tune.run import tune as adapt
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    own = {name: value for name, value in settings.items() if name in names}
+    columns = {name: value for name, value in settings.items() if name not in names}
+    parts = [[part] if isinstance(part, (str, os.PathLike)) else list(part) for part in (data, validation, test)]
+    data, validation, test = ([str(name) for name in part] for part in parts)
+    how_to = Settings(how=how, run_dir=run_dir, overrides=tuple(overrides), **own)
+    folder = adapt(model, data, task, how_to, validation, test, **columns)
+    return {"run": str(folder), **json.loads((folder / FILE).read_text(encoding="utf-8"))}
 
 
 def samples(shards, where=None):

@@ -23,11 +23,14 @@ class Config:
     depth: int = 6  # blocks
     num_heads: int = 4  # of attention, in each block
     mlp_ratio: float = 8 / 3  # the hidden width of the feed-forward layers over `width`
+    drop_path: float = 0.0  # training: the share of sequences that skip a block's branch, rising to this with depth
     experts: bool = False  # a feed-forward layer for each modality (BEiT-3, ONE-PEACE) in place of a shared one
 
     def __post_init__(self):
         if min(self.width, self.num_heads, self.depth) < 1 or not 0 < self.mlp_ratio < 1000:
             raise ValueError("width, depth and num_heads are at least 1, mlp_ratio is above 0")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError("drop_path is a share from 0 to below 1")
         if self.width % self.num_heads or self.width // self.num_heads % 2 or self.width // self.num_heads < 6:
             raise ValueError(
                 f"width ({self.width}) must be num_heads ({self.num_heads}) times an even number from 6 up"
@@ -130,8 +133,9 @@ class Experts(nn.ModuleDict):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, modalities: Sequence[str]):
+    def __init__(self, config: Config, modalities: Sequence[str], drop_path: float = 0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.norm_1 = RMSNorm(config.width)
         self.attention = Attention(config.width, config.num_heads)
         self.norm_2 = RMSNorm(config.width)
@@ -141,16 +145,24 @@ class Block(nn.Module):
             else FeedForward(config.width, config.mlp_ratio)
         )
 
-    def forward(self, x: Tensor, rotary: Tensor, plan: Plan, routing) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, plan: Plan, routing, sequence: Tensor) -> Tensor:
         q, k, v = self.before(x, rotary)
-        return self.after(x, attend(q, k, v, plan), routing)
+        keep = None
+        if self.training and self.drop_path:
+            # stochastic depth (Huang et al. 2016) by sequence, as timm's by sample: numbers of sequences are below N
+            draws = torch.rand(2, len(x), device=x.device).index_select(1, sequence.clamp(min=0))
+            keep = (draws >= self.drop_path).to(x.dtype)[..., None] / (1 - self.drop_path)
+        return self.after(x, attend(q, k, v, plan), routing, keep)
 
     def before(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention(self.norm_1(x), rotary)
 
-    def after(self, x: Tensor, attended: Tensor, routing) -> Tensor:
-        x = x + self.attention.project_out(attended.flatten(1))
-        return x + self.feed_forward(self.norm_2(x), routing)
+    def after(self, x: Tensor, attended: Tensor, routing, keep: Tensor | None = None) -> Tensor:
+        """keep (2, N, 1): what the two branches are multiplied by."""
+        branch = self.attention.project_out(attended.flatten(1))
+        x = x + (branch if keep is None else branch * keep[0])
+        branch = self.feed_forward(self.norm_2(x), routing)
+        return x + (branch if keep is None else branch * keep[1])
 
 
 class Backbone(nn.Module):
@@ -160,7 +172,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.norm_in = RMSNorm(config.width)
-        self.blocks = nn.ModuleList(Block(config, modalities) for _ in range(config.depth))
+        rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, modalities, rate) for rate in rates)
         self.norm_out = RMSNorm(config.width)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # keeps unit variance at any width
@@ -179,5 +192,5 @@ class Backbone(nn.Module):
         rotary = rotary_embedding(tokens.position, self.config.width // self.config.num_heads)
         x = self.norm_in(tokens.content)
         for block in self.blocks:
-            x = block(x, rotary, plan, routing)
+            x = block(x, rotary, plan, routing, tokens.sequence)
         return tokens.replace(content=self.norm_out(x))

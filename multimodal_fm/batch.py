@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import Plan, plan_attention
-from .tokens import WHOLE, Tokens, classify_orders, concatenate
+from .tokens import WHOLE, Tokens, classify_orders, concatenate, constant
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Sample:
 
     tokens: dict[str, Tokens]  # by modality, in the task's order
     group: int = 0  # samples of an equal group are never each other's negatives
+    label: Any = None  # what the objective's `read_label` made of the sample's members
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,31 @@ def count_targets(examples: list[Example], modalities: list[str]) -> dict[str, i
     return counts
 
 
+def add_prompt(example: Example, prompt: Tokens) -> Example:
+    """The example with learned tokens before each of its sequences (`Tokenizer.prompt`).
+
+    They are read with the whole of a sequence of one order, and before the first token of any other.
+    """
+    count, orders = len(prompt), {}
+    for piece in example.inputs:
+        orders.setdefault(int(piece.sequence[0]), []).append(piece.order)
+    inputs, hidden, moved, total = [], [], [], 0
+    for piece, hide in zip(example.inputs, example.hidden, strict=True):
+        number = int(piece.sequence[0])
+        if number in orders:
+            order = torch.cat(orders.pop(number))
+            earlier = order[:1] if bool((order == order[0]).all()) else torch.arange(-count, 0) + order.min()
+            inputs.append(prompt.replace(order=earlier.expand(count), sequence=constant(number, count)))
+            hidden.append(None)
+            total += count
+        inputs.append(piece)
+        hidden.append(hide)
+        moved.append(constant(total, len(piece)))
+    shift = torch.cat(moved)
+    rows = [torch.where(rows < 0, rows, rows + shift[rows.clamp(min=0)]) for rows in example.rows]
+    return dataclasses.replace(example, inputs=inputs, hidden=hidden, rows=rows)
+
+
 Planner = Callable[[Batch, Targets], Any]
 
 
@@ -197,13 +223,16 @@ def collate(
     planners: dict[str, Planner] | None = None,
     round_to: int = 1,
     empty=torch.empty,
+    prompt: Tokens | None = None,
 ) -> Batch:
     """Lay the examples of a microbatch end to end.
 
     tasks: for each task pairs of a sample's number in the step and its example. planners: by task, the `plan` of the
     objective that arranges. round_to: filler rounds the number of tokens up to a multiple. empty: called like
-    `torch.empty`, makes the tensors of raw content.
+    `torch.empty`, makes the tensors of raw content. prompt: learned tokens that stand before each sequence.
     """
+    if prompt is not None:
+        tasks = {name: [(number, add_prompt(e, prompt)) for number, e in own] for name, own in tasks.items()}
     examples = [(name, number, example) for name, own in tasks.items() for number, example in own]
     pieces = [(i, *both) for i, (_, _, e) in enumerate(examples) for both in zip(e.inputs, e.hidden, strict=True)]
     owner, size = np.array([i for i, _, _ in pieces]), np.array([len(piece) for _, piece, _ in pieces])

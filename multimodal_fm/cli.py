@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -19,7 +21,7 @@ SECONDS_FOR_THE_FIRST = 10  # that a process waits for the first to fail, before
 
 app = App(
     name="mmfm",
-    help="Pretrain one Transformer on text, images and audio; search across the three; evaluate it.",
+    help="Pretrain one Transformer on text, images and audio; search across the three; tune and evaluate it.",
     version=__version__,
 )
 
@@ -74,18 +76,25 @@ def evaluate(
     labels: str = "",
     modalities: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     evaluators: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    measure: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    train: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    subgroups: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    suite: str = "",
     trust: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     device: str = "auto",
 ) -> None:
     """Measure a run's newest checkpoint: retrieval in all directions, kNN and a linear probe, bits per byte.
 
+    The figures are kept in RUN/evaluations.json too.
+
     Parameters
     ----------
     run
         A run folder, or the folder of one checkpoint.
     on
-        Shards: .tar, .jsonl or .txt files or patterns. Without it, what the run's config names under `evaluate`.
+        Shards: .tar, .jsonl or .txt files or patterns. Without it, what the run's config names under `evaluate`,
+        with the settings given here in place of the config's.
     group
         The field whose equal values belong together: right answers of retrieval; never neighbors or training data of
         each other in kNN and probe. Without it, samples of an equal text are right answers.
@@ -99,6 +108,15 @@ def evaluate(
         The modalities to read; without it, all that the corpus has.
     evaluators
         Import paths of your own evaluators, to be run beside the built-in ones.
+    measure
+        The built-in evaluators to run, by name, as in zero_shot or embedding_space; without it, those of every day.
+    train
+        Shards that kNN and the probe are fitted on; without it, within the corpus, by folds.
+    subgroups
+        Fields of the samples: the scores of each of their values, and the largest difference.
+    suite
+        A YAML file of evaluations by name, as under `evaluate` of a config; or `quick` or `full`: those of the run's
+        config with few evaluators, or with all.
     trust
         Without --on: read what the config of a checkpoint names that was not trained here by you.
     json
@@ -108,25 +126,33 @@ def evaluate(
     """
     from . import objectives
     from .evals.base import Evaluation
-    from .evals.run import evaluate as measure
-    from .evals.run import load_evaluations, render, table
+    from .evals.metrics import SEED
+    from .evals.run import evaluate as measure_all
+    from .evals.run import keep, load_evaluations, load_suite, render, table
     from .model import load
     from .run_dir import checkpoint
     from .run_dir.records import Skipped
 
     folder = checkpoint.newest(run)
+    if on and suite:
+        raise UserError("give --on SHARDS or --suite, not both")
+    fields = {"group": group, "within": within, "labels": labels, "where": _pairs(where), "train": train}
+    lists = {"modalities": modalities, "evaluators": evaluators, "measure": measure, "subgroups": subgroups}
+    given = {name: value for name, value in {**fields, **lists}.items() if value}
     if on:
-        evaluations = {"": Evaluation(on, _pairs(where), group, within, labels, modalities or [], evaluators or [])}
+        evaluations = {"": Evaluation(on, **given)}
     else:
-        evaluations = load_evaluations(folder, trust)
+        evaluations = load_suite(suite, folder, trust) if suite else load_evaluations(folder, trust)
         if not evaluations:
             raise UserError("--on SHARDS is missing, and the run's config has no `evaluate`")
+        evaluations = {name: replace(evaluation, **given) for name, evaluation in evaluations.items()}
     model = load(folder, device=device, plugins=trust)
     trained = objectives.load(folder, model, plugins=trust)
     all_figures = {}
     for name, evaluation in evaluations.items():
-        figures, embedded = measure(model, trained, evaluation, folder)
-        all_figures |= {f"{name}/{key}" if name else key: value for key, value in figures.items()}
+        figures, embedded = measure_all(model, trained, evaluation, folder)
+        keep(name, evaluation, figures, embedded)
+        all_figures |= {f"{name}/{key}" if name else key: {**value, "seed": SEED} for key, value in figures.items()}
         if embedded.skipped:
             print("\n".join(Skipped(embedded.skipped).lines()), file=sys.stderr)
         if not json:
@@ -138,21 +164,189 @@ def evaluate(
 
 
 @app.command
-def report(run: str, /, *, trust: Annotated[bool, Parameter(negative=())] = False, device: str = "auto") -> None:
-    """Write RUN/report.html, one page that needs no network: a gallery, the evaluations, the curves, the config.
+def tune(
+    run: str,
+    /,
+    *settings: str,
+    task: str,
+    data: Annotated[list[str], Parameter(consume_multiple=True, negative=())],
+    validation: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    test: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    how: str = "full",
+    label: str = "",
+    image_column: str = "",
+    audio_column: str = "",
+    text_column: str = "",
+    pair_column: str = "",
+    like: str = "",
+    rehearsal: float = 0.0,
+    shots: int = 0,
+    seed: int = 0,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Adapt a checkpoint to labeled data and measure it: `mmfm tune RUN --task image-classification --data FOLDER`.
+
+    Needs no config: labels are found, classes counted, settings chosen for the size of the data. The run folder is one
+    like any other, with the figures of the test part, a confusion matrix and the worst mistakes in report.html.
 
     Parameters
     ----------
     run
-        A run folder whose config has an `evaluate`.
+        A run folder, a checkpoint's folder, or `none` for a random start with the architecture of --like RUN.
+    settings
+        key=value pairs for the run's configuration, such as steps=500 or optim.lr=1e-4; run_dir=FOLDER names the run.
+    task
+        image-classification, audio-classification, text-classification, pair-classification, token-tagging,
+        question-answering, regression, captioning or retrieval.
+    data
+        Shards, a folder, a CSV, JSONL or Parquet file, or hf:OWNER/NAME.
+    validation
+        The same, for choosing the best checkpoint; without it, a part of the data is split off.
+    test
+        The same, for the figures; without it, a part of the data is split off.
+    how
+        full: all weights; lora: low-rank adapters; prompt: learned tokens; probe: a linear layer; knn: nearest
+        neighbors; prototypes: class means; zero-shot: the names of the classes.
+    label
+        The column or field with the labels, or .cls; without it, it is found.
+    image_column
+        The column of a table with images.
+    audio_column
+        The column of a table with sounds.
+    text_column
+        The column of a table with texts.
+    pair_column
+        The column with the second text of a pair, or the context of a question.
+    like
+        With `none`: the run whose architecture and tokenizers are taken.
+    rehearsal
+        full, lora, prompt: the share, from 0 to 1, of the base's own tasks that goes on in every step, against
+        forgetting.
+    shots
+        probe, knn, prototypes: learn from so many samples of each class.
+    seed
+        Of the split, of the head's weights and of the order of the samples.
+    resume
+        Go on from the newest whole checkpoint in the run folder, where there is one.
+    json
+        Print one JSON object to standard output, everything else to standard error.
+    """
+    from . import tune as adapt
+    from .evals.run import render, table
+
+    run_dir, overrides = f"runs/{task}-{how}", []
+    parts = (data, validation or [], test or [])  # which take the settings that follow them along
+    given = [one for part in parts for one in part if re.match(r"[a-z_][\w.-]*=", one) and not Path(one).exists()]
+    data, validation, test = ([one for one in part if one not in given] for part in parts)
+    for setting in (*settings, *given):
+        if setting.startswith("run_dir="):
+            run_dir = setting.removeprefix("run_dir=")
+        else:
+            overrides.append(setting)
+    columns = {"image_column": image_column, "audio_column": audio_column, "text_column": text_column}
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        result = adapt(
+            run, data, task, how, validation, test, run_dir, overrides, label=label, **columns,
+            pair_column=pair_column, like=like, rehearsal=rehearsal, shots=shots, seed=seed, resume=resume,
+        )  # fmt: skip
+    if json:
+        print(dumps(result))
+    else:
+        print(render(table(result["test"])), f"{result['run']}: {result['how']}, {result['seconds']:.0f} s", sep="\n")
+
+
+@app.command
+def compare(
+    run_a: str,
+    run_b: str,
+    /,
+    *,
+    forgetting: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Say whether two runs differ by more than chance: `mmfm compare runs/a runs/b`.
+
+    Test sets on which both runs kept their predictions (mmfm tune does) are compared sample by sample, figures that
+    both were evaluated for (mmfm evaluate) by their intervals.
+
+    Parameters
+    ----------
+    run_a
+        A run folder; with --forgetting the run that was tuned.
+    run_b
+        The other one; with --forgetting what tuning made of it.
+    forgetting
+        What tuning changed in each modality and task, of the figures that both runs were evaluated for.
+    json
+        Print one JSON object.
+    """
+    from .evals import compare as comparison
+
+    if forgetting:
+        result, render = comparison.measure_forgetting(run_a, run_b), comparison.render_forgetting
+    else:
+        result, render = comparison.compare(run_a, run_b), comparison.render_comparison
+    print(dumps(result) if json else "\n".join(printable(line) for text in render(result) for line in text.split("\n")))
+
+
+@app.command
+def report(run: str, /, *, trust: Annotated[bool, Parameter(negative=())] = False, device: str = "auto") -> None:
+    """Write RUN/report.html, one page that needs no network: a gallery, the evaluations, the curves, the config.
+
+    Of a run that `mmfm tune` made: the figures of its task, the confusions and the worst mistakes.
+
+    Parameters
+    ----------
+    run
+        A run folder whose config has an `evaluate`, or that of a tune.
     trust
         Read the files and URLs that the config names although the run was not trained here by you.
     device
         cpu, cuda, or auto.
     """
-    from .reports.run import write
+    from .reports import run as page
+    from .reports import tune as tuned
 
-    write(run, device, trust)
+    if (Path(run) / tuned.FILE).exists():
+        print(printable(str(tuned.write(run, trust))))
+    else:
+        page.write(run, device, trust)
+
+
+@app.command
+def card(
+    run: str,
+    /,
+    *settings: str,
+    check: Annotated[bool, Parameter(negative=())] = False,
+    trust: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Write RUN/README.md, a model card in Hugging Face's format, and RUN/card.json, the file and field of each number.
+
+    With --check it writes nothing: it exits with 1 and says what is missing or below the thresholds under `card` in the
+    config, with 0 where a release has all it needs.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    settings
+        key=value pairs that stand in for those under `card` in the config, as in license=apache-2.0.
+    check
+        Check the card and the run's evaluations rather than write it.
+    trust
+        Read the data cards beside the shards that the config names although the run was not trained here by you.
+    """
+    from .reports.model_card import Card
+
+    made = Card(run, settings, trust)
+    if not check:
+        print(printable(str(made.write())))
+        return 0
+    for line in (problems := made.problems()):
+        print(line)
+    return 1 if problems else 0
 
 
 @app.command
@@ -249,6 +443,53 @@ def search(
     if skipped:
         print("\n".join(Skipped(skipped).lines()), file=sys.stderr)
     print(render(hits, json))
+
+
+@app.command
+def classify(
+    run: str,
+    /,
+    *things: str,
+    labels: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    templates: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    head: str = "classify",
+    modality: str = "",
+    json: Annotated[bool, Parameter(negative=())] = False,
+    device: str = "auto",
+) -> None:
+    """Say which class each file or text is of: `mmfm classify runs/demo cat.jpg --labels cat dog`.
+
+    Parameters
+    ----------
+    run
+        A run folder, or the folder of one checkpoint.
+    things
+        Files of pictures, sounds or texts, or texts.
+    labels
+        The names of the classes, which need no training; without it, the classes that the run was tuned to.
+    templates
+        With --labels: sentences with {} for the name of a class, whose vectors are averaged.
+    head
+        Without --labels: the head of the model that says it.
+    modality
+        image, audio or text: of all things; without it, endings of files tell it.
+    json
+        Print one JSON object a thing.
+    device
+        cpu, cuda, or auto.
+    """
+    from .model import load
+
+    if not things:
+        raise UserError("name files or texts to classify")
+    found = load(run, device=device).classify(list(things), labels, head, templates, modality)
+    for thing, said in zip(things, found, strict=True):
+        if json:
+            print(dumps({"thing": thing, **said}))
+            continue
+        chosen = said["label"] if isinstance(said["label"], list) else [said["label"]]
+        shown = ", ".join(f"{name} {said['probabilities'][name]:.3f}" for name in chosen) or "none"
+        print(printable(f"{thing}  {shown}"))
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:

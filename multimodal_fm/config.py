@@ -121,14 +121,19 @@ def read_yaml(path: str | Path, overrides: Sequence[Override] = ()) -> dict:
         raise UserError(f"{path}: not YAML{where}: {str(getattr(error, 'problem', error)).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a map of keys, not {type(data).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
+    return apply_overrides(data, overrides)
+
+
+def apply_overrides(data: dict, overrides: Sequence[Override]) -> dict:
+    """The plain data with the overrides set in it. Raises UserError."""
+    for given in overrides:
+        key, equals, value = given.partition("=")
         if not equals or not key:
-            raise UserError(f"{override!r} is not key=value")
+            raise UserError(f"{given!r} is not key=value")
         try:
-            _set(data, key.split("."), override, yaml.load(value, _YAML))
+            _set(data, key.split("."), given, yaml.load(value, _YAML))
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise UserError(f"{override!r}: the value is not YAML") from None
+            raise UserError(f"{given!r}: the value is not YAML") from None
     return data
 
 

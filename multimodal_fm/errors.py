@@ -39,6 +39,7 @@ REASONS = {
     "near-copy": "nearly equal content came before",
     "shard": "the archive is damaged: what stands at the named offset is not read",
     "duplicate": "a key or a part of this name came before; the later one is left out",
+    "label": "the label is missing, or is not one that the task can learn",
     "name": "the member's name or type is not one that a sample may have",
 }
 

@@ -6,6 +6,7 @@ N tokens, S sequences, D width, E length of the retrieval vectors.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from . import backbone
+from . import backbone, lora
 from .backbone import Backbone
 from .batch import MAX_TOKENS, Batch, Example, batch_by_tokens, collate
-from .config import Folder, Plugin, build
+from .config import Folder, Plugin, build, to_data
 from .errors import SampleError, UserError
 from .run_dir import checkpoint
-from .tokenizers.base import Tokenizer
+from .tokenizers.base import Tokenizer, find_prompt
 from .tokens import FILLER, Tokens, constant
 
 TOKENIZERS, HEADS = Folder("tokenizers", "Tokenizer", instantiate=True), Folder("heads", "Head")
@@ -41,6 +42,7 @@ class ModelConfig:
     backbone: backbone.Config = field(default_factory=backbone.Config)  # the shared Transformer
     heads: dict[str, Annotated[Plugin, HEADS]] = field(default_factory=default_heads)
     """By name: what adapts the backbone's output to a use."""
+    lora: lora.Config = field(default_factory=lora.Config)  # low-rank adapters in the backbone
 
     def problems(self):
         for key, names in (("tokenizers", self.tokenizers), ("heads", self.heads)):
@@ -61,12 +63,36 @@ class Output:
 
     def mean_pool(self) -> Tensor:
         """The mean over each sequence's tokens (S, D)."""
-        rows = self.tokens.sequence
-        rows = torch.where(rows == FILLER, self.num_sequences, rows)
-        content = self.tokens.content.float()
-        sums = content.new_zeros(self.num_sequences + 1, content.shape[1]).index_add(0, rows, content)
-        counts = content.new_zeros(self.num_sequences + 1).index_add(0, rows, content.new_ones(len(rows)))
-        return (sums / counts.clamp(min=1.0)[:, None]).narrow(0, 0, self.num_sequences)
+        counts = self.sum_pool(self.tokens.content.new_ones(len(self.tokens), 1).float())
+        return self.sum_pool(self.tokens.content.float()) / counts.clamp(min=1.0)
+
+    def sum_pool(self, values: Tensor) -> Tensor:
+        """The sum over each sequence's tokens (S, D) of values (N, D)."""
+        sums = values.new_zeros(self.num_sequences + 1, values.shape[1]).index_add(0, self._owner(), values)
+        return sums.narrow(0, 0, self.num_sequences)
+
+    def log_softmax(self, scores: Tensor) -> Tensor:
+        """Of scores (N,), over the tokens of each sequence (N,)."""
+        owner = self._owner()
+        most = scores.new_full((self.num_sequences + 1,), -torch.inf)
+        most = most.scatter_reduce(0, owner, scores.detach(), "amax").index_select(0, owner)
+        sums = scores.new_zeros(self.num_sequences + 1).index_add(0, owner, (scores - most).exp())
+        return scores - most - sums.log().index_select(0, owner)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Of scores (N,), over the tokens of each sequence (N,)."""
+        return self.log_softmax(scores).exp()
+
+    def first_rows(self) -> Tensor:
+        """The row of each sequence's first token (S,); a sequence's tokens lie side by side, in order."""
+        owner = self._owner()
+        rows = torch.arange(len(owner), device=owner.device)
+        first = torch.full((self.num_sequences + 1,), len(owner), device=owner.device, dtype=torch.long)
+        return first.scatter_reduce(0, owner, rows, "amin").narrow(0, 0, self.num_sequences)
+
+    def _owner(self) -> Tensor:
+        """Each token's sequence (N,); filler belongs to one more."""
+        return torch.where(self.tokens.sequence == FILLER, self.num_sequences, self.tokens.sequence)
 
     def embedding(self, sequence: Tensor, modality: Tensor, head: str = "retrieval") -> Tensor:
         """What a head makes of the named sequences (M,), whose modalities are (M,)."""
@@ -85,6 +111,7 @@ class Model(nn.Module):
         self.modality_vectors = self._vectors()
         self.mask_tokens = self._vectors()
         self.backbone = Backbone(config.backbone, self.modalities)
+        lora.inject(self.backbone, config.lora)
         self.heads = nn.ModuleDict({n: p.cls(p.config, self.width, self.modalities) for n, p in config.heads.items()})
 
     def _vectors(self) -> nn.ParameterDict:
@@ -110,6 +137,10 @@ class Model(nn.Module):
         tokens = self.backbone(batch.tokens.replace(content=content), batch.attention, batch.by_modality)
         return Output(tokens, batch.num_sequences, self.heads)
 
+    def collate(self, tasks: dict[str, list[tuple[int, Example]]], counts: dict[str, dict[str, int]]) -> Batch:
+        """A microbatch on the model's device; see `batch.collate`."""
+        return collate(tasks, self.modalities, counts, prompt=find_prompt(self.tokenizers)).to(self.device)
+
     def features(self, **inputs) -> dict[str, Tensor]:
         """Mean-pooled outputs of the backbone (B, D) for each modality given, with gradients; inputs as for `embed`."""
         read = {modality: self._read(modality, given) for modality, given in self._known(inputs).items()}
@@ -125,6 +156,19 @@ class Model(nn.Module):
         known = self._known(inputs)
         return {m: self.embed_sequences(m, self._read(m, given))[0] for m, given in known.items()}
 
+    def classify(self, things, labels=None, head: str = "classify", templates=None, modality: str = "") -> list[dict]:
+        """The class of each thing: {"label": the likeliest, "probabilities": {class: p}}.
+
+        things: paths, PIL pictures, arrays, (waveform, sample rate), texts, or maps of them by modality, which are read
+        as one sequence in the order of the map. Types and files' endings tell the modality unless it is named. labels:
+        names of classes; each thing is compared with sentences about them by the retrieval head, without training
+        (Radford et al. 2021). `templates` are these sentences, with {} for the name. Without labels: what `head` says,
+        which was trained on its classes (`mmfm tune`); with `multi_label` "label" is a list. Raises UserError.
+        """
+        from .search.classify import classify
+
+        return classify(self, things, labels, head, templates, modality)
+
     @torch.no_grad()
     def embed_sequences(
         self, modality: str, inputs: list[list[Tokens]], max_tokens: int = MAX_TOKENS, head: str = "retrieval"
@@ -132,14 +176,15 @@ class Model(nn.Module):
         """Unit vectors (B, E) of a head and pooled features (B, D) of inputs of one modality, each of one or several
         sequences, whose means count by their lengths.
 
-        About `max_tokens` tokens go through the backbone at a time; on a GPU in bfloat16.
+        About `max_tokens` tokens go through the backbone at a time; on a GPU in bfloat16. Without a head, `""`, E is 0.
         """
-        if head not in self.heads:
+        if head and head not in self.heads:
             raise UserError(f"this model has no head {head!r} (there are: {', '.join(self.heads) or 'none'})")
         training = self.training
         self.eval()
         try:
-            return self._pool(modality, inputs, max_tokens, head)
+            *vectors, features = self._pool(modality, inputs, max_tokens, head)
+            return (vectors[0] if vectors else features[:, :0]), features
         finally:
             self.train(training)
 
@@ -152,7 +197,7 @@ class Model(nn.Module):
         for pairs in batch_by_tokens(flat, max_tokens):
             sequences = [s.replace(modality=constant(number, len(s))) for _, s in pairs]
             examples = [(i, Example([sequence], [None])) for i, sequence in enumerate(sequences)]
-            batch = collate({"embed": examples}, self.modalities, {"embed": {}}).to(self.device)
+            batch = self.collate({"embed": examples}, {"embed": {}})
             with cast:
                 pooled = self(batch).mean_pool()
             targets = batch.tasks["embed"]
@@ -196,16 +241,56 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def load(run: str | Path, ema: bool = True, device: str = "auto", plugins: bool = False) -> Model:
+def load(
+    run: str | Path, ema: bool = True, device: str = "auto", plugins: bool = False, adapter: str | Path = ""
+) -> Model:
     """The model of a run's newest whole checkpoint (or of one checkpoint's folder), with its averaged weights.
 
-    Needs neither the run's data nor its objectives. Nothing is unpickled; `plugins=True` allows the checkpoint to name
-    tokenizers and heads from outside this package, whose code then runs. Raises UserError.
+    adapter: the folder of an adapter (RUN/adapter) that was tuned on this base. Needs neither the run's data nor its
+    objectives. Nothing is unpickled; `plugins=True` allows the checkpoint to name tokenizers and heads from outside
+    this package, whose code then runs. Raises UserError.
     """
     folder = checkpoint.newest(run)
     model = Model(read_config(folder, plugins))
     load_weights(model, checkpoint.read_tensors(folder, "ema" if ema else "model"), folder)
+    model = with_adapter(model, adapter, plugins) if adapter else model
     return model.to(pick_device(device)).eval()
+
+
+def with_adapter(model: Model, folder: str | Path, plugins: bool = False) -> Model:
+    """A new model: `model` with an adapter of this folder, its heads and its learned tokens. `model` stays as it is.
+
+    Raises UserError where the adapter was made for another base.
+    """
+    about, tensors = lora.read_adapter(folder)
+    base = model.state_dict()
+    if about["base"] != lora.base_hash(base):
+        raise UserError(
+            f"{folder}: was tuned on another base: its weights have the hash {about['base'][:12]}, "
+            f"these {lora.base_hash(base)[:12]}; load it with the run that it was tuned from"
+        )
+    data = to_data(model.config)
+    data |= {"lora": about.get("lora", {}), "heads": about.get("heads", {})}
+    for modality, settings in about["tokenizers"].items():
+        data["tokenizers"][modality] = data["tokenizers"].get(modality, {}) | settings
+    adapted = Model(build(ModelConfig, data, str(Path(folder) / "adapter.json"), plugins))
+    known = {name: base[lora.plain_name(name)] for name in adapted.state_dict() if lora.plain_name(name) in base}
+    load_weights(adapted, known | tensors, Path(folder))
+    return adapted.to(model.device).train(model.training)
+
+
+def merge_adapter(model: Model) -> Model:
+    """A new model without adapters that computes the same; `model` stays as it is."""
+    merged = Model(dataclasses.replace(model.config, lora=lora.Config()))
+    merged.load_state_dict(lora.merged_tensors(model))
+    return merged.to(model.device).train(model.training)
+
+
+def without_adapter(model: Model) -> Model:
+    """A new model of the base's own weights, with the heads of `model`."""
+    plain = Model(dataclasses.replace(model.config, lora=lora.Config()))
+    plain.load_state_dict({lora.plain_name(n): v for n, v in model.state_dict().items() if ".lora_" not in n})
+    return plain.to(model.device).train(model.training)
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

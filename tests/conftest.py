@@ -165,3 +165,8 @@ def pytest_collection_modifyitems(items):
         for test in items:
             if "gpu" in test.keywords:
                 test.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are not in the names of tests: a sound file may hold the second in which it was made."""
+    return argname if isinstance(val, bytes) else None

@@ -27,7 +27,7 @@ from multimodal_fm.evals.base import Evaluation
 from multimodal_fm.evals.embed_corpus import EmbeddedCorpus, Inputs, embed_corpus
 from multimodal_fm.evals.metrics import estimate, find_nearest, rank_first
 from multimodal_fm.evals.run import evaluate, find_trained_on, load_evaluations, table
-from multimodal_fm.run_dir import checkpoint
+from multimodal_fm.run_dir import checkpoint, evaluations
 from multimodal_fm.search.query import render, search, split_query
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build
@@ -445,7 +445,12 @@ def test_media_stay_in_the_corpus_and_little_waits_to_be_embedded(model, corpus,
         lambda self, modality, inputs: calls.append(inputs) or vectors(self, modality, inputs),
     )
     embedded = embed_corpus(model, source)
-    assert len(calls) == 9 and all(sum(len(s) for own in inputs[:-1] for s in own) < 40 for inputs in calls)
+    assert embedded.field(0, "color") and not calls and not embedded.is_read, "nothing before somebody asks"
+    assert (
+        embedded.inputs
+        and len(calls) == 9
+        and all(sum(len(s) for own in inputs[:-1] for s in own) < 40 for inputs in calls)
+    )
     for modality, inputs in whole.inputs.items():
         torch.testing.assert_close(embedded.inputs[modality].vectors, inputs.vectors, rtol=0, atol=1e-5)
         assert all((text is None) == (modality != "text") for text in inputs.texts)
@@ -488,7 +493,10 @@ def test_the_commands(run, corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert "no kNN and no probe" in done.stderr and "knn/image/accuracy" not in figures
-    assert {"value", "low", "high", "chance", "n"} == figures["retrieval/text_to_image/r@10"].keys()
+    assert {"value", "low", "high", "chance", "n", "seed"} == figures["retrieval/text_to_image/r@10"].keys()
+    kept = evaluations.read(run)[str(shard)]
+    assert (kept["on"], kept["step"], kept["seed"]) == ([str(shard)], 60, 0) and kept["notes"]
+    assert {name: {**figure, "seed": 0} for name, figure in kept["figures"].items()} == figures
     assert {"retrieval/audio_to_image/median_rank", "text/bits_per_byte"} <= figures.keys()
     done = mmfm("evaluate", run, "--on", shard, "--where", "language=en", "--modalities", "text", "image")
     assert "text → image" in done.stdout and "audio" not in done.stdout

@@ -23,13 +23,13 @@ def imports(file: Path) -> set[str]:
 
 
 def test_the_root_is_small():
-    assert len(list(ROOT.glob("*.py"))) <= 10
+    assert len(list(ROOT.glob("*.py"))) <= 11
 
 
 def test_nothing_imports_the_training_but_the_command_line():
     for file in ROOT.rglob("*.py"):
         room = file.relative_to(ROOT).parts[0]
-        if room not in ("train", "cli.py", "tune.py", "__init__.py"):
+        if room not in ("train", "cli.py", "tune", "__init__.py"):
             assert not [name for name in imports(file) if name.startswith("train")], file
 
 
@@ -39,7 +39,7 @@ def test_tokens_imports_nothing_of_ours():
 
 def test_files_of_one_plugin_folder_do_not_import_each_other():
     """But for `base` and, among the evaluations, what they share."""
-    shared = {"base", "embed_corpus", "metrics"}
+    shared = {"base", "embed_corpus", "metrics", "task_metrics"}
     for room in PLUGINS:
         others = {file.stem for file in (ROOT / room).glob("*.py")} - shared - {"__init__", "run"}
         for name in others:

@@ -326,3 +326,22 @@ def test_predictors_are_built_for_what_the_task_reads_only(name):
     """The modalities that no target comes from cost no parameters."""
     cls, model = config.plugin_class(OBJECTIVES, name), make_model()
     assert list(cls(cls.Config(), model, ["audio"]).predictors) == ["audio"]
+
+
+@pytest.mark.parametrize("strength", [0.0, 5.0])
+def test_hard_negatives_weigh_by_their_cosine_and_one_in_mean(strength):
+    model, objective = make("contrastive", hard_negatives=strength)
+    groups = [0, 1, 1, 2, 3]
+    features, table, loss, _ = compare(model, objective, [make_sample(g, text=3, image=4) for g in groups])
+    [pair] = find_pairs(table, MODALITIES).values()
+    left, right = features[pair.rows[0]].double(), features[pair.rows[1]].double()
+    cosines, scale, total = (left @ right.T).detach(), objective.log_scale.double().exp().item(), 0.0
+    for side in (cosines, cosines.T):
+        for i in range(5):
+            negatives = [j for j in range(5) if groups[j] != groups[i]]
+            weights = torch.tensor([math.exp(strength * side[i, j]) for j in negatives])
+            weights = weights / weights.mean()
+            below = sum(w * math.exp(scale * side[i, j]) for w, j in zip(weights.tolist(), negatives))
+            own = math.exp(scale * side[i, i])
+            total -= math.log(own / (own + below)) / 10
+    assert loss.item() == pytest.approx(total, rel=1e-5)

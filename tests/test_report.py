@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import re
 import shlex
 from html.parser import HTMLParser
@@ -20,6 +19,7 @@ from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.evals.run import table
 from multimodal_fm.reports import run
+from multimodal_fm.run_dir import evaluations
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import load as load_config
 
@@ -88,9 +88,9 @@ def test_needs_nothing_but_itself(page):
 
 def test_every_figure_is_there(page):
     cells = Reader(page.read_text()).cells
-    measured = json.loads((page.parent / "evaluation.json").read_text())
+    measured = evaluations.read(page.parent)
     assert list(measured) == ["held", "bad <b>\x1b[31m"]
-    for figures in measured.values():
+    for figures in (entry["figures"] for entry in measured.values()):
         for row in table(figures)[1:]:
             row = [cell.replace("_", " ") for cell in row if cell]
             start = next(i for i, cell in enumerate(cells) if cell == row[0] and cells[i + 1] == row[1])

@@ -555,3 +555,13 @@ def test_the_trained_merges_replace_those_before_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(b).read_bytes()), replace(a, b)))
     text_tokenizer(vocab_size=300).fit([{"txt": b"something else altogether, altogether"}], tmp_path / "words")
     assert seen == [before] != [Path(path).read_bytes()]
+
+
+def test_rand_augment_is_drawn_from_the_sample_alone():
+    tokenizer = image.Tokenizer(image.Config(patch=8, max_tokens=16, rand_augment=15))
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    state = torch.random.get_rng_state()
+    first, again, other = (tokenizer.view(picture, random.Random(seed)) for seed in (1, 1, 2))
+    assert (first == again).all() and (first != other).any()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (tokenizer.view(picture) == picture).all()

@@ -70,7 +70,7 @@ def test_held_out_samples_are_read_without_augmentation_or_the_weights_of_traini
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, corpus, monkeypatch):
-    values = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 1.1}
+    values = {1: 1.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 1.1}  # of equal ones the later
     run, counter = tmp_path / "run", iter(values.values())
     monkeypatch.setattr(Validation, "__call__", lambda self: {"validation/loss": next(counter)})
     data = text_only(
@@ -78,7 +78,10 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, corpus, monkeyp
     )
     loop.pretrain(build(data))
     assert [folder.name for folder in checkpoint.steps(run)] == ["step-00000002", "step-00000005"]
-    assert json.loads((run / "best.json").read_text()) == {"figure": "validation/loss", "value": 1.0, "step": 2}
+    assert json.loads((run / "best.json").read_text()) == {
+        **{"figure": "validation/loss", "value": 1.0},
+        **{"step": 2, "since": 1},
+    }
     loop.pretrain(build({**data, "steps": 6}), resume=True)  # which knows the best one so far
     assert [folder.name for folder in checkpoint.steps(run)] == ["step-00000002", "step-00000006"]
 
@@ -86,7 +89,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, corpus, monkeyp
 def test_a_best_checkpoint_that_is_gone_is_made_again(tmp_path, corpus, monkeypatch):
     """It was damaged with the newest ones: the run goes on from before it, and finds the same figure."""
     run = tmp_path / "run"
-    monkeypatch.setattr(Validation, "__call__", lambda self: {"validation/loss": 2.0})
+    counter = iter([2.0, 2.0, 2.0, 2.5, 2.5])
+    monkeypatch.setattr(Validation, "__call__", lambda self: {"validation/loss": next(counter)})
     data = text_only(corpus, run, sources=sources(corpus), steps=2, save_every=1, validate_every=1)
     loop.pretrain(build(data))
     (run / "best.json").write_text('{"figure": "validation/loss", "value": 2.0, "step": 3}')

@@ -12,9 +12,10 @@ from pathlib import Path
 from data import writing
 from data.writing import RecipeError, digest, dump
 
+LICENSE = "those of the sets, of which several allow research only; see data/small/README.md"
 VERSION = 1  # raise it when the samples change, so that an older build is replaced
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-DIGITS = "zero one two three four five six seven eight nine".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 LEFT_OUT_SPEAKER = "theo"  # no sound of his is among those that are trained on
 AS_THEY_ARE = {  # file -> folder here: sets that come with a split of their own
     "image_text/flickr8k1k": "flickr8k",
@@ -45,7 +46,7 @@ def main(argv=None):
         for name, rows in {"sst2": sst2, "trec": trec, "texts": texts}.items():
             splits |= write_rows(part, name, rows(options.folder))
         shards = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*-*.*")) if p.is_file()}
-        card = {"recipe": recipe, "splits": splits, "shards": shards}
+        card = {"recipe": recipe, "license": LICENSE, "splits": splits, "shards": shards}
         (part / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     for name, count in splits.items():
         print(f"{name}: {count:,}")

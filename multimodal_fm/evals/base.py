@@ -20,6 +20,18 @@ class Evaluation:
     labels: str = ""  # the field with the classes; empty: the `.cls` member
     modalities: list[str] = field(default_factory=list)  # empty: all that the corpus has
     evaluators: list[str] = field(default_factory=list)  # import paths of evaluators beside those of this folder
+    measure: list[str] = field(default_factory=list)  # evaluators of this folder by name; empty: those of every day
+    train: str | list[str] = ""  # shards that kNN and the probe are fitted on; empty: within `on`, by folds
+    subgroups: list[str] = field(
+        default_factory=list
+    )  # fields: the scores of each of their values, and how they differ
+    corruptions: list[str] = field(default_factory=list)  # that `robustness` applies; empty: all
+    strengths: list[int] = field(default_factory=list)  # of these, from 1 to 5; empty: all five
+    trained_on: list[str] = field(default_factory=list)  # shards that `leakage` compares, beside the run's own sources
+    class_names: list[str] = field(default_factory=list)  # of zero-shot classification; empty: from the field `label`
+    templates: dict[str, list[str]] = field(default_factory=dict)
+    """Sentences for zero-shot classification by modality, with {} for a class's name, as in `image: ["a photo of {}"]`;
+    without them, some that fit pictures and sounds."""
 
 
 @runtime_checkable
@@ -32,6 +44,9 @@ class Evaluator(Protocol):
     """
 
     Config: Any
+    default: bool = True  # measured where an evaluation does not name what to `measure`
+    needs_vectors: bool = False  # compares unit vectors, so that it has nothing to say of a model without such a head
+    after_others: bool = False  # looks at `EmbeddedCorpus.scores`, what the others found for each input
 
     def run(self, embedded: EmbeddedCorpus, config, model, objectives: dict[str, Any]) -> dict[str, dict]:
         """Figures (see `metrics.estimate`) by name, `WHAT/OF/MEASURE`; empty where the corpus does not allow it.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..batch import Sample, batch_by_tokens, collate, count_targets
+from ..batch import Sample, batch_by_tokens, count_targets
 from ..model import autocast
 from . import base
 from .embed_corpus import EmbeddedCorpus
@@ -47,7 +47,7 @@ def measure_bits(model, name: str, objective, texts: list[str]) -> tuple[np.ndar
             owners.append(owner)
             sizes[owner] += tokenizer.count_bytes(window.content.tolist())
         counts = count_targets([example for _, example in examples], model.modalities)
-        microbatch = collate({name: examples}, model.modalities, {name: counts}).to(model.device)
+        microbatch = model.collate({name: examples}, {name: counts})
         targets = microbatch.tasks[name]
         with autocast(model.device, model.device.type == "cuda"):
             nats = objective.score(model(microbatch), targets, "text").double().cpu()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..batch import MAX_TOKENS
@@ -22,22 +24,90 @@ from ..tokens import Tokens
 class Inputs:
     """The distinct inputs of one modality, T of them. An input is what its tokenizer reads at once, such as a text."""
 
-    vectors: torch.Tensor  # (T, E) unit
+    vectors: torch.Tensor  # (T, E) unit; E is 0 where the model has no retrieval head
     features: torch.Tensor  # (T, D)
     texts: list[str | None]  # the input where it is a string; media stay in the corpus (`EmbeddedCorpus.load`)
     samples: list[list[int]]  # the samples that hold each
 
 
 @dataclass
-class EmbeddedCorpus:
-    """The samples of a corpus, the inputs in them, and what could not be read."""
+class Scores:
+    """What a figure is the mean of, one value for each of the Q inputs or queries that it is about."""
 
-    corpus: Corpus
-    inputs: dict[str, Inputs]  # by modality
-    metadata: list[dict]  # each sample's JSON
-    sample_inputs: list[dict[str, list[int]]]  # each sample's inputs by modality
-    skipped: list[dict] = field(default_factory=list)  # rows as in quarantine.jsonl
-    notes: list[str] = field(default_factory=list)  # what a reader of the figures has to know
+    values: np.ndarray  # (Q,)
+    samples: np.ndarray  # (Q,) the number of a sample that holds each
+    clusters: np.ndarray  # (Q,) those of an equal cluster are drawn together by the bootstrap
+    chances: np.ndarray  # (Q,) what a guess would get
+
+
+class EmbeddedCorpus:
+    """The samples of a corpus, the inputs in them, and what could not be read.
+
+    Nothing is decoded or embedded before somebody asks for `inputs` or `sample_inputs`.
+
+    Args:
+        read: returns inputs, metadata, sample_inputs and skipped, where they are not given.
+
+    Attributes:
+        train: the corpus that what is fitted is fitted on; None: `self`, by folds.
+        folder: the checkpoint of the model; None where it has none.
+        skipped: what could not be read, rows as in quarantine.jsonl.
+        notes: what a reader of the figures has to know.
+        scores: by name of a figure, what it is the mean of.
+        remeasure: the figures of another view of the corpus, by the evaluators that ran before: with True those that
+            compare vectors, with False the others.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        inputs: dict[str, Inputs] | None = None,
+        metadata: list[dict] | None = None,
+        sample_inputs: list[dict[str, list[int]]] | None = None,
+        read: Callable[[], tuple] | None = None,
+    ):
+        self.corpus, self._read = corpus, read
+        self._inputs, self._metadata, self._sample_inputs = inputs or {}, metadata, sample_inputs or []
+        self.train: EmbeddedCorpus | None = None
+        self.folder: Path | None = None
+        self.skipped: list[dict] = []
+        self.notes: list[str] = []
+        self.scores: dict[str, Scores] = {}
+        self.remeasure: Callable[[EmbeddedCorpus, bool], dict[str, dict]] = lambda view, pairs: {}
+
+    @property
+    def is_read(self) -> bool:
+        return self._read is None
+
+    def _ensure(self) -> None:
+        if self._read is not None:
+            read, self._read = self._read, None
+            self._inputs, self._metadata, self._sample_inputs, skipped = read()
+            self.skipped += skipped
+
+    @property
+    def inputs(self) -> dict[str, Inputs]:
+        """By modality."""
+        self._ensure()
+        return self._inputs
+
+    @property
+    def sample_inputs(self) -> list[dict[str, list[int]]]:
+        """Each sample's inputs by modality."""
+        self._ensure()
+        return self._sample_inputs
+
+    @property
+    def metadata(self) -> list[dict]:
+        """Each sample's JSON."""
+        if self._metadata is None:
+            self._metadata = [self.corpus.json(sample) for sample in range(len(self.corpus))]
+        return self._metadata
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the inputs have unit vectors, which a model without a retrieval head does not give."""
+        return all(inputs.vectors.shape[1] for inputs in self.inputs.values())
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -88,7 +158,12 @@ def embed_corpus(
     modalities: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EmbeddedCorpus:
-    """Read every sample and embed every distinct input (by its bytes) once. Nothing is random in it."""
+    """The corpus, of which every sample is read and every distinct input (by its bytes) embedded once, when somebody
+    first looks at them. Nothing is random in it."""
+    return EmbeddedCorpus(corpus, read=lambda: _read(model, corpus, modalities, progress))
+
+
+def _read(model: Model, corpus: Corpus, modalities: Sequence[str], progress: Callable[[int, int], None]) -> tuple:
     chosen = [modality for modality in model.modalities if not modalities or modality in modalities]
     embedders = {modality: _Embedder(model, modality) for modality in chosen}
     metadata, sample_inputs, skipped = [], [], []
@@ -101,7 +176,7 @@ def embed_corpus(
         skipped += [quarantine_row(corpus, sample, part, error, None) for part, error in failed]
         progress(sample + 1, len(corpus))
     inputs = {modality: embedder.finish() for modality, embedder in embedders.items() if embedder.texts}
-    return EmbeddedCorpus(corpus, inputs, metadata, sample_inputs, skipped)
+    return inputs, metadata, sample_inputs, skipped
 
 
 class _Embedder:
@@ -155,7 +230,10 @@ class _Embedder:
 
 def embed_sequences(model: Model, modality: str, inputs: list[list[Tokens]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors (B, E) and features (B, D) of inputs, each of one or several sequences, on the CPU in float32."""
-    vectors, features = model.embed_sequences(modality, inputs)
+    if "retrieval" in model.heads:
+        vectors, features = model.embed_sequences(modality, inputs)
+    else:
+        vectors, features = model.embed_sequences(modality, inputs, head="")
     return vectors.float().cpu(), features.float().cpu()
 
 

@@ -1,4 +1,4 @@
-"""A linear probe: logistic regression on the frozen features, in folds that no group straddles."""
+"""A linear probe: logistic regression on the frozen features, on `train` or in folds that no group straddles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from . import base
 from .embed_corpus import EmbeddedCorpus
-from .metrics import estimate, labeled_modalities
+from .metrics import labeled_modalities, record
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Evaluator(base.Evaluator):
     Config = Config
 
     def run(self, embedded: EmbeddedCorpus, config: Config, model=None, objectives=None) -> dict[str, dict]:
-        """`probe/MODALITY/accuracy` of held-out inputs, over those whose class occurs in another group too."""
+        """`probe/MODALITY/accuracy` over held-out inputs whose class occurs in another group too, or in `train`."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -33,15 +33,18 @@ class Evaluator(base.Evaluator):
             right = np.zeros(len(data.labels))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # classes smaller than the number of folds, and slow convergence
-                for train, test in split_folds(data.labels, data.groups, config.folds):
+                if data.fitted is None:
+                    splits = split_folds(data.labels, data.groups, config.folds)
+                else:
+                    splits = [(np.flatnonzero(data.fitted), np.flatnonzero(data.scored))]
+                for train, test in splits:
                     if len(np.unique(data.labels[train])) < 2:
                         right[test] = data.labels[test] == data.labels[train][0]
                         continue
                     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
                     probe.fit(data.features[train], data.labels[train])
                     right[test] = probe.predict(data.features[test]) == data.labels[test]
-            scored = data.scored
-            figures[f"probe/{modality}/accuracy"] = estimate(right[scored], data.groups[scored], data.chance)
+            figures |= record(embedded, f"probe/{modality}/accuracy", data.scores(right))
         return figures
 
 

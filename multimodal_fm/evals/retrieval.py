@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import base
-from .embed_corpus import EmbeddedCorpus
+from .embed_corpus import EmbeddedCorpus, Scores
 from .metrics import enumerate_values, estimate, rank_first
 
 CUTOFFS = (1, 5, 10)
@@ -32,6 +32,7 @@ class Config:
 
 class Evaluator(base.Evaluator):
     Config = Config
+    needs_vectors = True
 
     def run(self, embedded: EmbeddedCorpus, config: Config, model=None, objectives=None) -> dict[str, dict]:
         """`retrieval/A_to_B/{r@1,r@5,r@10,median_rank,mrr}` for every ordered pair of modalities."""
@@ -43,7 +44,9 @@ class Evaluator(base.Evaluator):
                 sizes = np.concatenate([np.full(len(task.queries), len(task.gallery)) for task in tasks])
                 clusters = [min(groups) for task in tasks for groups in task.queries.values()]
                 clusters = enumerate_values(clusters)
-                figures |= _figures(f"retrieval/{query}_to_{answer}", ranks, sizes, rights, clusters)
+                samples = np.array([sample for task in tasks for sample in task.holders(embedded)])
+                name = f"retrieval/{query}_to_{answer}"
+                figures |= _figures(name, ranks, sizes, rights, clusters, samples, embedded.scores)
         return figures
 
 
@@ -56,6 +59,11 @@ class SearchTask:
     samples: list[int]  # that queries and gallery come from
     queries: dict[int, set[str]]  # those with a right answer
     gallery: dict[int, set[str]]
+
+    def holders(self, embedded: EmbeddedCorpus) -> list[int]:
+        """A sample that holds each query, of those that the task is about."""
+        samples = set(self.samples)
+        return [next(s for s in embedded.inputs[self.query].samples[number] if s in samples) for number in self.queries]
 
     def rank(self, embedded: EmbeddedCorpus) -> tuple[np.ndarray, np.ndarray]:
         """The rank of each query's first right answer, and how many right answers it has."""
@@ -109,7 +117,8 @@ def _inputs_with_groups(embedded: EmbeddedCorpus, group: str, modality: str, sam
     return dict(inputs)
 
 
-def _figures(name: str, ranks, sizes, rights, clusters) -> dict[str, dict]:
+def _figures(name: str, ranks, sizes, rights, clusters, samples=None, scores: dict | None = None) -> dict[str, dict]:
+    """The figures of one direction; of recall, what each is the mean of goes into `scores`."""
     shapes, shape, counts = np.unique(np.stack([sizes, rights], 1), axis=0, return_inverse=True, return_counts=True)
     late = np.zeros((len(shapes), max(CUTOFFS) + 1))  # P(a guess's rank > k) by shape
     later = np.zeros(sizes.max() + 1)  # the share of all guesses whose rank is > k
@@ -123,8 +132,10 @@ def _figures(name: str, ranks, sizes, rights, clusters) -> dict[str, dict]:
     for k in CUTOFFS:
         can_miss = sizes - rights >= k
         can_miss = can_miss if can_miss.any() else ~can_miss
-        chance = 1 - float(late[shape.ravel()[can_miss], k].mean())
-        figures[f"{name}/r@{k}"] = estimate((ranks[can_miss] <= k).astype(float), clusters[can_miss], chance)
+        hits, chances = (ranks[can_miss] <= k).astype(float), 1 - late[shape.ravel()[can_miss], k]
+        figures[f"{name}/r@{k}"] = estimate(hits, clusters[can_miss], float(chances.mean()))
+        if scores is not None and samples is not None:
+            scores[f"{name}/r@{k}"] = Scores(hits, samples[can_miss], clusters[can_miss], chances)
     median = float((later > 0.5).sum())
     figures[f"{name}/median_rank"] = estimate(ranks.astype(float), clusters, median, median=True)
     figures[f"{name}/mrr"] = estimate(1 / ranks, clusters, mrr)

@@ -7,17 +7,20 @@ import importlib
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
 from .. import evals
+from ..config import build, read_yaml
 from ..corpus.shards import Config as Source
 from ..corpus.shards import Corpus
 from ..errors import UserError
 from ..model import Model
-from ..run_dir import checkpoint, trust
+from ..run_dir import checkpoint, evaluations, trust
 from .base import Evaluation, Evaluator
 from .embed_corpus import EmbeddedCorpus, embed_corpus
+from .metrics import SEED
 
 
 def load_evaluations(folder: Path, trusted: bool = False) -> dict[str, Evaluation]:
@@ -26,16 +29,53 @@ def load_evaluations(folder: Path, trusted: bool = False) -> dict[str, Evaluatio
     Raises UserError where the checkpoint is somebody else's and not `trusted`: reading their shards would open local
     files and URLs, write indexes beside them, and import evaluators, all of a stranger's choice.
     """
-    evaluations = checkpoint.read_data(folder, "config").get("evaluate") or {}
-    if evaluations and not trusted and not trust.is_own(folder, checkpoint.MANIFEST):
+    found = checkpoint.read_data(folder, "config").get("evaluate") or {}
+    if found and not trusted and not trust.is_own(folder, checkpoint.MANIFEST):
         raise UserError(
             f"{folder}: was not trained here by you, so what its config names under `evaluate` is not read: "
             "give --on SHARDS, or --trust to read the files and URLs, and import the evaluators, that it names"
         )
     try:
-        return {name: Evaluation(**settings) for name, settings in evaluations.items()}
+        return {name: Evaluation(**settings) for name, settings in found.items()}
     except (TypeError, AttributeError):
         raise UserError(f"{folder}: its config has an `evaluate` that cannot be read; give --on SHARDS") from None
+
+
+QUICK = ("retrieval", "knn", "bits_per_byte", "heads")
+"""The evaluators of the suite `quick`, those of them that there are: nothing is fitted, and the corpus is read once."""
+
+
+def load_suite(name: str, folder: Path, trusted: bool = False) -> dict[str, Evaluation]:
+    """The evaluations of a suite: a YAML file with a map of them, as under `evaluate` in a config; or the `evaluate` of
+    the checkpoint's config with a `quick` set of evaluators, or with all of them, `full`.
+
+    Raises UserError.
+    """
+    if name in ("quick", "full"):
+        configured, known = load_evaluations(folder, trusted), list(built_in())
+        if not configured:
+            raise UserError(f"--suite {name}: the run's config has no `evaluate`; give a file, or --on SHARDS")
+        chosen = known if name == "full" else [one for one in known if one in QUICK]
+        return {key: dataclasses.replace(one, measure=chosen) for key, one in configured.items()}
+    if not Path(name).is_file():
+        raise UserError(f"--suite {name}: is neither `quick` nor `full`, nor a file")
+    suite = build(_Suite, {"evaluate": read_yaml(name)}, name).evaluate
+    if not suite:
+        raise UserError(f"--suite {name}: names no evaluation; write NAME: {{on: SHARDS}}")
+    return suite
+
+
+@dataclasses.dataclass
+class _Suite:
+    evaluate: dict[str, Evaluation]
+
+
+def keep(name: str, evaluation: Evaluation, figures: dict[str, dict], embedded: EmbeddedCorpus) -> None:
+    """Write the figures into the evaluations.json of the checkpoint's run; a note says so where that cannot be."""
+    on = [evaluation.on] if isinstance(evaluation.on, str) else evaluation.on
+    entry = {"on": on, "seed": SEED, "figures": figures, "notes": list(embedded.notes)}
+    if embedded.folder and (why := evaluations.keep(embedded.folder, name or " ".join(map(str, on)), entry)):
+        embedded.note(why)
 
 
 def evaluate(
@@ -49,21 +89,38 @@ def evaluate(
     unknown = [modality for modality in evaluation.modalities if modality not in model.modalities]
     if unknown:
         raise UserError(f"this model reads {', '.join(model.modalities)}, not {', '.join(unknown)}")
-    evaluators = [*_built_in(), *map(_load_evaluator, evaluation.evaluators)]
+    evaluators = [*_built_in(evaluation.measure), *map(_load_evaluator, evaluation.evaluators)]
     corpus = Corpus(Source(evaluation.on, where=evaluation.where), "on")
     embedded = embed_corpus(model, corpus, evaluation.modalities, _progress())
-    if not embedded.inputs:
+    embedded.folder = folder
+    for name in ("group", "within", "labels", "subgroups"):
+        given = getattr(evaluation, name)
+        for field in filter(None, [given] if isinstance(given, str) else given):
+            if all(embedded.field(sample, field) is None for sample in range(len(corpus))):
+                raise UserError(f"--{name} {field}: no sample of {_names(evaluation.on)} has this field")
+    if evaluation.train:
+        train = Corpus(Source(evaluation.train, where=evaluation.where), "train")
+        embedded.train = embed_corpus(model, train, evaluation.modalities, _progress())
+    for evaluator in [one for one in evaluators if one.needs_vectors and "retrieval" not in model.heads]:
+        embedded.note(f"no {_name(evaluator)}: this model has no retrieval head, so its vectors are not comparable")
+        evaluators.remove(evaluator)
+
+    def measure(view: EmbeddedCorpus, chosen: Callable[[Evaluator], bool]) -> dict[str, dict]:
+        figures: dict[str, dict] = {}
+        for evaluator in filter(chosen, evaluators):
+            names = {f.name for f in dataclasses.fields(evaluator.Config)}
+            given = {n: v for n, v in dataclasses.asdict(evaluation).items() if n in names and v}
+            figures |= evaluator.run(view, evaluator.Config(**given), model, objectives)
+        return figures
+
+    embedded.remeasure = lambda view, pairs: measure(view, lambda e: not e.after_others and e.needs_vectors == pairs)
+    figures = measure(embedded, lambda e: not e.after_others)
+    figures |= measure(embedded, lambda e: e.after_others)
+    if embedded.is_read and not embedded.inputs:
         wanted = ", ".join(evaluation.modalities or model.modalities)
         raise UserError(f"nothing in {_names(evaluation.on)} can be read as {wanted}")
-    for name in ("group", "within", "labels"):
-        field = getattr(evaluation, name)
-        if field and all(embedded.field(sample, field) is None for sample in range(len(corpus))):
-            raise UserError(f"--{name} {field}: no sample of {_names(evaluation.on)} has this field")
-    figures: dict[str, dict] = {}
-    for evaluator in evaluators:
-        names = {f.name for f in dataclasses.fields(evaluator.Config)}
-        given = {n: v for n, v in dataclasses.asdict(evaluation).items() if n in names and v}
-        figures |= evaluator.run(embedded, evaluator.Config(**given), model, objectives)
+    if embedded.train is not None:
+        embedded.skipped += embedded.train.skipped
     seen = find_trained_on(corpus, folder) if folder else []
     if seen:
         figures = {name: figure | {"trained_on": True} for name, figure in figures.items()}
@@ -73,12 +130,25 @@ def evaluate(
     return figures, embedded
 
 
-def _built_in() -> list[Evaluator]:
-    """An evaluator of each file of this folder that defines one."""
+def built_in() -> dict[str, Evaluator]:
+    """The evaluators of this folder by the name of their file."""
     names = sorted(found.name for found in pkgutil.iter_modules(evals.__path__))
-    modules = [importlib.import_module(f"{evals.__name__}.{name}") for name in names]
-    classes: list[Any] = [getattr(module, "Evaluator", Evaluator) for module in modules]
-    return [found() for found in classes if found is not Evaluator]
+    modules = {name: importlib.import_module(f"{evals.__name__}.{name}") for name in names}
+    classes: dict[str, Any] = {name: getattr(module, "Evaluator", Evaluator) for name, module in modules.items()}
+    return {name: found() for name, found in classes.items() if found is not Evaluator}
+
+
+def _built_in(measure: list[str]) -> list[Evaluator]:
+    """Those of the given names, or else those of every day. Raises UserError."""
+    known = built_in()
+    for name in measure:
+        if name not in known:
+            raise UserError(f"measure: there is no evaluator {name!r}; there are {', '.join(known)}")
+    return [evaluator for name, evaluator in known.items() if (name in measure if measure else evaluator.default)]
+
+
+def _name(evaluator: Evaluator) -> str:
+    return type(evaluator).__module__.rpartition(".")[2]
 
 
 def _load_evaluator(name: str) -> Evaluator:
@@ -129,8 +199,12 @@ def _progress():
 
 
 def table(figures: dict[str, dict]) -> list[list[str]]:
-    """Rows of text for a person, the header first: one row a direction of retrieval, one a figure of the rest."""
-    rows = [["", "R@1", "R@5", "R@10", "95 % interval", "chance", "× chance", "median rank", "MRR", "n"]]
+    """Rows of text for a person, the header first: one row a direction of retrieval, one a figure of the rest.
+
+    Of robustness only what is lost is among them.
+    """
+    first = "R@1" if any(name.startswith("retrieval/") for name in figures) else "value"
+    rows = [["", first, "R@5", "R@10", "95 % interval", "chance", "× chance", "median rank", "MRR", "n"]]
     for name in dict.fromkeys(n.rpartition("/")[0] for n in figures if n.startswith("retrieval/")):
         ten, queries = figures[f"{name}/r@10"], figures[f"{name}/mrr"]["n"]
         rows.append(
@@ -144,7 +218,7 @@ def table(figures: dict[str, dict]) -> list[list[str]]:
             ]
         )
     for name, figure in figures.items():
-        if not name.startswith("retrieval/"):
+        if not name.startswith("retrieval/") and (name.endswith("/drop") or not name.startswith("robustness/")):
             cells = [f"{figure['value']:.3f}", "", "", *_interval_and_chance(figure), "", "", str(figure["n"])]
             rows.append([name.replace("/", " "), *cells])
     return rows

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch, Example, Pairs, Sample, Targets
+from ..config import Plugin
+from ..tokenizers.base import Tokenizer
+from ..tokens import Tokens
 
 
 @dataclass
@@ -31,7 +34,6 @@ class Objective(nn.Module):
 
     Config: Any = Config
     whole_step = False  # compares the sequences of a whole step: defines `features` and `compare` in place of `loss`
-    min_modalities = 1  # a sample with fewer of the task's modalities teaches it nothing
     uses_groups = False  # whether it asks which samples mean the same
 
     def __init__(self, config: Any, model, modalities: list[str]):
@@ -40,8 +42,38 @@ class Objective(nn.Module):
 
     @staticmethod
     def arrange(config: Any, sample: Sample, generator: torch.Generator | None = None) -> Example:
-        """What the model reads of a sample and what it must predict: a pure function, called in the loader."""
+        """What the model reads of a sample and what it must predict: a pure function, called in the loader.
+
+        `config` is what `bind` returned.
+        """
         raise NotImplementedError
+
+    @staticmethod
+    def bind(config: Any, heads: dict[str, Plugin]) -> Any:
+        """What `arrange` and `read_label` get as their `config`: the settings, and what they must know of the heads."""
+        return config
+
+    label_extensions: tuple[str, ...] = ()  # members of a sample that `read_label` reads
+
+    @staticmethod
+    def read_label(
+        config: Any, raw: dict[str, bytes], tokens: dict[str, Tokens], tokenizers: dict[str, Tokenizer]
+    ) -> Any:
+        """The label of a sample, from its members and what was read of its modalities. Raises SampleError.
+
+        `config` is what `bind` returned. It becomes `Sample.label`.
+        """
+        return None
+
+    @staticmethod
+    def min_modalities(config: Any, modalities: list[str]) -> int:
+        """A sample with fewer of the task's modalities teaches it nothing."""
+        return 1
+
+    @staticmethod
+    def draws_views(config: Any, modality: str) -> bool:
+        """Whether training reads a random view of this modality, such as one window of a long text; else the first."""
+        return True
 
     def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar that adds up over the microbatches of a step, and figures for the metrics that add up likewise."""

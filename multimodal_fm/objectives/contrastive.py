@@ -29,6 +29,9 @@ class Config(base.Config):
     head: str = "retrieval"  # the head of the model whose vectors are compared
     scale: float = 14.0  # what cosines are multiplied by at the start; learned, at most 100
     bias: float = -10.0  # sigmoid: what is added at the start; learned
+    hard_negatives: float = 0.0
+    """infonce: negatives weigh exp(this times their cosine), in mean 1, so that the nearest weigh most (Robinson et al.
+    2021); 0: all weigh the same."""
     pairs: dict[str, float] = field(default_factory=dict)
     """Weights of the pairs' losses in their mean, as in {text_audio: 0.5}; a pair that is not named weighs 1."""
 
@@ -36,13 +39,15 @@ class Config(base.Config):
         super().__post_init__()
         if not 0 < self.scale <= MAX_SCALE:
             raise ValueError(f"scale is above 0, at most {MAX_SCALE:g}")
+        if not 0 <= self.hard_negatives < math.inf or (self.hard_negatives and self.loss != "infonce"):
+            raise ValueError("hard_negatives is a number from 0 up, with loss: infonce")
         if not all(0 < weight < math.inf for weight in self.pairs.values()):
             raise ValueError("pairs are weights above 0")
 
 
 class Objective(base.Objective):
     Config = Config
-    whole_step, min_modalities, uses_groups = True, 2, True
+    whole_step, uses_groups = True, True
 
     def __init__(self, config: Config, model, modalities: list[str]):
         super().__init__(config, model, modalities)
@@ -56,6 +61,10 @@ class Objective(base.Objective):
         }
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
+
+    @staticmethod
+    def min_modalities(config: Config, modalities: list[str]) -> int:
+        return 2
 
     @staticmethod
     def problems(config: Config, modalities: list[str]):
@@ -99,10 +108,24 @@ class Objective(base.Objective):
             return each.masked_fill(pair.ignored, 0.0).sum() / pair.positive.sum()
         logits = logits.masked_fill(pair.ignored, -torch.inf)
         both = ((logits, pair.forward), (logits.T, pair.backward))
+        if self.config.hard_negatives:
+            both = tuple((self._weigh_negatives(side, p), rows) for (side, rows), p in zip(both, _sides(pair.positive)))
         forward, backward = (F.cross_entropy(side.index_select(0, rows), columns) for side, (rows, columns) in both)
         return (forward + backward) / 2
+
+    def _weigh_negatives(self, logits: Tensor, positive: Tensor) -> Tensor:
+        """Logits (A, B) of which each negative's, exponentiated, is multiplied by its weight."""
+        strength = self.config.hard_negatives * (logits.detach() / self.log_scale.detach().exp())
+        strength = strength.masked_fill(positive, -torch.inf)  # -inf where ignored, too
+        count = torch.isfinite(strength).sum(1, keepdim=True).clamp(min=1)
+        weight = strength - torch.logsumexp(strength, 1, keepdim=True) + count.log()
+        return logits + torch.where(torch.isfinite(strength), weight, 0.0)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """Keeps the learned scale within bounds; a clamp inside the loss would stop its gradient there for good."""
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
+
+
+def _sides(positive: Tensor) -> tuple[Tensor, Tensor]:
+    return positive, positive.T

@@ -5,24 +5,30 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
 
 
 def template(name: str) -> jinja2.Template:
     """A page's template; it escapes all values. `style` is the style sheet that all pages begin with."""
+    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.globals["style"] = Markup(_read("page.css").strip())
-    return environment.from_string(_read(name))
-
-
-def _read(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    environment.globals["style"] = Markup((folder / "page.css").read_text(encoding="utf-8").strip())
+    return environment.get_template(name)
 
 
 class Media:
@@ -83,6 +89,74 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 """matplotlib's settings for figures that `inline` puts into a page."""
+
+
+def plot(prefix: str, title: str, paint: Callable[..., None], size=(3.7, 2.1), rows=(1,)) -> Markup:
+    """What `paint(*axes)` draws, as an SVG element of a page; `rows` are the heights of the axes below each other."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(size, layout="constrained")
+        every = figure.subplots(len(rows), squeeze=False, sharex=True, gridspec_kw={"height_ratios": list(rows)})[:, 0]
+        for axes in every:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+        paint(*every)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True)
+    return inline(out.getvalue(), prefix, title)
+
+
+def mark_steps(axes) -> None:
+    """The axis of a curve over steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean (N,) of the finite values (N,) over a twentieth of the run around each step."""
+    window = np.ones(max(1, len(values) // 20))
+    if len(window) % 2 == 0:
+        window = window[1:]
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0.0), window, "same")
+    with np.errstate(invalid="ignore"):
+        return sums / np.convolve(finite.astype(float), window, "same")
+
+
+def format_number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def format_time(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), int(seconds // 3600)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{hours} h {minutes - 60 * hours} min"
+
+
+def program() -> str:
+    """How the command line is called from here: by its name where that finds it, else by its path."""
+    called = Path(sys.argv[0])
+    script = called if called.name == "mmfm" else Path(sys.executable).with_name("mmfm")
+    installed = shutil.which("mmfm")
+    if installed and script.exists() and Path(installed).resolve() == script.resolve():
+        return "mmfm"
+    if script.exists():
+        return shlex.quote(relative(script))
+    return f"{shlex.quote(relative(sys.executable))} -m multimodal_fm"
+
+
+def relative(path: str | Path) -> str:
+    """The path from the working directory where it lies below."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def inline(svg: str, prefix: str, title: str) -> Markup:

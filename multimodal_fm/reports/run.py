@@ -6,15 +6,12 @@ The page is a single file that needs no network: pictures and sounds are in it a
 from __future__ import annotations
 
 import datetime
-import io
-import json
 import math
 import os
 import platform
 import random
 import re
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +28,13 @@ from ..evals.base import Evaluation
 from ..evals.embed_corpus import EmbeddedCorpus, split_inputs
 from ..evals.metrics import TIE, rank_first, score_blocks
 from ..evals.retrieval import SearchTask, search_tasks
-from ..evals.run import drop_empty_columns, evaluate, load_evaluations, render, table
+from ..evals.run import drop_empty_columns, evaluate, keep, load_evaluations, render, table
 from ..model import Model, load
 from ..run_dir import checkpoint
 from ..run_dir.records import Skipped, read_jsonl
 from ..tokenizers.text import USUAL_FIELDS
 from . import page
-from .page import DASHES, LINES, STYLE, Media, inline
+from .page import DASHES, LINES, Media, format_number, format_time, mark_steps, plot, program, relative, smooth
 
 SEED = 0  # of the draw of the gallery's queries
 NEAREST = 5  # answers that the gallery shows for each query
@@ -49,7 +46,7 @@ SIZES = ((6, 30_000, 300_000), (6, 10_000, 40_000), (3, 10_000, 40_000))
 
 
 def write(run: str | Path, device: str = "auto", trusted: bool = False) -> Path:
-    """Measure the run's newest checkpoint and write RUN/report.html, RUN/evaluation.json and RUN/config.yaml.
+    """Measure the run's newest checkpoint and write RUN/report.html, RUN/evaluations.json and RUN/config.yaml.
 
     Prints each table, then the page's path and three commands to try. Raises UserError where the run's configuration
     has no `evaluate`, or where it is somebody else's and not `trusted`.
@@ -63,16 +60,14 @@ def write(run: str | Path, device: str = "auto", trusted: bool = False) -> Path:
     results = []
     for name, evaluation in evaluations.items():
         figures, embedded = evaluate(model, objectives.load(folder, model), evaluation, folder)
+        keep(name, evaluation, figures, embedded)
         results.append(Result(name, evaluation, figures, embedded))
         if embedded.skipped:
             print("\n".join(Skipped(embedded.skipped).lines()), file=sys.stderr)
         print(f"\n{printable(name)}", render(table(figures)), sep="\n")
         for note in embedded.notes:
             print(f"note: {printable(note)}")
-    write_atomic(
-        run / "evaluation.json", json.dumps({result.name: result.figures for result in results}, indent=1).encode()
-    )
-    config = _config(run, folder)
+    config = config_yaml(run, folder)
     write_atomic(run / "config.yaml", config.encode())
     tries = commands(run, folder, model, results[0])
     path = run / "report.html"
@@ -111,7 +106,7 @@ def _page(run: Path, folder: Path, model: Model, results: list[Result], config: 
         "folder": folder,
         "seed": state["seed"],
         "yaml": config,
-        "again": f"{_program()} pretrain {shlex.quote(f'{run}/config.yaml')} {shlex.quote(f'run={run}-again')}",
+        "again": f"{program()} pretrain {shlex.quote(f'{run}/config.yaml')} {shlex.quote(f'run_dir={run}-again')}",
         "tries": tries,
     }
     for count, picture, sound in SIZES:
@@ -128,14 +123,15 @@ def _describe(model: Model, result: Result, count: int, media: Media) -> dict:
     retrieval = {key: figure for key, figure in result.figures.items() if key.startswith("retrieval/")}
     others = {key: figure for key, figure in result.figures.items() if key not in retrieval}
     other_rows = [[cell.replace("_", " ") for cell in row] for row in table(others)]
-    other_rows[0][1] = "value"
     tens = [figure for key, figure in retrieval.items() if key.endswith("/r@10")]
     return {
         "name": result.name,
         "settings": result.evaluation,
         "on": result.shards,
         "count": len(result.embedded.metadata),
-        "inputs": {modality: len(inputs.texts) for modality, inputs in result.embedded.inputs.items()},
+        "inputs": {m: len(inputs.texts) for m, inputs in result.embedded.inputs.items()}
+        if result.embedded.is_read
+        else {},
         "gallery": gallery(model, result, count, media),
         "retrieval": table(retrieval) if retrieval else [],
         "bars": [(row[0], ten) for row, ten in zip(table(retrieval)[1:], tens, strict=True)],
@@ -156,7 +152,7 @@ def facts(model: Model, rows: list[dict], step: int) -> dict[str, str]:
     if rows:
         shown |= {
             "tokens seen": _format_count(sum(row["tokens"] for row in rows)),
-            "training time": _format_time(sum(row["seconds"] for row in rows)),
+            "training time": format_time(sum(row["seconds"] for row in rows)),
             "tokens/s (median)": f"{np.median([row['tokens_per_second'] for row in rows]):,.0f}",
         }
     return shown | {
@@ -173,19 +169,14 @@ def _format_count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _format_time(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), int(seconds // 3600)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{hours} h {minutes - 60 * hours} min"
-
-
 # The gallery
 
 
 def gallery(model: Model, result: Result, count: int, media: Media) -> list[dict]:
     """For each direction that the corpus allows: random queries with their nearest answers, as retrieval ranks them."""
     embedded, evaluation = result.embedded, result.evaluation
+    if not embedded.is_read or not embedded.has_vectors:
+        return []
     directions = DIRECTIONS if "image" in embedded.inputs else DIRECTIONS_WITHOUT_IMAGES
     shown = []
     for ask, answer in (pair for pair in directions if embedded.inputs.keys() >= set(pair)):
@@ -278,52 +269,27 @@ def curves(rows: list[dict]) -> list[dict]:
 
 def _curve(number: int, title: str, rows: list[dict], names: list[str]) -> dict:
     """One plot: a smoothed line for each name, over the raw values where it is alone."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     rows = [row for row in rows if any(name in row for name in names)]
     steps = np.array([row["step"] for row in rows])
-    last = []
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((3.7, 2.1), layout="constrained")
-        axes = figure.subplots()
-        for name, color, dash in zip(names, LINES * len(names), DASHES * len(names)):
-            values = np.array([row.get(name, math.nan) for row in rows], dtype=float)
-            line = values if name == "lr" else smooth(values)
+    raw = {name: np.array([row.get(name, math.nan) for row in rows], dtype=float) for name in names}
+    lines = {name: values if name == "lr" else smooth(values) for name, values in raw.items()}
+    labels = [name.rpartition("/")[2].removesuffix("_accuracy").replace("_", " – ") for name in names]
+    last = [format_number(line[-1]) for line in lines.values()]
+    if len(names) > 1:
+        last = [f"{label} {value}" for label, value in zip(labels, last, strict=True)]
+
+    def paint(axes) -> None:
+        for label, name, color, dash in zip(labels, names, LINES * len(names), DASHES * len(names)):
             if len(names) == 1:
-                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            label = name.rpartition("/")[2].removesuffix("_accuracy").replace("_", " – ")
-            axes.plot(steps, line, dash, color=color, linewidth=1.6, label=label)
-            last.append(_format_tick(line[-1]) if len(names) == 1 else f"{label} {_format_tick(line[-1])}")
+                axes.plot(steps, raw[name], color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, lines[name], dash, color=color, linewidth=1.6, label=label)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: _format_tick(value)))
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True)
+        mark_steps(axes)
+
     description = f"{title}, over {len(rows):,} steps, at the end: {', '.join(last)}"
-    svg = inline(out.getvalue(), f"curve{number}", description)
+    svg = plot(f"curve{number}", description, paint)
     return {"title": title, "last": last[0] if len(last) == 1 else "", "svg": svg}
-
-
-def _format_tick(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean (N,) of the finite values (N,) over a twentieth of the run around each step."""
-    window = np.ones(max(1, len(values) // 20))
-    if len(window) % 2 == 0:
-        window = window[1:]
-    finite = np.isfinite(values)
-    sums = np.convolve(np.where(finite, values, 0.0), window, "same")
-    with np.errstate(invalid="ignore"):
-        return sums / np.convolve(finite.astype(float), window, "same")
 
 
 # What was skipped, and how to go on
@@ -335,7 +301,7 @@ def _skipped(run: Path, results: list[Result]) -> list[tuple[str, list[str]]]:
     return skipped + [(result.name, Skipped(result.embedded.skipped).lines()) for result in results]
 
 
-def _config(run: Path, folder: Path) -> str:
+def config_yaml(run: Path, folder: Path) -> str:
     """The checkpoint's configuration as YAML, with its run folder and its tokenizers' files where they now are."""
     data = checkpoint.read_data(folder, "config")
     data["run_dir"] = str(run)
@@ -348,11 +314,11 @@ def _config(run: Path, folder: Path) -> str:
 
 def commands(run: Path, folder: Path, model: Model, result: Result) -> list[str]:
     """Three commands that work for this run when copied; they measure and search what `result` was measured on."""
-    evaluation, embedded, program = result.evaluation, result.embedded, _program()
+    evaluation, embedded, called = result.evaluation, result.embedded, program()
     where = [part for key, value in evaluation.where.items() for part in ("--where", f"{key}={value}")]
     fields = [(name, getattr(evaluation, name)) for name in ("group", "within", "labels")]
     flags = [part for name, value in fields if value for part in (f"--{name}", value)]
-    for name in ("modalities", "evaluators"):
+    for name in ("modalities", "evaluators", "measure", "subgroups"):
         if getattr(evaluation, name):
             flags += [f"--{name}", *getattr(evaluation, name)]
     settings = checkpoint.read_data(folder, "config")
@@ -360,30 +326,12 @@ def commands(run: Path, folder: Path, model: Model, result: Result) -> list[str]
     more = [] if step < settings["steps"] else [f"steps={2 * step}"]
     python = f"from multimodal_fm.model import load; print(load({str(run)!r}))"
     tries = [
-        [program, "evaluate", str(run), "--on", *result.shards, *where, *flags],
-        [program, "pretrain", f"{run}/config.yaml", *more, "--resume"],
-        [shlex.quote(_relative(sys.executable)), "-c", python],
+        [called, "evaluate", str(run), "--on", *result.shards, *where, *flags],
+        [called, "pretrain", f"{run}/config.yaml", *more, "--resume"],
+        [shlex.quote(relative(sys.executable)), "-c", python],
     ]
     if "text" in model.modalities:
         words = _caption(model, embedded, random.Random(SEED).randrange(len(embedded.metadata)))
         words = "".join(c if c.isprintable() else " " for c in words[:60].encode("utf-8", "replace").decode())
-        tries.insert(0, [program, "search", str(run), "--in", *result.shards, *where, "--", " ".join(words.split())])
+        tries.insert(0, [called, "search", str(run), "--in", *result.shards, *where, "--", " ".join(words.split())])
     return [" ".join([one[0], *map(shlex.quote, one[1:])]) for one in tries[:3]]
-
-
-def _program() -> str:
-    """How the command line is called from here: by its name where that finds it, else by its path."""
-    called = Path(sys.argv[0])
-    script = called if called.name == "mmfm" else Path(sys.executable).with_name("mmfm")
-    installed = shutil.which("mmfm")
-    if installed and script.exists() and Path(installed).resolve() == script.resolve():
-        return "mmfm"
-    if script.exists():
-        return shlex.quote(_relative(script))
-    return f"{shlex.quote(_relative(sys.executable))} -m multimodal_fm"
-
-
-def _relative(path: str | Path) -> str:
-    """The path from the working directory where it lies below."""
-    path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -165,7 +165,10 @@ def read_data(folder: Path, name: str) -> dict:
 
 
 def write_best(run: str | Path, best: dict | None) -> None:
-    """Keep in RUN/best.json which checkpoint is the best: {"figure", "value", "step"}."""
+    """Keep in RUN/best.json which checkpoint is the best: {"figure", "value", "step", "since"}.
+
+    since: the step at which the value was first reached.
+    """
     if best is not None:
         storage.write_atomic(Path(run) / "best.json", json.dumps(best).encode())
 
@@ -174,6 +177,7 @@ def read_best(run: str | Path) -> dict | None:
     """What `write_best` kept; None where there is nothing, or nothing that can be read."""
     try:
         best = json.loads((Path(run) / "best.json").read_text(encoding="utf-8"))
+        best.setdefault("since", best["step"])
         return best if isinstance(best["step"], int) and isinstance(best["value"], float) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -15,7 +15,7 @@ from ..batch import Batch, Example, Planner, Sample, collate, count_targets
 from ..corpus.fields import lookup, parse_map
 from ..corpus.shards import Corpus
 from ..errors import SampleError, UserError
-from ..tokenizers.base import Tokenizer, override_augmentation
+from ..tokenizers.base import Tokenizer, find_prompt, override_augmentation
 from ..tokens import Tokens, constant
 from .crash_log import CrashLog
 from .mixture import BLOCK, Draws, Mixture, Source, mix, mix_more, stable_hash
@@ -42,6 +42,9 @@ class Task:
     start_counts: list[int] | None = None  # samples of each corpus that were read before the first phase
     min_modalities: int = 1  # of the task's modalities that a sample must have
     plan: Planner | None = None  # what the objective wants to know of a microbatch (`Objective.plan`)
+    label_extensions: tuple[str, ...] = ()  # members that `read_label` reads
+    read_label: Callable | None = None  # `Objective.read_label`, for the members, the tokens and the tokenizers
+    fixed_views: list[str] = field(default_factory=list)  # modalities of which training draws no random view
 
 
 @dataclass
@@ -112,6 +115,7 @@ class StepDataset:
     def _list_extensions(self, task: Task) -> tuple[str, ...]:
         """The members of a sample that the task reads."""
         extensions = {e for modality in task.modalities for e in self.tokenizers[modality].extensions}
+        extensions |= set(task.label_extensions)
         if task.grouped:
             extensions |= {"json", *(self.tokenizers["text"].extensions if "text" in self.tokenizers else ())}
         return tuple(sorted(extensions))
@@ -191,7 +195,8 @@ class StepDataset:
                 microbatches[dealt[i]].setdefault(task.name, []).append((i, example))
         own = [microbatches[i] for i in self.own if microbatches[i]]
         planners = {task.name: task.plan for task in self.tasks if task.plan}
-        batches = [collate(examples, self.modalities, counts, planners, self.round_to, empty) for examples in own]
+        settings = (self.modalities, counts, planners, self.round_to, empty, find_prompt(self.tokenizers))
+        batches = [collate(examples, *settings) for examples in own]
         return Step(batches, counts, lost, keys)
 
     def _deal(self, number: int, draws: Draws, loads: np.ndarray) -> list[int]:
@@ -261,7 +266,8 @@ class StepDataset:
     def _arrange(self, task: Task, visits: list[_Visit], step: int, lost: list) -> list:
         for modality in task.modalities:
             number = self.modalities.index(modality)
-            for visit, views in zip(visits, self._tokenize(modality, visits), strict=True):
+            augment = self.augment and modality not in task.fixed_views
+            for visit, views in zip(visits, self._tokenize(modality, visits, augment), strict=True):
                 if isinstance(views, SampleError):
                     visit.errors.append((modality, views))
                 elif views and len(views[0]):
@@ -270,6 +276,13 @@ class StepDataset:
             self.crash_log.end()
         results, generator = [], torch.Generator()
         for visit in visits:
+            label = None
+            if visit.tokens and task.read_label:
+                try:
+                    label = task.read_label(visit.raw, visit.tokens, self.tokenizers)
+                except SampleError as error:
+                    visit.errors.append(("label", error))
+                    visit.tokens.clear()
             if not visit.tokens and not visit.errors:
                 visit.errors.append(("", SampleError("empty", f"none of {', '.join(task.modalities)} in it")))
             for modality, error in visit.errors:
@@ -278,11 +291,11 @@ class StepDataset:
                 results.append(None)
                 continue
             group = find_group(visit.corpus, visit.index, visit.raw, self.tokenizers) if task.grouped else 0
-            example = task.arrange(Sample(visit.tokens, group), generator.manual_seed(visit.seed >> 1))
+            example = task.arrange(Sample(visit.tokens, group, label), generator.manual_seed(visit.seed >> 1))
             results.append((example, f"{visit.corpus.name}/{visit.corpus.key(visit.index)}"))
         return results
 
-    def _tokenize(self, modality: str, visits: list[_Visit]):
+    def _tokenize(self, modality: str, visits: list[_Visit], augment: bool):
         """Yields for each visit the views of its members of a modality, or the SampleError."""
         tokenizer, generator = self.tokenizers[modality], random.Random(0)
         seeds = mix_more(mix_more(0, [visit.seed for visit in visits]), self._hashes[modality]).tolist()
@@ -293,7 +306,7 @@ class StepDataset:
             generator.seed(seed)
             try:
                 tokenizer = self._augmented[visit.corpus.name][modality]
-                yield tokenizer.read(raw, generator if self.augment else None) if raw else []
+                yield tokenizer.read(raw, generator if augment else None) if raw else []
             except SampleError as error:
                 yield error
 

@@ -107,6 +107,7 @@ def build_stream(
     crash_log: CrashLog | None = None,
     augment: bool = True,
     fitted: bool = True,
+    heads: dict[str, Plugin] | None = None,
 ) -> StepDataset:
     """The steps that these tasks read. Raises UserError where a source offers a task nothing.
 
@@ -114,7 +115,7 @@ def build_stream(
     """
     for name, task in tasks.items():
         _check_followers(name, task, corpora, tokenizers)
-    built = build_tasks(tasks, corpora, origin)
+    built = build_tasks(tasks, corpora, origin, heads)
     if not fitted:
         built = [dataclasses.replace(task, by="") if task.by == "token" else task for task in built]
     return StepDataset(built, tokenizers, seed, microbatches, round_to, rank, ranks, crash_log, augment)
@@ -124,7 +125,7 @@ def _check_followers(name: str, task: TaskConfig, corpora: dict[str, Corpus], to
     """Raises UserError where no sample has the modalities that an objective needs which scores another's reading."""
     _, *others = task.objectives.items()
     for other, plugin in others:
-        needed = plugin.cls.min_modalities
+        needed = plugin.cls.min_modalities(plugin.config, task.modalities)
         counts = [count_modalities(corpora[source], task.modalities, tokenizers) for source in task.sources]
         if not any((count >= needed).any() for count in counts):
             raise UserError(
@@ -133,7 +134,13 @@ def _check_followers(name: str, task: TaskConfig, corpora: dict[str, Corpus], to
             )
 
 
-def build_tasks(tasks: dict[str, TaskConfig], corpora: dict[str, Corpus], origin: Origin = START) -> list[Task]:
+def build_tasks(
+    tasks: dict[str, TaskConfig],
+    corpora: dict[str, Corpus],
+    origin: Origin = START,
+    heads: dict[str, Plugin] | None = None,
+) -> list[Task]:
+    """heads: those of the model, which objectives with labels have to know."""
     built = []
     for name, task in tasks.items():
         names = sorted(task.sources)  # whatever their order in the configuration, the samples are the same
@@ -141,6 +148,7 @@ def build_tasks(tasks: dict[str, TaskConfig], corpora: dict[str, Corpus], origin
         now = [weights for step, weights in phases if step <= origin.step][-1]
         later = [(step, weights) for step, weights in phases if step > origin.step]
         first, plugins = next(iter(task.objectives.values())), task.objectives.values()
+        bound = first.cls.bind(first.config, heads or {})
         built.append(
             Task(
                 name,
@@ -148,13 +156,16 @@ def build_tasks(tasks: dict[str, TaskConfig], corpora: dict[str, Corpus], origin
                 task.modalities,
                 [corpora[source] for source in names],
                 [(origin.step, now), *later],
-                functools.partial(first.cls.arrange, first.config),
+                functools.partial(first.cls.arrange, bound),
                 task.weigh_by,
                 task.temperature,
                 any(plugin.cls.uses_groups for plugin in plugins),
                 [origin.drawn.get(name, {}).get(source, 0) for source in names],
-                min_modalities=max(plugin.cls.min_modalities for plugin in plugins) if len(plugins) == 1 else 1,
+                min_modalities=first.cls.min_modalities(first.config, task.modalities) if len(plugins) == 1 else 1,
                 plan=functools.partial(first.cls.plan, first.config),
+                label_extensions=first.cls.label_extensions,
+                read_label=functools.partial(first.cls.read_label, bound),
+                fixed_views=[m for m in task.modalities if not first.cls.draws_views(first.config, m)],
             )
         )
     return built

@@ -223,7 +223,7 @@ class Tokenizer(base.Tokenizer):
 
 def round_rate(rate: int, to: int) -> int:
     """The sample rate, rounded to hundreds where the filter that resamples it to `to` would be very large."""
-    return max(100, round(rate, -2)) if rate // math.gcd(rate, to) > 2000 else rate
+    return max(100, round(rate, -2)) if rate // math.gcd(rate, to) > 450 else rate
 
 
 def resample(wave: Tensor, rate: int, to: int) -> Tensor:

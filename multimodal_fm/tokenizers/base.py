@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import UserError
-from ..tokens import Tokens
+from ..tokens import Tokens, constant
 
 
 @runtime_checkable
@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
         """A module that scores vectors (M, width) against raw content (M, ...): one loss a token, (M,)."""
         raise NotImplementedError
 
+    def prompt(self) -> Tokens | None:
+        """Learned tokens that stand before each sequence, whatever it is of; None where there are none."""
+        return None
+
     @property
     def learns(self) -> bool:
         """Whether `fit` has to be called before the first step."""
@@ -101,6 +105,14 @@ class Tokenizer(Protocol):
     def toy(self) -> Tokenizer:
         """A cheaper one, for a run at toy size."""
         return self
+
+
+def find_prompt(tokenizers: dict[str, Tokenizer]) -> Tokens | None:
+    """The learned tokens that stand before each sequence of a model, with their modality; None where there are none."""
+    for number, tokenizer in enumerate(tokenizers.values()):
+        if (prompt := tokenizer.prompt()) is not None:
+            return prompt.replace(modality=constant(number, len(prompt)))
+    return None
 
 
 def override_augmentation(tokenizers: dict[str, Tokenizer], augment: dict[str, dict], source: str) -> dict:

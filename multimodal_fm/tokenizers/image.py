@@ -39,6 +39,9 @@ class Config:
     hflip: float = 0.0  # training: the probability of a horizontal flip
     rotation_degrees: float = 0.0  # training: rotated by an angle from minus this to plus this
     color_jitter: float = 0.0  # training: brightness, contrast and saturation are scaled by 1 minus this to 1 plus this
+    rand_augment: int = (
+        0  # training: magnitude, up to 30, of two operations of RandAugment (Cubuk et al. 2020); 0: none
+    )
     max_pixels: int = 50_000_000  # a picture whose header announces more is refused before it is decoded
     max_bytes: int = 50_000_000  # so is a longer file
 
@@ -49,13 +52,15 @@ class Config:
             raise ValueError("min_crop_scale is a share above 0, at most 1")
         if not 0 <= self.hflip <= 1 or not 0 <= self.color_jitter <= 1 or not 0 <= self.rotation_degrees <= 180:
             raise ValueError("hflip and color_jitter are from 0 to 1, rotation_degrees from 0 to 180")
+        if not 0 <= self.rand_augment <= 30:
+            raise ValueError("rand_augment is from 0 to 30")
 
 
 class Tokenizer(base.Tokenizer):
     """Pictures <-> uint8 patches."""
 
     Config, extensions = Config, ("jpg", "jpeg", "png", "webp")
-    augmentations = ("min_crop_scale", "hflip", "rotation_degrees", "color_jitter")
+    augmentations = ("min_crop_scale", "hflip", "rotation_degrees", "color_jitter", "rand_augment")
 
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
         """One sequence of patches, row by row: content (N, patch * patch * 3) uint8, position (0, row, column).
@@ -98,7 +103,10 @@ class Tokenizer(base.Tokenizer):
         first_row, last_row = _pixel_span(top * vertical, crop_height * vertical, whole.shape[0])
         first_column, last_column = _pixel_span(left * horizontal, crop_width * horizontal, whole.shape[1])
         pixels = _resize(whole[first_row:last_row, first_column:last_column], size)
-        return pixels if draws is None else self._augment(pixels, draws[3:])
+        if generator is None or draws is None:
+            return pixels
+        pixels = self._augment(pixels, draws[3:])
+        return _rand_augment(pixels, config.rand_augment, generator.getrandbits(63)) if config.rand_augment else pixels
 
     def grid(self, height: float, width: float) -> tuple[int, int]:
         """Rows and columns of patches for a picture (or crop) of that many pixels.
@@ -364,6 +372,16 @@ def _patchify(pixels: np.ndarray, patch: int) -> tuple[Tensor, int, int]:
     rows, columns = len(strips) // patch, strips.shape[1]
     patches = np.ascontiguousarray(strips.reshape(rows, patch, columns).transpose(0, 2, 1))
     return torch.from_numpy(patches.view(np.uint8).reshape(rows * columns, -1)), rows, columns
+
+
+def _rand_augment(pixels: np.ndarray, magnitude: int, seed: int) -> np.ndarray:
+    """(H, W, 3) pixels after two operations that the seed chooses; torch's own random state is left as it was."""
+    from torchvision.transforms.v2 import RandAugment
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        augment = RandAugment(num_ops=2, magnitude=magnitude, fill=255)
+        return augment(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -135,6 +135,11 @@ class Tokenizer(base.Tokenizer):
         """The text that `encode` gave `ids` for."""
         return load_merges(self.config.file).decode([i - 2 for i in ids if i > END])
 
+    def token_bytes(self, ids: list[int]) -> list[int]:
+        """How many bytes of text each of `ids` stands for; BEGIN and END stand for none."""
+        merges = load_merges(self.config.file)
+        return [len(merges.decode_single_token_bytes(i - 2)) if i > END else 0 for i in ids]
+
     def count_bytes(self, ids: list[int]) -> int:
         """How many bytes of text `ids` stand for."""
         return len(load_merges(self.config.file).decode_bytes([i - 2 for i in ids if i > END]))

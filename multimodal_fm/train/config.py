@@ -15,6 +15,7 @@ from ..corpus import shards
 from ..errors import UserError
 from ..evals.base import Evaluation
 from ..model import TOKENIZERS, ModelConfig
+from ..reports import model_card
 from ..stream.tasks import TaskConfig
 from ..tokenizers.base import override_augmentation
 from . import optim
@@ -28,6 +29,9 @@ class TrainConfig:
     tasks: dict[str, TaskConfig]  # what a step trains, by name: all of them in every step
     model: ModelConfig = field(default_factory=ModelConfig)  # tokenizers, backbone, heads
     optim: optim.Config = field(default_factory=optim.Config)  # optimizer and learning rates
+    trainable: list[str] = field(default_factory=list)
+    """Patterns of parameters that learn, as in heads.* or backbone.blocks.3.*; the others keep their values. Empty: all
+    learn."""
     run_dir: str = ""  # empty: runs/NAME for NAME.yaml
     init: str = ""  # a run or checkpoint whose weights a new run starts from
     steps: int = 1000  # updates of the weights
@@ -51,8 +55,11 @@ class TrainConfig:
     evaluate_every: int = 0  # steps between evaluations during the run; 0: only `mmfm evaluate` and the report
     best: str = ""  # the figure of validation or evaluation by which the best checkpoint is kept beside the newest
     best_mode: Literal["min", "max"] = "min"  # whether the lowest or the highest figure is the best
+    patience: int = 0  # measurements of `best` without a new best one after which the run ends; 0: it does not
     track: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """Where the figures of metrics.jsonl go too."""
+    country: str = ""  # three letters (ISO 3166), whose electricity CO2e is reckoned with; empty: the world's mean
+    card: model_card.Config = field(default_factory=model_card.Config)  # what `mmfm card` says and asks for
 
     def __post_init__(self):
         if not self.model.tokenizers:
@@ -81,18 +88,31 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 yield name, "is at least 1"
         limits = {"num_workers": 256, "threads": 4096, "ema_decay": 1, "seed": 2**62, "max_bad_fraction": 1}
-        for name, most in {**limits, "validate_every": math.inf, "evaluate_every": math.inf}.items():
+        for name, most in {
+            **limits,
+            "validate_every": math.inf,
+            "evaluate_every": math.inf,
+            "patience": math.inf,
+        }.items():
             if not 0 <= getattr(self, name) <= most:
                 yield name, f"is from 0 to {most}"
         if self.validate_every and not any(source.validation for source in self.sources.values()):
             yield "validate_every", "needs `validation` shards in at least one of the sources"
         if self.evaluate_every and not self.evaluate:
             yield "evaluate_every", "needs something to measure under `evaluate`"
+        if self.country and not re.fullmatch("[A-Z]{3}", self.country):
+            yield "country", f"is three capital letters as in DEU or JPN, not {self.country!r}"
+        if problem := config.name_problem(self.card.data_licenses, self.sources, "source"):
+            yield "card.data_licenses", problem
+        if self.patience and not self.best:
+            yield "patience", "needs `best`, the figure that is waited for"
         if self.best and not self.validate_every and not self.evaluate_every:
             yield "best", "needs validate_every or evaluate_every"
         for name, evaluation in self.evaluate.items():
             if problem := config.name_problem(evaluation.modalities, tokenizers, "tokenizer"):
                 yield f"evaluate.{name}.modalities", problem
+            if unknown := set(evaluation.measure) - set(config.plugin_names("evals")):
+                yield f"evaluate.{name}.measure", f"there is no evaluator {', '.join(sorted(unknown))}"
 
 
 def load(path: str | Path, overrides: Sequence[config.Override] = ()) -> TrainConfig:

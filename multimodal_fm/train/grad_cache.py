@@ -31,11 +31,12 @@ def forward_backward(
     whole_step = [name for name in weights if objectives[name].whole_step]
     report, cached = _Report(weights, model.device), {}
     if whole_step and (len(batches) > 1 or ranks.size > 1):
-        features = _features(model, objectives, whole_step, batches, cast)
+        features = _features(model, objectives, whole_step, batches, cast, ranks)
         for name in whole_step:
             cached[name] = _compare(objectives[name], name, weights[name], features[name], model, cast, ranks, report)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         with cast:
+            _seed(ranks, len(batches), number)
             output = model(batch)
             total: Any = 0.0
             for name, weight in weights.items():
@@ -84,11 +85,17 @@ def _pairs(table: SequenceTable, model: Model) -> dict[str, Pairs]:
     return {name: pairs.to(model.device) for name, pairs in find_pairs(table, model.modalities).items()}
 
 
-def _features(model, objectives, names: list[str], batches: list[Batch], cast) -> dict[str, list[tuple]]:
+def _seed(ranks: Ranks, count: int, number: int) -> None:
+    """Dropout draws the same in both readings of a microbatch, on whatever rank it is: by the step's seed alone."""
+    torch.manual_seed((torch.initial_seed() & ~0xFFFF) | ((ranks.rank * count + number) & 0xFFFF))
+
+
+def _features(model, objectives, names: list[str], batches: list[Batch], cast, ranks: Ranks) -> dict[str, list[tuple]]:
     """Each objective's features, without gradients, of each microbatch that has its task, and their tables."""
     features: dict[str, list] = {name: [] for name in names}
     with torch.no_grad(), cast:
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            _seed(ranks, len(batches), number)
             output = model(batch)
             for name in names:
                 if targets := batch.tasks.get(task_of_objective(name)):

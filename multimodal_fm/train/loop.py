@@ -25,12 +25,13 @@ from ..stream.quarantine import BadFraction, refused_row, strict_message
 from ..stream.tasks import Origin, build_stream
 from ..tokens import FILLER
 from . import optim, parallel
+from .compute import Compute
 from .config import TrainConfig
 from .monitor import Monitor, Silent
 from .parallel import Ranks
 from .profile import Profile
 from .resume import checkpoint_data, discard_damaged, find_start, locked
-from .setup import init_weights, open_sources, prepare_tokenizers
+from .setup import init_weights, open_sources, prepare_tokenizers, record_base
 from .signals import StopSignal
 from .train_step import TrainStep
 from .validate import Validation, run_evaluations
@@ -49,6 +50,8 @@ def pretrain(
     """
     with start(config, resume, allow_data_change, profile) as run:
         for step in range(run.step, run.config.steps):
+            if run.is_out_of_patience():
+                break
             batch = run.next_batch()
             if batch is None:  # a signal has come
                 break
@@ -124,18 +127,21 @@ class Run:
         self.crash_log = CrashLog(self.run_dir / f"crash-log-{ranks.rank}", config.num_workers)
         self.dataset = build_stream(
             config.tasks, corpora, config.model.tokenizers, config.seed, config.microbatches, config.round_to,
-            ranks.rank, ranks.size, origin, self.crash_log,
+            ranks.rank, ranks.size, origin, self.crash_log, heads=config.model.heads,
         )  # fmt: skip
         self.loader = Loader(self.dataset, self.step, config.steps, config.num_workers)
         self.stream = iter(self.loader)
         self.monitor = Monitor(self.run_dir, self.step, config.steps, config.track) if ranks.is_first else Silent()
         self.validation = Validation(config, train_step) if config.validate_every and ranks.is_first else None
         self.profile = Profile(self.run_dir) if profile and ranks.is_first else None
+        self.compute = Compute(self.run_dir, self.step, config.country, train_step.device, ranks)
         if not checkpoint_dir:
             self.monitor.quarantine([refused_row(c.name, r) for c in corpora.values() for r in c.rejections])
             if config.init:
                 for line in init_weights(train_step.trained, config.init):
                     self.monitor.say(line)
+                if ranks.is_first:
+                    record_base(self.run_dir, config.init)
                 train_step.ema.load_state_dict(train_step.trained.state_dict())
         self.bad_fraction = BadFraction(config.max_bad_fraction, corpora, self.monitor.quarantined())
         for line in (*_headline(config, train_step, corpora, self.step), *self.crash_log.messages):
@@ -145,6 +151,16 @@ class Run:
 
     def is_due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
+
+    def is_out_of_patience(self) -> bool:
+        """Whether `patience` measurements in a row have brought no new best one."""
+        every = self.config.evaluate_every if self.config.best.startswith("evaluate/") else self.config.validate_every
+        if not self.config.patience or not self.best or not every:
+            return False
+        if (self.step // every) - (self.best["since"] // every) < self.config.patience:
+            return False
+        self.monitor.say(f"no better {self.config.best} since step {self.best['since']}: the run ends here")
+        return True
 
     def next_batch(self) -> StepBatch | None:
         """What the next step reads; None where a signal has come to any rank. Raises UserError."""
@@ -170,6 +186,7 @@ class Run:
         """Counts a step. Its figures are read one step later, when the device has them, so that nothing waits."""
         self._log_pending()
         self.step += 1
+        self.compute.add(batch.num_tokens)
         now = time.monotonic()
         seconds, self.last_time = now - self.last_time, now
         counts = {"tokens": batch.num_tokens, "filler": batch.num_filler}
@@ -210,8 +227,10 @@ class Run:
         self._log_pending()
         figure = self.ranks.on_first(self._measure).get(self.config.best)
         sign = 1 if self.config.best_mode == "min" else -1
-        if figure is not None and (self.best is None or sign * figure < sign * self.best["value"]):
-            self.best = {"figure": self.config.best, "value": figure, "step": self.step}
+        if figure is not None and (self.best is None or sign * figure <= sign * self.best["value"]):
+            # of equal ones the later, which has learned more: on few samples a score is soon at its highest
+            since = self.best["since"] if self.best and figure == self.best["value"] else self.step
+            self.best = {"figure": self.config.best, "value": figure, "step": self.step, "since": since}
             self.save()
         self.last_time = time.monotonic()
 
@@ -248,6 +267,7 @@ class Run:
             checkpoint.save(folder, self.train_step.tensors(), data, files)
             checkpoint.write_best(self.run_dir, self.best)
             checkpoint.retain(self.run_dir, self.config.keep, self.best["step"] if self.best else None)
+        self.compute.write(self.step)
         self.saved = folder
         self.ranks.barrier()
         self.last_time = time.monotonic()
@@ -278,7 +298,13 @@ class Run:
         raise UserError(f"{message} See {self.run_dir}/quarantine.jsonl{saved}")
 
     def close(self) -> None:
-        for part in (self.loader, self.crash_log, self.monitor, *([self.profile] if self.profile else [])):
+        for part in (
+            self.loader,
+            self.crash_log,
+            self.monitor,
+            self.compute,
+            *([self.profile] if self.profile else []),
+        ):
             part.close()
         self.stop_signal.restore()
 

@@ -22,6 +22,9 @@ class Config:
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the backbone's blocks; AdamW for the rest
     lr: float = 1e-3  # the highest learning rate of AdamW
     muon_lr: float = 5e-3  # the highest learning rate of Muon
+    layer_decay: float = 1.0
+    """Each block learns at this share of the rate of the block after it, and the embedders slowest (Clark et al. 2020);
+    below 1 with adamw alone."""
     weight_decay: float = 0.05  # of matrices; biases, gains, embeddings and temperatures are not decayed
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # of AdamW
     grad_clip: float = 1.0  # the largest norm of the whole gradient; 0 is no limit
@@ -35,6 +38,8 @@ class Config:
             raise ValueError("betas are two numbers from 0 to below 1")
         if not all(0 <= v < math.inf for v in (self.lr, self.muon_lr, self.weight_decay, self.grad_clip)):
             raise ValueError("lr, muon_lr, weight_decay and grad_clip are numbers from 0 up")
+        if not 0 < self.layer_decay <= 1 or (self.layer_decay < 1 and self.name != "adamw"):
+            raise ValueError("layer_decay is a share above 0, at most 1, and below 1 only with name: adamw")
         if self.warmup_steps < 0:
             raise ValueError("warmup_steps is a whole number from 0 up")
         if not (0 <= self.decay_fraction <= 1 and 0 <= self.final_lr_fraction <= 1):
@@ -57,6 +62,8 @@ def build(config: Config, model: nn.Module, backbone: Backbone) -> list[torch.op
     than two dimensions, `nn.Embedding`, and what a module names in its method `no_weight_decay`.
     """
     no_decay = _no_weight_decay(model)
+    if config.layer_decay < 1:
+        return _with_layer_decay(config, model, no_decay)
     muon = set(backbone.blocks.parameters()) if config.name == "muon" else set()
     matrices, decayed, others = [], [], []
     for name, weight in model.named_parameters():
@@ -76,6 +83,35 @@ def build(config: Config, model: nn.Module, backbone: Backbone) -> list[torch.op
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+class _Layers(nn.Module):
+    """The modules of a run in the order in which layer-wise rates fall, as timm's functions ask for it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.all = model
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return {
+            "stem": r"all\.model\.(?:embedders|modality_vectors|mask_tokens|backbone\.norm_in)",
+            "blocks": [(r"all\.model\.backbone\.blocks\.(\d+)", None), (r"all\.model\.backbone\.norm_out", (99999,))],
+        }
+
+
+def _with_layer_decay(config: Config, model: nn.Module, no_decay: set[str]) -> list[torch.optim.Optimizer]:
+    from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
+
+    exempt = [f"all.{name}" for name in no_decay]
+    groups = param_groups_layer_decay(_Layers(model), config.weight_decay, exempt, layer_decay=config.layer_decay)
+    groups = [
+        {**{k: group[k] for k in ("params", "weight_decay")}, "lr": config.lr * group["lr_scale"]} for group in groups
+    ]
+    fused = all(weight.device.type in ("cpu", "cuda") for group in groups for weight in group["params"])
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return [optimizer]
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:

@@ -24,15 +24,26 @@ LOCK = ".lock"
 OWN = (  # what a run leaves in its folder before its first checkpoint
     *("metrics.jsonl", "quarantine.jsonl", "samples.jsonl", "changes.jsonl", "crashes.jsonl", "crash-log-*"),
     *("tensorboard", "wandb", "profile.json", "profile.txt", "best.json", "tokenizer-*.json", ".tmp-*"),
+    *("compute.json", "base.json", "data", "base"),  # what the run cost and began with, and the data of a tune
     *("checkpoints", "checkpoints/step-*.tmp-*"),
 )
 MAY_CHANGE = (
     *("run_dir", "steps", "num_workers", "keep", "save_every", "device", "log_samples", "strict", "max_bad_fraction"),
-    *("evaluate", "evaluate.*", "evaluate_every", "validate_every", "validation_steps", "best", "best_mode", "track"),
+    *(
+        "evaluate",
+        "evaluate.*",
+        "evaluate_every",
+        "validate_every",
+        "validation_steps",
+        "best",
+        "best_mode",
+        "patience",
+        "track",
+    ),
     *("optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.betas", "optim.grad_clip", "optim.warmup_steps"),
     *("optim.schedule", "optim.decay_fraction", "optim.final_lr_fraction", "ema_decay", "threads", "compile"),
     *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init"),
-    *("sources.*.validation", "model.tokenizers.*.file"),
+    *("sources.*.validation", "model.tokenizers.*.file", "country", "card", "card.*"),
 )
 NOT_RECORDED = ("run_dir", "init", "model.tokenizers.*.file")
 MIXTURE = ("tasks.*.sources", "tasks.*.sources.*", "tasks.*.weigh_by", "tasks.*.temperature")  # begins a new phase

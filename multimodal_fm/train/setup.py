@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 from torch import nn
 
 from ..corpus.shards import Corpus, list_shards
+from ..corpus.storage import write_atomic
 from ..errors import UserError
+from ..lora import plain_name
 from ..model import read_config
 from ..run_dir import checkpoint
 from ..stream.quarantine import refused_row, strict_message
@@ -24,13 +29,17 @@ def open_sources(config: TrainConfig) -> dict[str, Corpus]:
     corpora = {name: Corpus(source, name, tokenizers.values()) for name, source in config.sources.items()}
     for name, evaluation in config.evaluate.items():
         list_shards(evaluation.on, f"evaluate.{name}")
+        if evaluation.train:
+            list_shards(evaluation.train, f"evaluate.{name}.train")
     for name, source in config.sources.items():
         if source.validation:
             list_shards(source.validation, f"sources.{name}.validation")
     for name, corpus in corpora.items():
         if config.strict and corpus.rejections:
             raise UserError(strict_message(refused_row(name, corpus.rejections[0])))
-    build_stream(config.tasks, corpora, tokenizers, fitted=False)  # raises where a source offers a task nothing
+    build_stream(
+        config.tasks, corpora, tokenizers, fitted=False, heads=config.model.heads
+    )  # raises where a source offers a task nothing
     return corpora
 
 
@@ -70,11 +79,22 @@ def init_weights(trained: nn.ModuleDict, init: str) -> list[str]:
     folder, lines = checkpoint.newest(init), []
     for name, file in (("model", "ema"), ("objectives", "ema_objectives")):
         tensors, own = checkpoint.read_tensors(folder, file), trained[name].state_dict()
-        taken = {n: tensors[n] for n in own if n in tensors and tensors[n].shape == own[n].shape}
+        known = {n: tensors[plain_name(n)] for n in own if plain_name(n) in tensors}
+        taken = {n: value for n, value in known.items() if value.shape == own[n].shape}
         trained[name].load_state_dict(taken, strict=False)
-        resized = sorted(n for n in own if n in tensors and n not in taken)
-        new = sorted(own.keys() - tensors.keys())
+        resized = sorted(known.keys() - taken.keys())
+        new = sorted(own.keys() - known.keys())
         lines.append(f"init: {len(taken)} of {len(own)} tensors of {name} taken from {folder}")
         lines += [f"init: of another shape, starts anew: {', '.join(resized)}"] * bool(resized)
         lines += [f"init: new: {', '.join(new)}"] * bool(new)
     return lines
+
+
+def record_base(run_dir: Path, init: str) -> None:
+    """Write RUN/base.json: which checkpoint, by the hash of its manifest, the weights come from, and its own base."""
+    folder = checkpoint.newest(init)
+    digest = hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
+    base = {"init": init, "checkpoint": folder.name, "manifest_sha256": digest}
+    with contextlib.suppress(OSError, ValueError):
+        base["base"] = json.loads((folder.parent.parent / "base.json").read_text(encoding="utf-8"))
+    write_atomic(run_dir / "base.json", json.dumps(base, indent=1).encode())

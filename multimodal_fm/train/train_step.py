@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class TrainStep:
             raise UserError(f"{config.run_dir}: no model can be built of this config: {said}") from None
         self.trained = nn.ModuleDict({"model": self.model, "objectives": self.objectives})
         self.ema.load_state_dict(self.trained.state_dict())
+        self.ema.eval()
+        self._freeze(config.trainable)
         self.optimizers = optim.build(config.optim, self.trained, self.model.backbone)
         if from_checkpoint:
             for name, module in self._files().items():
@@ -50,6 +53,17 @@ class TrainStep:
             weight.grad = torch.zeros_like(weight)  # what a step does not touch has a zero gradient, not none
         if config.compile:
             self.model.backbone.compile(dynamic=True)
+
+    def _freeze(self, trainable: list[str]) -> None:
+        """Leave only the parameters that the patterns name to learn; no patterns: all. Raises UserError."""
+        names = {name.removeprefix("model."): weight for name, weight in self.trained.named_parameters()}
+        for pattern in trainable:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(
+                    f"trainable: {pattern!r} names no parameter (there are: {', '.join(list(names)[:4])}, ...)"
+                )
+        for name, weight in names.items():
+            weight.requires_grad_(not trainable or any(fnmatch.fnmatchcase(name, p) for p in trainable))
 
     def _modules(self) -> tuple[Model, nn.ModuleDict]:
         tasks = self.config.tasks

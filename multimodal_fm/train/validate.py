@@ -39,7 +39,7 @@ class Validation:
                 largest = [len(held_out[s]) * total / weight for s, weight in weights.items() if weight]
                 batch_size = max(1, min(task.batch_size, int(min(largest))))  # no sample twice in a step
                 tasks[name] = dataclasses.replace(task, sources=weights, batch_size=batch_size)
-        self.stream = build_stream(tasks, held_out, tokenizers, config.seed, augment=False)
+        self.stream = build_stream(tasks, held_out, tokenizers, config.seed, augment=False, heads=config.model.heads)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

@@ -1,0 +1,158 @@
+"""Captions and transcripts: how well the right text is expected, and what the model writes by itself, word by word the
+likeliest (greedy decoding)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..batch import MAX_TOKENS, Example, Sample, count_targets
+from ..errors import SampleError
+from ..model import Model, autocast
+from ..objectives.causal import Objective
+from ..stream.quarantine import quarantine_row
+from ..tokens import Tokens, constant, make_sequence
+from . import base, task_metrics
+from .embed_corpus import EmbeddedCorpus, split_inputs
+from .metrics import estimate
+
+MAX_SAMPLES = 200  # that are captioned: the first of the corpus
+MAX_LENGTH = 40  # tokens of a caption
+
+
+@dataclass
+class Config:
+    pass
+
+
+class Evaluator(base.Evaluator):
+    Config = Config
+    default = False
+
+    def run(self, embedded: EmbeddedCorpus, config: Config, model, objectives) -> dict[str, dict]:
+        """`captions/{bits_per_token,bleu,chrf}` of an objective that writes text after pictures or sounds."""
+        objective = next((o for o in objectives.values() if writes_captions(o)), None)
+        if objective is None:
+            return {}
+        read = [modality for modality in objective.modalities if modality != "text"]
+        samples, references, prefixes = [], [], []
+        for number in range(min(len(embedded.corpus), MAX_SAMPLES)):
+            raw, _ = embedded.corpus.read(number)
+            try:
+                prefix = {modality: _read(model, modality, raw) for modality in read}
+                texts = split_inputs(model.tokenizers["text"], raw)
+            except SampleError as error:
+                embedded.skipped.append(quarantine_row(embedded.corpus, number, "captions", error, None))
+                continue
+            if texts and all(prefix.values()):
+                samples.append(number)
+                references.append(texts)
+                prefixes.append(prefix)
+        if not samples:
+            return {}
+        if len(embedded.corpus) > MAX_SAMPLES:
+            embedded.note(f"captions: of the first {MAX_SAMPLES} of {len(embedded.corpus)} samples")
+        nats, counts = expect(model, objective, prefixes, [texts[0] for texts in references])
+        clusters = np.arange(len(samples))
+        figures = {"captions/bits_per_token": estimate(nats / math.log(2), clusters, None, weights=counts)}
+        written = write(model, objective, prefixes)
+        scores = task_metrics.captions(written, references, clusters)
+        return figures | {f"captions/{name}": figure for name, figure in scores.items()}
+
+
+def writes_captions(objective: Any) -> bool:
+    return (
+        isinstance(objective, Objective)
+        and objective.config.fuse
+        and objective.has_likelihood("text")
+        and bool(objective.config.prefix)
+        and objective.modalities[-1] == "text"
+        and len(objective.modalities) > 1
+    )
+
+
+def _read(model: Model, modality: str, raw: dict) -> Tokens:
+    tokenizer, number = model.tokenizers[modality], model.modalities.index(modality)
+    sequences = tokenizer.read({e: raw[e] for e in tokenizer.extensions if e in raw})
+    if not sequences:
+        raise SampleError("captions", f"it has no {modality}")
+    return sequences[0].replace(modality=constant(number, len(sequences[0])))
+
+
+@torch.no_grad()
+def _forward(model: Model, objective: Objective, examples: list[Example]):
+    numbered = list(enumerate(examples))
+    batch = model.collate({"captions": numbered}, {"captions": count_targets(examples, model.modalities)})
+    with autocast(model.device, model.device.type == "cuda"):
+        return model(batch), batch.tasks["captions"]
+
+
+def _batches(prefixes: list[dict[str, Tokens]]):
+    """Slices of samples that have about `MAX_TOKENS` tokens together."""
+    start, size = 0, 0
+    for number, prefix in enumerate(prefixes):
+        own = sum(map(len, prefix.values())) + MAX_LENGTH
+        if size and size + own > MAX_TOKENS:
+            yield slice(start, number)
+            start, size = number, 0
+        size += own
+    yield slice(start, len(prefixes))
+
+
+@torch.no_grad()
+def expect(model: Model, objective: Objective, prefixes, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The nats (N,) of each text after its prefix, and its tokens (N,)."""
+    tokenizer, number = model.tokenizers["text"], model.modalities.index("text")
+    nats, counts = [], []
+    for rows in _batches(prefixes):
+        examples = []
+        for prefix, text in zip(prefixes[rows], texts[rows], strict=True):
+            tokens = tokenizer.read(text)[0]
+            tokens = tokens.replace(modality=constant(number, len(tokens)))
+            examples.append(objective.arrange(objective.config, Sample({**prefix, "text": tokens})))
+        output, targets = _forward(model, objective, examples)
+        each = objective.score(output, targets, "text").double().cpu()
+        owner = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
+        nats.append(torch.zeros(len(examples), dtype=torch.double).index_add(0, owner, each))
+        counts.append(torch.bincount(owner, minlength=len(examples)))
+    return torch.cat(nats).numpy(), torch.cat(counts).double().numpy()
+
+
+@torch.no_grad()
+def write(model: Model, objective: Objective, prefixes: list[dict[str, Tokens]]) -> list[str]:
+    """A text for each prefix: the likeliest token each time, until the end token or `MAX_LENGTH`."""
+    tokenizer: Any = model.tokenizers["text"]
+    number = model.modalities.index("text")
+    logits: Any = objective.predictors["text"].logits
+    begin, end = tokenizer.read("a")[0].content[[0, -1]].tolist()
+    written = []
+    for rows in _batches(prefixes):
+        own, texts = prefixes[rows], [[begin] for _ in prefixes[rows]]
+        open_ones = list(range(len(own)))
+        for _ in range(MAX_LENGTH):
+            examples = []
+            for i in open_ones:
+                ids = torch.tensor(texts[i])
+                position = torch.zeros(len(ids), 3)
+                position[:, 0] = torch.arange(len(ids))
+                tokens = make_sequence(ids, position, number)
+                examples.append(objective.arrange(objective.config, Sample({**own[i], "text": tokens})))
+            output, targets = _forward(model, objective, examples)
+            lengths = torch.tensor([sum(map(len, example.inputs)) for example in examples]) + _prompt_length(model)
+            last = output.first_rows().index_select(0, targets.sequence) + lengths.to(model.device) - 1
+            chosen = logits(output.tokens.content.index_select(0, last)).float().argmax(1).tolist()
+            for i, token in zip(open_ones, chosen, strict=True):
+                texts[i].append(token)
+            open_ones = [i for i in open_ones if texts[i][-1] != end]
+            if not open_ones:
+                break
+        written += [tokenizer.decode(ids).strip() for ids in texts]
+    return written
+
+
+def _prompt_length(model: Model) -> int:
+    return next((len(prompt) for t in model.tokenizers.values() if (prompt := t.prompt()) is not None), 0)
