@@ -54,6 +54,7 @@ class EmbeddedCorpus:
         skipped: what could not be read, rows as in quarantine.jsonl.
         notes: what a reader of the figures has to know.
         scores: by name of a figure, what it is the mean of.
+        predictions: by name of a trained head, what it said (`heads.Predictions`).
         remeasure: the figures of another view of the corpus, by the evaluators that ran before: with True those that
             compare vectors, with False the others.
     """
@@ -73,6 +74,7 @@ class EmbeddedCorpus:
         self.skipped: list[dict] = []
         self.notes: list[str] = []
         self.scores: dict[str, Scores] = {}
+        self.predictions: dict[str, Any] = {}
         self.remeasure: Callable[[EmbeddedCorpus, bool], dict[str, dict]] = lambda view, pairs: {}
 
     @property

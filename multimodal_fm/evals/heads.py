@@ -53,6 +53,7 @@ class Evaluator(base.Evaluator):
         figures = {}
         for objective in (one for one in objectives.values() if isinstance(one, Objective)):
             predictions = predict(model, objective, embedded.corpus, config.labels)
+            embedded.predictions[predictions.head] = predictions
             embedded.skipped += predictions.skipped
             if not predictions.found:
                 embedded.note(

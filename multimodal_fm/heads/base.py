@@ -74,7 +74,7 @@ class TextView:
     """A sample's text and where its tokens lie in it, worked out when a head asks for it.
 
     read: gives the text. ids: of the sequence's tokens of that text (T,). offset: how many tokens precede them in the
-    sequence. count_bytes: the bytes that ids stand for.
+    sequence. lengths: gives the bytes that each of some ids stands for. row: the sample's JSON.
     """
 
     def __init__(self, read, ids, offset: int = 0, lengths=None, row: dict | None = None):

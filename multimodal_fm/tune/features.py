@@ -108,7 +108,7 @@ def read_part(model: Model, prepared: Prepared, name: str) -> Part:
         sort_keys=True, default=str,
     )  # fmt: skip
     key = hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal_fm" / "features"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "multimodal_fm" / "features"
     cached = _load(folder / f"{key}.npz")
     bound = supervised.Bound(objective_of(prepared), head_plugin(prepared))
     samples, labels, skipped, held, size, rows = [], [], [], [], 0, {}

@@ -221,10 +221,8 @@ def _measure(model: Model, trained: dict, prepared: Prepared, run_dir: Path, fol
         evaluation = Evaluation(shards, prepared.where.get(part, {}), **evaluation_settings(prepared))
         figures, embedded = evaluate(model, trained, evaluation, folder)
         keep(part, evaluation, figures, embedded)
-        for objective in trained.values():
-            if part == "test" and isinstance(objective, predictions_of_heads.Objective):
-                found = predictions_of_heads.predict(model, objective, embedded.corpus, prepared.label)
-                predictions.write(run_dir, "test", predictions_of_heads.rows_of(model, found, embedded.corpus))
+        for found in embedded.predictions.values() if part == "test" else ():
+            predictions.write(run_dir, "test", predictions_of_heads.rows_of(model, found, embedded.corpus))
     return {"metric": metric_name(prepared), "test": figures}
 
 
