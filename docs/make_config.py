@@ -79,6 +79,9 @@ def default(field: dataclasses.Field) -> str:
         return "needed"
     if dataclasses.is_dataclass(value) and value == type(value)():
         return "as below"
+    if dataclasses.is_dataclass(value):  # of its keys those that are not at their own default
+        usual = to_data(type(value)())
+        value = {key: one for key, one in to_data(value).items() if one != usual[key]}
     return {"": "empty", None: "none"}.get(value, "") if value in ("", None) else f"`{yaml_flow(to_data(value))}`"
 
 

@@ -10,6 +10,7 @@ Q query rows, K key rows, H heads, E width of a head.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -101,9 +102,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Attention by the implementation that suits the device: q (Q, H, E), k and v (K, H, E) -> (Q, H, E).
 
     In float32 and without gradients a GPU too calls SDPA: flash kernels are for half precision only, and compiling
-    FlexAttention does not pay for a few forward passes.
+    FlexAttention does not pay for a few forward passes. It does not for the few queries of a cache either.
     """
-    flash = q.is_cuda and (q.dtype in HALF or torch.is_grad_enabled())
+    flash = q.is_cuda and q.shape[0] == k.shape[0] and (q.dtype in HALF or torch.is_grad_enabled())
     return (attend_flash if flash else attend_sdpa)(q, k, v, plan)
 
 
@@ -115,6 +116,85 @@ def allowed(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
     (sequence, order), (key_sequence, key_order) = query, key
     same = (sequence[:, None] == key_sequence) & (sequence != FILLER)[:, None]
     return same & (key_order <= order[:, None])
+
+
+class Cache:
+    """The keys and values of tokens that were read, to which each sequence's next tokens are appended (generation).
+
+    Each sequence has one run of rows, longer than what it holds. The rows ahead already bear the orders of the tokens
+    to come, later than all that is there, so that the rule itself hides them: a step writes one row for each sequence
+    and moves nothing. `plan` says how the newest tokens, the queries, read the rows; `rows` (Q,) is where they go.
+    """
+
+    def __init__(self, tokens: Tokens, device: torch.device | str = "cpu"):
+        """tokens, on the CPU: what is read first, each sequence in one run. On `device` lie keys and values."""
+        self.device, self.keys, self.values = device, [], []  # a tensor (K, H, E) for each block
+        _, self._lengths, run = runs(tokens.sequence)
+        last = self._lengths.cumsum(0) - 1
+        self._last_order = tokens.order[last]
+        self._lay_out()
+        rows = torch.arange(len(tokens)) + (self._starts - (last + 1 - self._lengths))[run]
+        self._key_order[rows] = tokens.order
+        self._set_plan(run, tokens.order, rows)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def _lay_out(self) -> None:
+        """Rows for all that is there and for at least `SPARE` or a quarter more; few different lengths, few groups."""
+        room = self._lengths + max(SPARE, int(self._lengths.max()) // 4) if len(self) else self._lengths
+        capacity = (room + SPARE - 1) // SPARE * SPARE
+        self._starts = capacity.cumsum(0) - capacity
+        self._free = int((capacity - self._lengths).min()) if len(self) else 0
+        self._key_sequence = torch.repeat_interleave(torch.arange(len(self)), capacity)
+        ahead = torch.arange(int(capacity.sum())) - (self._starts + self._lengths)[self._key_sequence]
+        self._key_order = ahead + 1 + self._last_order[self._key_sequence]  # what is there: not later than its last
+
+    def _set_plan(self, sequence: Tensor, order: Tensor, rows: Tensor) -> None:
+        key_sequence, key_order = self._key_sequence, self._key_order
+        query = Tokens(order, order, sequence, order, order)  # only sequence and order are looked at
+        key = Tokens(key_order, key_order, key_sequence, key_order, key_order)
+        self.plan, self.rows = plan_attention(query, key).to(self.device), rows.to(self.device)
+        self._stepping = False
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a block's keys and values (Q, H, E) of the queries; all of its keys and values (K, H, E)."""
+        for stored, new in ((self.keys, k), (self.values, v)):
+            if block == len(stored):
+                stored.append(new.new_zeros(len(self._key_order), *new.shape[1:]))
+            stored[block].index_copy_(0, self.rows, new)
+        return self.keys[block], self.values[block]
+
+    def step(self) -> None:
+        """One more token for each sequence, in the order of the sequences: `plan` and `rows` are for them."""
+        if not self._free:
+            self.keep(list(range(len(self))))
+        if self._stepping:
+            self.plan = dataclasses.replace(self.plan, query=(self.plan.query[0], self.plan.query[1] + 1))
+            self.rows = self.rows + 1
+        else:
+            self._set_plan(torch.arange(len(self)), self._last_order + 1, self._starts + self._lengths)
+        self._stepping = True
+        self._lengths, self._last_order, self._free = self._lengths + 1, self._last_order + 1, self._free - 1
+
+    def keep(self, which: list[int]) -> None:
+        """Go on with these sequences, in this order; one that is named twice becomes two."""
+        chosen = torch.tensor(which, dtype=torch.long)
+        starts = self._starts
+        self._lengths, self._last_order = self._lengths[chosen], self._last_order[chosen]
+        self._lay_out()
+        owner = torch.repeat_interleave(torch.arange(len(which)), self._lengths)
+        within = torch.arange(len(owner)) - (self._lengths.cumsum(0) - self._lengths)[owner]
+        source, goal = within + starts[chosen][owner], within + self._starts[owner]
+        source, goal, count = source.to(self.device), goal.to(self.device), len(self._key_order)
+        for stored in (self.keys, self.values):
+            for block, old in enumerate(stored):
+                new = old.new_zeros(count, *old.shape[1:])
+                stored[block] = new.index_copy_(0, goal, old.index_select(0, source))
+        self._stepping = False
+
+
+SPARE = 64  # rows that a cache sets aside at a time
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

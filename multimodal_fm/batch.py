@@ -19,6 +19,8 @@ from torch import Tensor
 from .attention import Plan, plan_attention
 from .tokens import WHOLE, Tokens, classify_orders, concatenate, constant
 
+NOT_ASKED = -1  # the `match` of a sample that no objective asks whether its parts belong together
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -27,6 +29,9 @@ class Sample:
     tokens: dict[str, Tokens]  # by modality, in the task's order
     group: int = 0  # samples of an equal group are never each other's negatives
     label: Any = None  # what the objective's `read_label` made of the sample's members
+    views: tuple[dict[str, Tokens], ...] = ()  # further random readings of the same modalities (`Objective.views`)
+    other: Sample | None = None  # another sample of the same source and of another group (`Objective.reads_other`)
+    match: int = NOT_ASKED  # 1: its parts belong together; 0: one of them was taken from `other`
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Example:
     hidden: for each piece of `inputs` the tokens (N,) whose content the model must not see, or None.
     rows: for each piece of `targets` the row, among all `inputs` laid end to end, whose output answers each token; -1
     where a decoder of the objective's own answers.
+    teacher, teacher_rows: pieces of the whole sequences that the averaged model reads, and for each piece of `targets`
+    the rows, among all of `teacher` laid end to end, whose states are to be predicted (data2vec, Baevski et al. 2022).
     """
 
     inputs: list[Tokens]
@@ -45,6 +52,9 @@ class Example:
     targets: list[Tokens] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     group: int = 0
+    teacher: list[Tokens] = field(default_factory=list)
+    teacher_rows: list[Tensor] = field(default_factory=list)
+    match: int = NOT_ASKED  # the sample's
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,23 @@ class Pairs:
 
 
 def find_pairs(table: SequenceTable, modalities: list[str]) -> dict[str, Pairs]:
-    """The pairs of modalities, named as in `text_image`, that meet in at least one sample of a step."""
-    pairs = {}
-    for a, b in itertools.combinations(range(len(modalities)), 2):
+    """The pairs of modalities, named as in `text_image`, that meet in at least one sample of a step.
+
+    A modality that samples have in several views, a sequence each, is a pair with itself, as in `image_image`: a view's
+    positive is the next view of its sample, its negatives all views of the others (NT-Xent, Chen et al. 2020). Two
+    modalities meet view by view; other views of a sample are neither its positives nor its negatives.
+    """
+    pairs, view = {}, _view_numbers(table)
+    for a, b in itertools.combinations_with_replacement(range(len(modalities)), 2):
         left, right = ((table.modality == number).nonzero()[:, 0] for number in (a, b))
-        positive = table.sample[left][:, None] == table.sample[right]
+        if a == b and not view[left].any():
+            continue
+        same = table.sample[left][:, None] == table.sample[right]
+        if a == b:  # in a ring, so that each view has one positive, however many views there are
+            count = same.sum(1, keepdim=True)
+            positive = same & ((view[left][:, None] + 1) % count == view[right]) & (count > 1)
+        else:
+            positive = same & (view[left][:, None] == view[right])
         if min(positive.shape) < 2 or not positive.any():
             continue
         ignored = (table.group[left][:, None] == table.group[right]) & ~positive
@@ -95,6 +117,15 @@ def find_pairs(table: SequenceTable, modalities: list[str]) -> dict[str, Pairs]:
             (left, right), positive, ignored, _positive_columns(positive), _positive_columns(positive.T)
         )
     return pairs
+
+
+def _view_numbers(table: SequenceTable) -> Tensor:
+    """How many sequences of the same sample and modality stand before each in the table (S,)."""
+    keys = torch.stack([table.sample, table.modality], 1)
+    _, owner, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+    rank = torch.empty_like(owner)
+    rank[torch.argsort(owner, stable=True)] = torch.arange(len(owner))
+    return rank - (counts.cumsum(0) - counts)[owner]
 
 
 def _positive_columns(positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,12 +144,14 @@ class Targets:
     modality: Tensor  # (S,) as in the table
     table: SequenceTable
     plan: Any = None  # what the `plan` of the objective that arranged the samples returned
+    match: Tensor | None = None  # (S,) of each sequence's sample, see `Sample`; None where no objective asks
+    num_matches: int = 0  # samples that are asked whether their parts belong together, in the whole step
+    teacher_rows: dict[str, Tensor] = field(default_factory=dict)
+    """By modality (M,): the rows of `Batch.teacher` whose states are to be predicted; empty where none are."""
 
     def to(self, device) -> Targets:
-        moved = {
-            name: _move(getattr(self, name), device) for name in ("tokens", "rows", "sequence", "modality", "plan")
-        }
-        return dataclasses.replace(self, **moved)
+        names = ("tokens", "rows", "sequence", "modality", "plan", "match", "teacher_rows")
+        return dataclasses.replace(self, **{name: _move(getattr(self, name), device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -132,6 +165,7 @@ class Batch:
     attention: Plan
     by_modality: Routing
     tasks: dict[str, Targets]
+    teacher: Batch | None = None  # what the averaged model reads, where an objective predicts its states
 
     def to(self, device) -> Batch:
         moved = {f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)}
@@ -173,13 +207,24 @@ def _move(value: Any, device) -> Any:
 
 def with_counts(batch: Batch, counts: dict[str, dict[str, int]]) -> Batch:
     """The batch with the counts of the whole step's target tokens, by task and modality, over all ranks."""
-    tasks = {name: dataclasses.replace(targets, counts=counts[name]) for name, targets in batch.tasks.items()}
+    tasks = {name: dataclasses.replace(targets, **_split_counts(counts[name])) for name, targets in batch.tasks.items()}
     return dataclasses.replace(batch, tasks=tasks)
 
 
+ASKED = ""  # the key, beside the modalities', under which samples with a `match` are counted
+
+
+def _split_counts(counts: dict[str, int]) -> dict[str, Any]:
+    """What `Targets` says of a step's counts."""
+    by_modality = {modality: count for modality, count in counts.items() if modality != ASKED}
+    return {"counts": by_modality, "num_matches": counts.get(ASKED, 0)}
+
+
 def count_targets(examples: list[Example], modalities: list[str]) -> dict[str, int]:
-    """How many target tokens there are of each modality."""
+    """How many target tokens there are of each modality and, under `ASKED`, samples with a `match`, if any."""
     counts: dict[str, int] = {}
+    if asked := sum(example.match != NOT_ASKED for example in examples):
+        counts[ASKED] = asked
     for example in examples:
         for piece in example.targets:
             if len(piece):
@@ -231,6 +276,7 @@ def collate(
     objective that arranges. round_to: filler rounds the number of tokens up to a multiple. empty: called like
     `torch.empty`, makes the tensors of raw content. prompt: learned tokens that stand before each sequence.
     """
+    teacher = _collate_teacher(tasks, modalities, round_to, empty, prompt)
     if prompt is not None:
         tasks = {name: [(number, add_prompt(e, prompt)) for number, e in own] for name, own in tasks.items()}
     examples = [(name, number, example) for name, own in tasks.items() for number, example in own]
@@ -262,16 +308,38 @@ def collate(
         plan_attention(tokens),
         route(tokens.modality, len(modalities)),
         {},
+        teacher,
     )
+    match = np.array([example.match for _, _, example in examples])[holder]
     for name in tasks:
         mine = [(i, example) for i, (task, _, example) in enumerate(examples) if task == name]
         ids, of_modality, *rest = (torch.from_numpy(column[names == name]) for column in columns)
         found = _targets(mine, modalities, first_row, first_sequence, row_in_layout)
-        targets = Targets(*found, counts[name], ids, of_modality, SequenceTable(of_modality, *rest))
+        targets = Targets(
+            *found, sequence=ids, modality=of_modality, table=SequenceTable(of_modality, *rest),
+            **_split_counts(counts[name]),
+            match=torch.from_numpy(match[names == name]) if ASKED in counts[name] else None,
+            teacher_rows=teacher.tasks[name].rows if teacher and name in teacher.tasks else {},
+        )  # fmt: skip
         if planner := (planners or {}).get(name):
             targets = dataclasses.replace(targets, plan=planner(batch, targets))
         batch.tasks[name] = targets
     return batch
+
+
+def _collate_teacher(tasks, modalities: list[str], round_to: int, empty, prompt: Tokens | None) -> Batch | None:
+    """What the averaged model reads of these examples; None where it reads nothing. Its targets are the examples' own,
+    in the same order, so that its rows are the `teacher_rows` of theirs."""
+    whole = {
+        name: [
+            (number, Example(e.teacher, [None] * len(e.teacher), e.targets, e.teacher_rows))
+            for number, e in own
+            if e.teacher
+        ]
+        for name, own in tasks.items()
+    }
+    whole = {name: own for name, own in whole.items() if own}
+    return collate(whole, modalities, {name: {} for name in whole}, None, round_to, empty, prompt) if whole else None
 
 
 _SHARED = ("modality", "sequence")  # what all tokens of a piece have in common

@@ -10,11 +10,12 @@ import time
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
 
 from . import __version__
+from .decoding.settings import Settings
 from .errors import UserError, printable
 
 SECONDS_FOR_THE_FIRST = 10  # that a process waits for the first to fail, before it prints why it failed itself
@@ -62,6 +63,58 @@ def pretrain(
         raise UserError("--smoke always starts afresh: leave out --resume")
     how = {"yes": True, "auto": "auto", None: False}[resume]
     loop.pretrain(toy(loaded) if smoke else loaded, how, allow_data_change, profile)
+
+
+@app.command
+def scale(
+    config: str,
+    /,
+    *settings: str,
+    sizes: str = "32,48,64,96",
+    held_out: str = "128",
+    seeds: int = 1,
+    figure: str = "",
+    to: str = "",
+) -> None:
+    """Train a ladder of sizes, fit the scaling law, and compare it with larger runs: `mmfm scale configs/gpt.yaml`.
+
+    Writes scale.json and scale.html, with what is predicted and what was measured. What was interrupted goes on.
+
+    Parameters
+    ----------
+    config
+        The YAML file.
+    settings
+        key=value pairs that stand in for the file's, for runs of all sizes, such as steps=500.
+    sizes
+        The widths that the law is fitted to, WIDTH or WIDTHxDEPTH, with commas between them; at least four.
+    held_out
+        The larger ones that it is compared with, in the same way; may be empty.
+    seeds
+        Runs of each size.
+    figure
+        Of metrics.jsonl; without it the validation's loss, or, where there is none, that of training.
+    to
+        The folder; without it, the config's run folder with -scale behind it.
+    """
+    from .reports import scale as page
+    from .train.config import load
+    from .train.scale import parse_sizes
+    from .train.scale import scale as train_ladder
+
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: is at least 1")
+    loaded = load(config, list(settings))
+    folder, depth = to or f"{loaded.run_dir}-scale", loaded.model.backbone.depth
+    ladder = parse_sizes(sizes, depth), parse_sizes(held_out, depth)
+    result = train_ladder(loaded, *ladder, folder, seeds, figure, lambda line: print(printable(line)))
+    path = page.write(folder, result)
+    print(page.sentence(result))
+    for run in (run for run in result["runs"] if run["held_out"]):
+        low, high = run["predicted"]["low"], run["predicted"]["high"]
+        inside = "inside" if run["inside"] else "outside"
+        print(f"held out {run['size']}: {run['loss']:.4f}, {inside} of the predicted {low:.4f} to {high:.4f}")
+    print(printable(str(path)))
 
 
 @app.command
@@ -358,6 +411,7 @@ def inspect(
     rebuild: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     samples: Annotated[bool, Parameter(negative=())] = False,
+    orders: Annotated[bool, Parameter(negative=())] = False,
     piece: int = 2000,
 ) -> int:
     """Say what a corpus holds and what is broken in it: `mmfm inspect 'photos-*.tar' --html photos.html`.
@@ -380,12 +434,23 @@ def inspect(
         One JSON object on standard output.
     samples
         Decode everything: one JSON line a sample with what a training run would get.
+    orders
+        The order table of each task of --config for the first sample that it can read: what the model reads, in which
+        order (a token reads those of its sequence whose order is not later), and what is predicted from which row.
     piece
         .txt files are cut to pieces of at most so many bytes, as `piece_bytes` of a source says.
     """
     from .inspect.run import inspect as look
 
-    return look(list(shards), config, html, verify, rebuild, json, samples, piece)
+    settings = None
+    if orders:
+        from .train.config import load
+
+        if not config:
+            raise UserError("--orders needs --config, whose tasks it shows")
+        settings = load(config)
+    more = {"tasks": settings.tasks, "heads": settings.model.heads} if settings else {}
+    return look(list(shards), config, html, verify, rebuild, json, samples, piece, **more)
 
 
 @app.command
@@ -492,6 +557,101 @@ def classify(
         print(printable(f"{thing}  {shown}"))
 
 
+@app.command
+def generate(
+    run: str,
+    text: str = "",
+    /,
+    *,
+    to: str = "text",
+    image: str = "",
+    audio: str = "",
+    fill: Annotated[str, Parameter(negative=())] = "",
+    out: str = "",
+    settings: Annotated[Settings | None, Parameter(name="*", negative=())] = None,
+    candidates: int = 1,
+    rerank: Annotated[bool, Parameter(negative=())] = False,
+    objective: str = "",
+    json: Annotated[bool, Parameter(negative=())] = False,
+    trust: Annotated[bool, Parameter(negative=())] = False,
+    device: str = "auto",
+) -> None:
+    """Write a text, draw a picture, make a sound: `mmfm generate RUN "two small red stars" --to image --out stars.png`.
+
+    What a run can write after what is said by its objectives; docs/generation.md has all settings.
+
+    Parameters
+    ----------
+    run
+        A run folder, or the folder of one checkpoint.
+    text
+        What is read before: a caption to draw, a text that goes on.
+    to
+        What is made: text, image, audio, or a modality of the run by its name.
+    image
+        A picture that is read before.
+    audio
+        A sound that is read before.
+    fill
+        A text with [MASK] for each token that is to be filled in.
+    out
+        The file to write, as in stars.png, sound.wav or text.txt; without it a text is printed as it is written.
+    candidates
+        How many are made, which are told apart by chance or by the beams they come from.
+    rerank
+        Sort the candidates by their likeness to what was read, by the run's contrastive head, and keep the best.
+    objective
+        The run's objective that writes, as in caption/causal; without it the first that fits.
+    json
+        Print one JSON object a candidate, the best first.
+    trust
+        Load tokenizers and objectives from outside of the package that the checkpoint names.
+    device
+        cpu, cuda, or auto.
+    """
+    from .generate import find_target, save
+    from .model import load
+
+    model = load(run, device=device, plugins=trust)
+    given = {name: value for name, value in (("text", text), ("image", image), ("audio", audio)) if value}
+    asked = {"to": to, "objective": objective, "candidates": candidates, "rerank": rerank}
+    keywords: dict[str, Any] = {name: [value] for name, value in given.items()} | vars(settings or Settings()) | asked
+    keywords |= {"fill": [fill]} if fill else {}
+    generation = model.tokenizers[find_target(model, to)].generation()
+    if not out and not json and generation is not None and generation.end is None:
+        raise UserError(
+            f"name the file to write: --out FILE, as in --out made.{'wav' if to.startswith('audio') else 'png'}"
+        )
+    plain = candidates == 1 and not rerank and not fill and not out and not json
+    if plain:
+        for piece in model.stream_text(**keywords):
+            print(_lines(piece), end="", flush=True)
+        print()
+        return
+    show = sys.stderr.isatty() and (candidates > 1 or bool(out))
+    tell = (lambda done, of: print(f"\r{to} {done:3d} %", end="", file=sys.stderr, flush=True)) if show else None
+    (best,) = model.generate(progress=tell, **keywords)
+    if show:
+        print(file=sys.stderr)
+    if out:
+        save(best.value, out)
+    for number, one in enumerate([best, *best.others]):
+        said = {"ids": one.ids, "log_likelihood": one.log_likelihood, "stopped": one.stopped}
+        said |= {} if one.similarity is None else {"similarity": one.similarity}
+        said |= {"text": one.value} if isinstance(one.value, str) else {}
+        if json:
+            print(dumps({**said, "modality": one.modality, **({"file": out} if out and not number else {})}))
+        elif not out and (not number or not rerank):
+            print(_lines(str(one.value)))
+    if out and not json:
+        print(printable(out))
+
+
+def _lines(text: str) -> str:
+    """A text whose line ends are kept and that does nothing else to a terminal."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def _pairs(given: list[str] | None) -> dict[str, str]:
     """FIELD=VALUE texts as a map."""
     pairs = {}
@@ -519,7 +679,10 @@ def pack(
     group: str = "",
     dedup: str = "exact",
     piece_bytes: int = 2000,
+    text_block: int = 0,
     allow_outside: Annotated[bool, Parameter(negative=())] = False,
+    codes: str = "",
+    codes_member: str = "codes.npy",
     workers: int | None = None,
 ) -> None:
     """Make checked webdataset shards and a data card of what you have: `mmfm pack photos --to shards/photos`.
@@ -569,8 +732,18 @@ def pack(
         characters, by MinHash) of at least 0.8.
     piece_bytes
         Longer text that belongs to no image or audio is cut into pieces of at most so many bytes.
+    text_block
+        Join texts that follow each other in a split to samples of at most so many bytes, which training reads as one
+        sequence with the tokenizer's END and BEGIN between the documents: RoBERTa's full sentences, GPT's packed
+        documents. Longer texts are cut to it, other fields of theirs are left out. 0: each text is a sample.
     allow_outside
         Let tables name files outside of their folder and URLs of hosts on private networks.
+    codes
+        A run (or a checkpoint's folder) with a head `codes`: its codec makes codes of each picture, or sound, which
+        become the member KEY.codes.npy.
+    codes_member
+        What follows the key in the name of these members, where a corpus gets codes of two modalities, one after the
+        other: audio.codes.npy.
     workers
         Processes; without it, one for each core. 0: none but this one.
     """
@@ -581,7 +754,7 @@ def pack(
     size, shares = storage.parse_size(shard_size, "--shard-size"), settings.parse_split(split)
     chosen = settings.Settings(
         list(sources), image_column, text_column, audio_column, label_column, key_column, longest_side, rate,
-        size, shares, group, dedup, piece_bytes, allow_outside,
+        size, shares, group, dedup, piece_bytes, text_block, allow_outside, codes, codes_member,
     )  # fmt: skip
     facts = write(chosen, to, len(os.sched_getaffinity(0)) if workers is None else workers, show=True)
     print(summary(facts, to))

@@ -40,6 +40,7 @@ REASONS = {
     "shard": "the archive is damaged: what stands at the named offset is not read",
     "duplicate": "a key or a part of this name came before; the later one is left out",
     "label": "the label is missing, or is not one that the task can learn",
+    "alone": "an objective compares it with another sample of its source, and none goes with it",
     "name": "the member's name or type is not one that a sample may have",
 }
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backbone, lora
+from .attention import Cache
 from .backbone import Backbone
 from .batch import MAX_TOKENS, Batch, Example, batch_by_tokens, collate
 from .config import Folder, Plugin, build, to_data
@@ -49,6 +51,16 @@ class ModelConfig:
             for name in names:
                 if not name.isidentifier() or name in vars(nn.ModuleDict):
                     yield f"{key}.{name or repr('')}", "cannot be a name: letters, digits and _, not a word of Python's"
+        for name, tokenizer in self.tokenizers.items():
+            extent, most = tokenizer.extent(), self.backbone.extent()
+            if extent and any(own > limit for own, limit in zip(extent, most, strict=True)):
+                times, rows, columns = extent
+                yield (
+                    f"tokenizers.{name}",
+                    f"has up to {times} times, {rows} rows and {columns} columns, the backbone learns "
+                    f"{' x '.join(map(str, most))}: lower max_tokens (a picture's grid is bounded by square: true), or "
+                    "set backbone.max_positions or grid higher",
+                )
 
 
 class Output:
@@ -56,6 +68,8 @@ class Output:
 
     def __init__(self, tokens: Tokens, num_sequences: int, heads: nn.ModuleDict):
         self.tokens, self.num_sequences, self.heads = tokens, num_sequences, heads
+        self.states: list[Tensor] = []  # the outputs (N, D) of the backbone's last blocks, where they were asked for
+        self.teacher: Output | None = None  # what the averaged model made of `Batch.teacher`
 
     def zero(self) -> Tensor:
         """A loss of nothing that still reaches every parameter below."""
@@ -63,8 +77,9 @@ class Output:
 
     def mean_pool(self) -> Tensor:
         """The mean over each sequence's tokens (S, D)."""
-        counts = self.sum_pool(self.tokens.content.new_ones(len(self.tokens), 1).float())
-        return self.sum_pool(self.tokens.content.float()) / counts.clamp(min=1.0)
+        content = full(self.tokens.content)
+        counts = self.sum_pool(content.new_ones(len(content), 1))
+        return self.sum_pool(content) / counts.clamp(min=1.0)
 
     def sum_pool(self, values: Tensor) -> Tensor:
         """The sum over each sequence's tokens (S, D) of values (N, D)."""
@@ -90,6 +105,17 @@ class Output:
         first = torch.full((self.num_sequences + 1,), len(owner), device=owner.device, dtype=torch.long)
         return first.scatter_reduce(0, owner, rows, "amin").narrow(0, 0, self.num_sequences)
 
+    def instance_norm(self, values: Tensor, eps: float = 1e-5) -> Tensor:
+        """Values (N, D) with zero mean and unit variance, in each of the D, over the tokens of each sequence."""
+        owner = self._owner()
+        count = self.sum_pool(values.new_ones(len(values), 1)).clamp(min=1.0)
+
+        def mean(x: Tensor) -> Tensor:
+            return nn.functional.pad(self.sum_pool(x) / count, (0, 0, 0, 1)).index_select(0, owner)
+
+        centered = values - mean(values)
+        return centered * (mean(centered.square()) + eps).rsqrt()
+
     def _owner(self) -> Tensor:
         """Each token's sequence (N,); filler belongs to one more."""
         return torch.where(self.tokens.sequence == FILLER, self.num_sequences, self.tokens.sequence)
@@ -105,6 +131,8 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.origin: tuple[Path, bool, bool] | None = None  # the checkpoint it was loaded from, `ema`, `plugins`
+        self.trained: dict | None = None  # that checkpoint's objectives, once `generate` has asked for them
         self.tokenizers: dict[str, Tokenizer] = config.tokenizers
         self.modalities, self.width = list(config.tokenizers), config.backbone.width
         self.embedders = nn.ModuleDict({m: t.embedder(self.width) for m, t in self.tokenizers.items()})
@@ -113,6 +141,9 @@ class Model(nn.Module):
         self.backbone = Backbone(config.backbone, self.modalities)
         lora.inject(self.backbone, config.lora)
         self.heads = nn.ModuleDict({n: p.cls(p.config, self.width, self.modalities) for n, p in config.heads.items()})
+        head: Any
+        for head in self.heads.values():
+            head.bind(self.tokenizers)
 
     def _vectors(self) -> nn.ParameterDict:
         return nn.ParameterDict({m: nn.Parameter(torch.randn(self.width) * 0.02) for m in self.modalities})
@@ -123,10 +154,14 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.norm_out.weight.device
+        return next(self.backbone.parameters()).device
 
-    def forward(self, batch: Batch) -> Output:
-        """Embed by modality and read all sequences of all tasks in one call of the backbone."""
+    def forward(self, batch: Batch, layers: int = 0, cache: Cache | None = None) -> Output:
+        """Embed by modality and read all sequences of all tasks in one call of the backbone.
+
+        layers: how many of the last blocks' outputs are kept, as `Output.states`. cache: what was read before, to which
+        the batch's tokens are appended; `batch.attention` is its plan.
+        """
         vectors = []
         for modality, content in batch.content.items():
             hidden = batch.hidden[modality][:, None]
@@ -134,8 +169,12 @@ class Model(nn.Module):
             embedded = embedded * (1 - hidden) + self.mask_tokens[modality] * hidden
             vectors.append(embedded + self.modality_vectors[modality])
         content = torch.cat(vectors).index_select(0, batch.tokens.content)
-        tokens = self.backbone(batch.tokens.replace(content=content), batch.attention, batch.by_modality)
-        return Output(tokens, batch.num_sequences, self.heads)
+        states: list[Tensor] | None = [] if layers else None
+        content = batch.tokens.replace(content=content)
+        tokens = self.backbone(content, batch.attention, batch.by_modality, states=states, cache=cache)
+        output = Output(tokens, batch.num_sequences, self.heads)
+        output.states = (states or [])[-layers:]
+        return output
 
     def collate(self, tasks: dict[str, list[tuple[int, Example]]], counts: dict[str, dict[str, int]]) -> Batch:
         """A microbatch on the model's device; see `batch.collate`."""
@@ -168,6 +207,48 @@ class Model(nn.Module):
         from .search.classify import classify
 
         return classify(self, things, labels, head, templates, modality)
+
+    def generate(self, to: str = "text", objectives: dict | None = None, progress=None, **given) -> list:
+        """Write texts, or the codes of pictures and sounds: one `multimodal_fm.generate.Generated` for each prompt.
+
+        to: the modality to be written. Keywords are inputs by modality, as for `embed`, equally many of each, which
+        are read before (`image=[...]`; without any one sequence is written after nothing), and the fields of
+        `generate.Request` (fill, candidates, rerank, objective) and `decoding.settings.Settings` (temperature, top_k,
+        top_p, num_beams, seed, ...). A text that is given where a text is to be written goes on, or is the source that
+        the objective was trained to read.
+        objectives: what the model was trained by, `objectives.load(run, model)`; a model that `load` read knows where
+        they are. progress: called with how much is done, and of how much. Raises UserError.
+        """
+        from . import generate
+
+        inputs, request, settings = generate.parse({"to": to, **given}, self.modalities)
+        read = {modality: self._read(modality, one) for modality, one in inputs.items()}
+        return generate.generate(self, self._objectives(objectives), read, request, settings, progress)
+
+    def stream_text(self, to: str = "text", objectives: dict | None = None, **given) -> Iterator[str]:
+        """The text that `generate` writes, piece by piece; no piece ends inside a character.
+
+        One prompt; the first piece is its own beginning, where it has one. Beams and text that is written all at once
+        come in one piece.
+        """
+        from . import generate
+
+        inputs, request, settings = generate.parse({"to": to, **given}, self.modalities)
+        read = {modality: self._read(modality, one) for modality, one in inputs.items()}
+        return generate.stream(self, self._objectives(objectives), read, request, settings)
+
+    def _objectives(self, objectives: dict | None) -> dict:
+        """Those given, else those of the run that the model was loaded from, which are read once."""
+        from . import objectives as folder
+
+        if objectives is not None:
+            return objectives
+        if self.origin is None:
+            raise UserError("generate: this model was not loaded from a run: pass objectives=, what it was trained by")
+        if self.trained is None:
+            run, ema, plugins = self.origin
+            self.trained = folder.load(run, self, ema, plugins)
+        return self.trained
 
     @torch.no_grad()
     def embed_sequences(
@@ -234,6 +315,11 @@ class Model(nn.Module):
         return inputs
 
 
+def full(x: Tensor) -> Tensor:
+    """At least float32, in which means and losses are computed whatever autocast says."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
     """Products in bfloat16 where `enabled`, else in the type of what is multiplied. The meta device knows neither."""
     if not torch.amp.is_autocast_available(device.type):
@@ -254,6 +340,7 @@ def load(
     model = Model(read_config(folder, plugins))
     load_weights(model, checkpoint.read_tensors(folder, "ema" if ema else "model"), folder)
     model = with_adapter(model, adapter, plugins) if adapter else model
+    model.origin = (folder, ema, plugins)
     return model.to(pick_device(device)).eval()
 
 

@@ -180,19 +180,21 @@ def test_kernel_calls_read_no_value_back_from_the_device():
 
 
 @pytest.mark.parametrize(
-    "device, dtype, gradients, expected",
+    "device, dtype, gradients, keys, expected",
     [
-        ("cpu", torch.float32, True, "sdpa"),
-        ("cuda", torch.float32, True, "flash"),
-        ("cuda", torch.float32, False, "sdpa"),
-        ("cuda", torch.bfloat16, False, "flash"),
+        ("cpu", torch.float32, True, 8, "sdpa"),
+        ("cuda", torch.float32, True, 8, "flash"),
+        ("cuda", torch.float32, False, 8, "sdpa"),
+        ("cuda", torch.bfloat16, False, 8, "flash"),
+        ("cuda", torch.bfloat16, False, 64, "sdpa"),
     ],
 )
-def test_the_implementation_suits_the_device(monkeypatch, device, dtype, gradients, expected):
+def test_the_implementation_suits_the_device(monkeypatch, device, dtype, gradients, keys, expected):
     for name in ("sdpa", "flash"):
         monkeypatch.setattr(attention, f"attend_{name}", lambda *_, name=name: name)
     with torch.set_grad_enabled(gradients):
-        assert attend(SimpleNamespace(is_cuda=device == "cuda", dtype=dtype), None, None, None) == expected
+        q, k = (SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(rows, 2, 8)) for rows in (8, keys))
+        assert attend(q, k, None, None) == expected
 
 
 def test_sequences_in_pieces_are_refused():

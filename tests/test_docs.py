@@ -58,7 +58,7 @@ def test_all_reasons_are_listed():
     assert all(f"| `{reason}` | {meaning} |" in text for reason, meaning in REASONS.items())
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/runs.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/runs.md", "docs/interop.md", "docs/in_context.md"])
 def test_configurations_in_the_documents_have_no_wrong_key(name, tmp_path):
     """Excerpts are put together with what they leave out."""
     for block in blocks(ROOT / name, "yaml"):
@@ -70,7 +70,8 @@ def test_configurations_in_the_documents_have_no_wrong_key(name, tmp_path):
                 data.setdefault("sources", {}).setdefault(source, {"shards": "x.tar"})
         if not tasks:
             source = next(iter(data.setdefault("sources", {"x": {"shards": "x.tar"}})))
-            task = {"objectives": {"masked": {}}, "modalities": ["text", "image"], "batch_size": 1}
+            read = [m for m in data.get("model", {}).get("tokenizers", ("text", "image")) if m != "prompt"]
+            task = {"objectives": {"masked": {}}, "modalities": read, "batch_size": 1}
             tasks["words"] = {**task, "sources": [source]}
         build(data, name)
 

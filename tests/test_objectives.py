@@ -71,6 +71,11 @@ def compare(model, objective, samples):
     return features, targets.table, *objective.compare(features, find_pairs(targets.table, MODALITIES))
 
 
+def named(figures) -> set[str]:
+    """The figures' names, without those that say how the features lie."""
+    return figures.keys() - {"feature_std", "effective_rank", "scale", "largest_logit"}
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -135,7 +140,7 @@ def test_the_model_cannot_see_what_it_predicts(settings):
         batch = make_batch([objective.arrange(objective.config, changed, seeded())], objective)
         output, targets = model(batch), batch.tasks["task"]
         if objective.config.hide == "drop":
-            return objective._decode(output, targets)["text"]
+            return objective.decode(output, targets)["text"]
         return output.tokens.content.index_select(0, targets.rows["text"])
 
     def change(row):
@@ -226,7 +231,7 @@ def test_info_nce_is_the_formula_and_leaves_equal_groups_out(pairs, weights):
     assert torch.allclose(features.norm(dim=-1), torch.ones(len(features)))
     rows = list(zip(table.modality.tolist(), table.sample.tolist(), table.group.tolist()))
     torch.testing.assert_close(loss, reference_info_nce(features, rows, objective.log_scale.exp(), weights))
-    assert {"text_image_accuracy", "text_audio_accuracy", "image_audio_accuracy"} == figures.keys()
+    assert {"text_image_accuracy", "text_audio_accuracy", "image_audio_accuracy"} == named(figures)
 
 
 def test_a_pair_that_there_is_not_is_named():
@@ -326,6 +331,56 @@ def test_predictors_are_built_for_what_the_task_reads_only(name):
     """The modalities that no target comes from cost no parameters."""
     cls, model = config.plugin_class(OBJECTIVES, name), make_model()
     assert list(cls(cls.Config(), model, ["audio"]).predictors) == ["audio"]
+
+
+def two_views(objective, group=0, **lengths):
+    first, second = make_sample(group, **lengths), make_sample(group, **lengths)
+    return objective.arrange(objective.config, Sample(first.tokens, group, views=(second.tokens,)), seeded(group))
+
+
+def test_views_of_one_modality_are_nt_xent():
+    """Against the formula of SimCLR over all 2 N views, in float64; equal groups are left out."""
+    model, objective = make("contrastive", views=2)
+    examples = [two_views(objective, group, image=4) for group in (0, 1, 2, 1)]
+    table = make_batch(examples).tasks["task"].table
+    features = F.normalize(torch.randn(8, 16, generator=seeded()).double(), dim=-1)
+    loss, figures = objective.double().compare(features, find_pairs(table, MODALITIES))
+    samples, groups, scale, total = table.sample.tolist(), table.group.tolist(), objective.log_scale.exp(), 0.0
+    assert samples == [0, 0, 1, 1, 2, 2, 3, 3] and named(figures) == {"image_image_accuracy"}
+    for i in range(8):
+        [own] = [j for j in range(8) if samples[j] == samples[i] and j != i]
+        others = [j for j in range(8) if groups[j] != groups[i]]
+        logits = scale * features[[own, *others]] @ features[i]
+        total += (torch.logsumexp(logits, 0) - logits[0]) / 8
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=1e-9)
+
+
+def test_views_of_two_modalities_meet_within_and_across():
+    """A view finds its own sample's of the other modality, in the same view; its other view is left out there."""
+    _, objective = make("contrastive", views=2, pairs={"text_text": 0.5})
+    examples = [two_views(objective, number, text=3, image=4) for number in range(3)]
+    table = make_batch(examples).tasks["task"].table
+    pairs = find_pairs(table, MODALITIES)
+    assert list(pairs) == ["text_text", "text_image", "image_image"]
+    across, within = pairs["text_image"], pairs["image_image"]
+    assert torch.equal(across.positive, torch.eye(6, dtype=torch.bool))
+    same = torch.block_diag(*[torch.ones(2, 2)] * 3).bool()
+    assert torch.equal(across.ignored, same & ~across.positive)
+    assert torch.equal(within.ignored, torch.eye(6, dtype=torch.bool))
+    assert torch.equal(within.positive, same & ~within.ignored)
+    features = F.normalize(torch.randn(12, 16, generator=seeded()).double(), dim=-1)
+    each = [float(objective.double().compare(features, {name: pair})[0].detach()) for name, pair in pairs.items()]
+    loss = float(objective.compare(features, pairs)[0].detach())
+    assert loss == pytest.approx((0.5 * each[0] + each[1] + each[2]) / 2.5, abs=1e-9)
+
+
+def test_left_out_tokens_make_views_of_a_text_differ():
+    settings = contrastive.Config(views=2, drop_ratio={"text": 0.25})
+    text = make_sample(text=20, image=6).tokens
+    example = contrastive.Objective.arrange(settings, Sample(text, views=(text,)), seeded())
+    assert [len(piece) for piece in example.inputs] == [15, 6, 15, 6]
+    first, second = example.inputs[0], example.inputs[2]
+    assert not torch.equal(first.position, second.position) and (first.position[1:, 0] > first.position[:-1, 0]).all()
 
 
 @pytest.mark.parametrize("strength", [0.0, 5.0])

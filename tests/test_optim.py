@@ -247,9 +247,11 @@ def test_set_lr_starts_from_the_full_rate_every_time():
 def test_the_average_keeps_no_graph(step, decay):
     average, model = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(2))
     model[1].running_mean += 7.0
+    model[1].num_batches_tracked += 3
     before = average[0].weight.detach().clone()
     ema.update(average, model, step, 0.9)  # outside of no_grad, as in the loop
     expected = decay * before + (1 - decay) * model[0].weight.detach()
     torch.testing.assert_close(average[0].weight.detach(), expected)
     assert all(weight.grad_fn is None and weight.is_leaf for weight in average.parameters())
-    assert torch.equal(average[1].running_mean, model[1].running_mean)
+    torch.testing.assert_close(average[1].running_mean, (1 - decay) * model[1].running_mean)  # from 0
+    assert torch.equal(average[1].num_batches_tracked, model[1].num_batches_tracked)

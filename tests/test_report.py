@@ -42,7 +42,8 @@ def page(tmp_path_factory, corpus):
             "modalities": ["text", "image"],
         },
     }
-    data = tiny(corpus, evaluate=evaluations, run_dir=str(folder / "run"), steps=4)
+    monitors = {"loud <b>": {"figure": "loss/*/*", "above": 1.0, "patience": 2}}
+    data = tiny(corpus, evaluate=evaluations, run_dir=str(folder / "run"), steps=4, monitors=monitors)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     loop.pretrain(load_config(path))
@@ -69,6 +70,12 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag):
         self.inside = False
+
+
+def test_what_monitors_did_stands_in_the_page(page):
+    cells = Reader(page.read_text()).cells
+    at = cells.index("loss/words/masked")
+    assert cells[at - 2 : at] == ["2", "loud <b>"] and cells[at + 2 : at + 4] == ["above 1", "warn"]
 
 
 def test_needs_nothing_but_itself(page):

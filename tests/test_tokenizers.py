@@ -171,6 +171,13 @@ def test_every_part_of_a_long_text_is_drawn(words):
     assert any(long.startswith(one) for one in drawn) and any(long.endswith(one) for one in drawn)
 
 
+def test_a_causal_text_reads_what_is_before(words):
+    for maker in (None, generator(0)):
+        (plain,), (causal,) = (words.replace(causal=causal).read("a red square", maker) for causal in (False, True))
+        assert not plain.order.any() and causal.order.tolist() == list(range(len(causal)))
+        assert torch.equal(plain.content, causal.content)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (1, 1), (1000, 1), (3, 500), (97, 89), (640, 480)])
 def test_the_grid_keeps_the_aspect_ratio_and_the_limit(size):
     tokenizer = image_tokenizer(patch=8, max_tokens=50, enlarge=True)
@@ -189,6 +196,18 @@ def test_small_pictures_are_enlarged_only_where_the_config_says_so():
     assert counts == [5 * 4, 1, 1, 12, 42, 49, 48]
     assert counts == keep.count_tokens(*np.array([(0, *size) for size in sizes]).T).tolist()
     assert [len(enlarge.read({"jpg": jpeg("red", size)})[0]) for size in sizes][:3] == [48, 42, 49]
+
+
+@pytest.mark.parametrize("enlarge, counts", [(False, [16, 1, 1, 4, 36, 49, 49]), (True, [49] * 7)])
+def test_every_picture_is_squeezed_into_a_square_where_the_config_says_so(enlarge, counts):
+    sizes = [(40, 30), (7, 8), (1, 1), (3, 100), (56, 48), (57, 60), (400, 300)]
+    square = image_tokenizer(patch=8, max_tokens=50, enlarge=enlarge, square=True)
+    found = [square.read({"jpg": jpeg("red", size)})[0] for size in sizes]
+    assert [len(tokens) for tokens in found] == counts
+    assert counts == square.count_tokens(*np.array([(0, *size) for size in sizes]).T).tolist()
+    assert all(tokens.position[:, 1:].amax(0).tolist() == [n**0.5 - 1] * 2 for tokens, n in zip(found, counts))
+    (drawn,) = square.replace(min_crop_scale=0.3).read({"jpg": jpeg("red", (400, 300))}, generator(0))
+    assert len(drawn) == 49
 
 
 @pytest.mark.parametrize("side", ["left", "top"])
@@ -267,7 +286,7 @@ def test_patches_are_where_their_position_says():
 def test_color_modes(mode, color, expected):
     data = io.BytesIO()
     Image.new(mode, (16, 16), color).save(data, "JPEG" if mode == "CMYK" else "PNG")
-    picture = image_tokenizer().decode(data.getvalue())
+    picture = image_tokenizer().decode_picture(data.getvalue())
     assert picture.shape == (16, 16, 3)
     if expected:
         assert np.abs(picture[8, 8].astype(int) - expected).max() <= 3
@@ -280,7 +299,7 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6  # turned a quarter
     data = io.BytesIO()
     picture.save(data, "JPEG", exif=exif, quality=95)
-    upright = image_tokenizer().decode(data.getvalue())
+    upright = image_tokenizer().decode_picture(data.getvalue())
     assert upright.shape == (40, 20, 3) and upright[20, 15, 0] > 200 and upright[20, 4, 0] < 50
 
 
@@ -294,7 +313,7 @@ def test_a_damaged_note_beside_the_pixels_is_no_matter():
     for place in range(start + 6, start + 30):
         changed = bytearray(harmed)
         changed[place] ^= 0xFF
-        assert image_tokenizer().decode(bytes(changed)).shape[2] == 3
+        assert image_tokenizer().decode_picture(bytes(changed)).shape[2] == 3
 
 
 def test_pictures_that_cannot_be_read():

@@ -13,7 +13,7 @@ from data import writing
 from data.writing import RecipeError, digest, dump
 
 LICENSE = "those of the sets, of which several allow research only; see data/small/README.md"
-VERSION = 1  # raise it when the samples change, so that an older build is replaced
+VERSION = 2  # raise it when the samples change, so that an older build is replaced
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 LEFT_OUT_SPEAKER = "theo"  # no sound of his is among those that are trained on
@@ -45,6 +45,7 @@ def main(argv=None):
             splits |= write_tars(part, name, with_split_of_their_own(options.folder, source))
         for name, rows in {"sst2": sst2, "trec": trec, "texts": texts}.items():
             splits |= write_rows(part, name, rows(options.folder))
+        splits |= write_shakespeare(part, options.folder)
         shards = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*-*.*")) if p.is_file()}
         card = {"recipe": recipe, "license": LICENSE, "splits": splits, "shards": shards}
         (part / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
@@ -177,11 +178,25 @@ def all_texts(folder):
     for row in read_rows(folder, "multi30k_train.jsonl"):
         yield from (("multi30k", row[language]) for language in ("en", "de", "fr", "cs"))
     for name, separator in (("wordnet_glosses", "\n"), ("wikitext2_valid", "\n"), ("tinyshakespeare", "\n\n")):
-        try:
-            content = (folder / "text" / f"{name}.txt").read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"{folder / 'text' / name}.txt: {error.strerror}; see data/small/README.md") from None
-        yield from ((name, text) for text in content.split(separator))
+        yield from ((name, text) for text in read_text(folder, name).split(separator))
+
+
+def read_text(folder, name):
+    try:
+        return (folder / "text" / f"{name}.txt").read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{folder / 'text' / name}.txt: {error.strerror}; see data/small/README.md") from None
+
+
+def write_shakespeare(part, folder):
+    """Write the first nine tenths of the characters and the rest, as nanoGPT splits them; the characters of each."""
+    text = writing_progress("shakespeare", read_text(folder, "tinyshakespeare"))
+    (part / "shakespeare").mkdir()
+    cut, splits = int(0.9 * len(text)), {}
+    for split, own in (("train", text[:cut]), ("validation", text[cut:])):
+        (part / "shakespeare" / f"{split}-000000.txt").write_bytes(own.encode())
+        splits[f"shakespeare/{split}"] = len(own)
+    return splits
 
 
 def write_rows(part, name, rows):

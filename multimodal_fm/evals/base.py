@@ -28,10 +28,14 @@ class Evaluation:
     corruptions: list[str] = field(default_factory=list)  # that `robustness` applies; empty: all
     strengths: list[int] = field(default_factory=list)  # of these, from 1 to 5; empty: all five
     trained_on: list[str] = field(default_factory=list)  # shards that `leakage` compares, beside the run's own sources
-    class_names: list[str] = field(default_factory=list)  # of zero-shot classification; empty: from the field `label`
+    class_names: list[str] = field(
+        default_factory=list
+    )  # of zero-shot and few-shot classification; empty: from the field `label`
+    shots: list[int] = field(default_factory=list)  # of `few_shot`: examples in a context; empty: 0, 1, 2, 4, 8, 16
     templates: dict[str, list[str]] = field(default_factory=dict)
     """Sentences for zero-shot classification by modality, with {} for a class's name, as in `image: ["a photo of {}"]`;
-    without them, some that fit pictures and sounds."""
+    without them, some that fit pictures and sounds. `text`: what stands before a label in few-shot classification, with
+    {} for the text."""
 
 
 @runtime_checkable

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 
 from ..batch import MAX_TOKENS, Example, Sample, count_targets
+from ..decoding.settings import Settings
+from ..decoding.writer import generation_of
 from ..errors import SampleError
+from ..generate import Fit, Prompt, slices, write_prompts
 from ..model import Model, autocast
 from ..objectives.causal import Objective
 from ..stream.quarantine import quarantine_row
-from ..tokens import Tokens, constant, make_sequence
+from ..tokens import Tokens, constant
 from . import base, task_metrics
 from .embed_corpus import EmbeddedCorpus, split_inputs
 from .metrics import estimate
@@ -93,14 +96,7 @@ def _forward(model: Model, objective: Objective, examples: list[Example]):
 
 def _batches(prefixes: list[dict[str, Tokens]]):
     """Slices of samples that have about `MAX_TOKENS` tokens together."""
-    start, size = 0, 0
-    for number, prefix in enumerate(prefixes):
-        own = sum(map(len, prefix.values())) + MAX_LENGTH
-        if size and size + own > MAX_TOKENS:
-            yield slice(start, number)
-            start, size = number, 0
-        size += own
-    yield slice(start, len(prefixes))
+    return slices([sum(map(len, prefix.values())) + MAX_LENGTH for prefix in prefixes], MAX_TOKENS)
 
 
 @torch.no_grad()
@@ -122,37 +118,10 @@ def expect(model: Model, objective: Objective, prefixes, texts: list[str]) -> tu
     return torch.cat(nats).numpy(), torch.cat(counts).double().numpy()
 
 
-@torch.no_grad()
 def write(model: Model, objective: Objective, prefixes: list[dict[str, Tokens]]) -> list[str]:
-    """A text for each prefix: the likeliest token each time, until the end token or `MAX_LENGTH`."""
-    tokenizer: Any = model.tokenizers["text"]
-    number = model.modalities.index("text")
-    logits: Any = objective.predictors["text"].logits
-    begin, end = tokenizer.read("a")[0].content[[0, -1]].tolist()
-    written = []
-    for rows in _batches(prefixes):
-        own, texts = prefixes[rows], [[begin] for _ in prefixes[rows]]
-        open_ones = list(range(len(own)))
-        for _ in range(MAX_LENGTH):
-            examples = []
-            for i in open_ones:
-                ids = torch.tensor(texts[i])
-                position = torch.zeros(len(ids), 3)
-                position[:, 0] = torch.arange(len(ids))
-                tokens = make_sequence(ids, position, number)
-                examples.append(objective.arrange(objective.config, Sample({**own[i], "text": tokens})))
-            output, targets = _forward(model, objective, examples)
-            lengths = torch.tensor([sum(map(len, example.inputs)) for example in examples]) + _prompt_length(model)
-            last = output.first_rows().index_select(0, targets.sequence) + lengths.to(model.device) - 1
-            chosen = logits(output.tokens.content.index_select(0, last)).float().argmax(1).tolist()
-            for i, token in zip(open_ones, chosen, strict=True):
-                texts[i].append(token)
-            open_ones = [i for i in open_ones if texts[i][-1] != end]
-            if not open_ones:
-                break
-        written += [tokenizer.decode(ids).strip() for ids in texts]
-    return written
-
-
-def _prompt_length(model: Model) -> int:
-    return next((len(prompt) for t in model.tokenizers.values() if (prompt := t.prompt()) is not None), 0)
+    """A text for each prefix: the likeliest token each time, until the end or `MAX_LENGTH` or what the model reads."""
+    generation = generation_of(model, "text")
+    settings = Settings(temperature=0, max_new_tokens=min(MAX_LENGTH, generation.length - len(generation.first)))
+    prompts = [Prompt(prefix, list(generation.first)) for prefix in prefixes]
+    written = write_prompts(model, Fit("captions", objective, parallel=False), "text", prompts, 1, settings)
+    return [generated.value.strip() for (generated,) in written]

@@ -183,7 +183,7 @@ class _Search:
             if isinstance(value, str):
                 return dedup.signature(dedup.shingles(value))
             if self.modality == "image":
-                pixels = self.tokenizer.decode(next(value[n] for n in self.tokenizer.extensions if n in value))
+                pixels = self.tokenizer.decode_picture(next(value[n] for n in self.tokenizer.extensions if n in value))
                 if min(pixels.shape[:2]) >= dedup.MIN_SIDE:
                     picture = Image.fromarray(pixels)
                     colors = np.frombuffer(bytes.fromhex(dedup.mean_colors(picture)), np.uint8)

@@ -216,7 +216,7 @@ def corrupt_input(value: Any, modality: str, tokenizer, change: Change) -> Any:
         return change(value, [value.encode("utf-8", "surrogatepass")])
     name, data = next((n, value[n]) for n in tokenizer.extensions if n in value)
     if modality == "image":
-        return {"png": _encode_png(change(_shrink(tokenizer.decode(data)), [data]))}
+        return {"png": _encode_png(change(_shrink(tokenizer.decode_picture(data)), [data]))}
     import soundfile
 
     try:

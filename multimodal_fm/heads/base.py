@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..tokenizers.base import Tokenizer
 from ..tokens import Tokens
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Head(nn.Module):
     def __init__(self, config: Any, width: int, modalities: list[str]):
         super().__init__()
         self.config, self.modalities = config, list(modalities)
+
+    def bind(self, tokenizers: dict[str, Tokenizer]) -> None:
+        """Called once, when the model is built, with its tokenizers: for a head that makes content of a modality."""
 
     def forward(self, pooled: Tensor, modality: Tensor) -> Tensor:
         """From pooled outputs (S, D) and the number of each sequence's modality (S,) to what the head is for."""

@@ -10,7 +10,9 @@ from ..corpus.index import PIECE_BYTES
 from ..corpus.shards import list_shards
 from ..errors import UserError
 from ..model import ModelConfig
+from ..stream.tasks import TaskConfig
 from ..tokenizers import audio, image, text
+from .orders import order_tables
 from .page import write_page
 from .samples import describe_samples
 from .stats import count_corpus
@@ -27,8 +29,13 @@ def inspect(
     json: bool = False,
     samples: bool = False,
     piece: int = PIECE_BYTES,
+    tasks: dict[str, TaskConfig] | None = None,
+    heads: dict | None = None,
 ) -> int:
-    """Runs the command and returns its exit code: 1 where `verify` finds damage. Raises UserError."""
+    """Runs the command and returns its exit code: 1 where `verify` finds damage. Raises UserError.
+
+    tasks, heads: those of `config`, of which the order tables are shown, and nothing else.
+    """
     if not patterns:
         raise UserError("name at least one shard: a .tar, .jsonl or .txt file, a pattern or a URL")
     if verify and rebuild:
@@ -40,7 +47,10 @@ def inspect(
     files, tokenizers = list(dict.fromkeys(list_shards(patterns))), load_tokenizers(config)
     damage = Damage() if verify else None
     indexes = open_indexes(files, piece, rebuild, damage, tokenizers.values())
-    if samples:
+    if tasks:
+        for line in order_tables(tasks, tokenizers, heads or {}, indexes):
+            print(line)
+    elif samples:
         for row in describe_samples(indexes, tokenizers):
             print(json_.dumps(row))
         for row in damage.rows if damage else []:

@@ -1,17 +1,23 @@
-"""What a file of this folder offers: `Objective`, which arranges a sample and scores the answer."""
+"""What a file of this folder offers: `Objective`, which arranges a sample and scores the answer; and the light decoder
+that several of them share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch, Example, Pairs, Sample, Targets
+from ..attention import Plan, plan_attention
+from ..backbone import Backbone
+from ..backbone import Config as BackboneConfig
+from ..batch import Batch, Example, Pairs, Routing, Sample, Targets, route
 from ..config import Plugin
 from ..tokenizers.base import Tokenizer
-from ..tokens import Tokens
+from ..tokens import Tokens, concatenate, layout
 
 
 @dataclass
@@ -25,6 +31,30 @@ class Config:
             raise ValueError("weight is a number from 0 up")
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What is read before the first token of a modality is written."""
+
+    inputs: list[Tokens]  # the pieces of one sequence, whose last row answers the first token
+    order: int  # of the first token of the modality; the next ones rise one by one
+    time: float  # what is added to the time of its tokens
+    hidden: list[Tensor | None] = field(default_factory=list)  # of each piece, as in `Example`; empty: nothing
+
+
+@torch.no_grad()
+def measure_spread(features: Tensor) -> dict[str, Tensor]:
+    """Figures that tell a collapse of features (S, E): both fall where all come to be the same.
+
+    `feature_std` is the root of their mean squared distance from their mean, 1 for unit vectors that are spread over
+    the sphere, 0 for equal ones. `effective_rank` is the participation ratio of their covariance's eigenvalues, from 1
+    to E, the effective rank of order 2 (Roy and Vetterli 2007), which needs no decomposition.
+    """
+    centered = features.float() - features.float().mean(0)
+    covariance = centered.T @ centered / max(len(centered), 1)
+    total = covariance.trace()
+    return {"feature_std": total.sqrt(), "effective_rank": total.square() / covariance.square().sum().clamp(min=1e-30)}
+
+
 class Objective(nn.Module):
     """A subclass sets `Config` and defines `arrange` and `loss`; the rest are hooks with a default.
 
@@ -33,8 +63,11 @@ class Objective(nn.Module):
     """
 
     Config: Any = Config
+    predictors: nn.ModuleDict  # by modality, where it predicts tokens: `Tokenizer.predictor`
     whole_step = False  # compares the sequences of a whole step: defines `features` and `compare` in place of `loss`
     uses_groups = False  # whether it asks which samples mean the same
+    may_follow = False  # whether it may score what another objective arranged, as one with `whole_step` may
+    teacher_layers = 0  # how many of the averaged model's last blocks it wants to see in `loss`, as `output.teacher`
 
     def __init__(self, config: Any, model, modalities: list[str]):
         super().__init__()
@@ -49,9 +82,25 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def bind(config: Any, heads: dict[str, Plugin]) -> Any:
-        """What `arrange` and `read_label` get as their `config`: the settings, and what they must know of the heads."""
+    def bind(config: Any, heads: dict[str, Plugin], tokenizers: dict[str, Tokenizer] | None = None) -> Any:
+        """What `arrange` and `read_label` get as their `config`: the settings, and what they must know of the heads and
+        of the tokenizers by modality."""
         return config
+
+    @staticmethod
+    def prepare(config: Any, sample: Sample, generator: torch.Generator | None = None) -> Sample:
+        """The sample as the first objective is to arrange it; the loader calls that of each objective in turn."""
+        return sample
+
+    @staticmethod
+    def views(config: Any) -> int:
+        """How many random readings of each modality of a sample it compares: further ones become `Sample.views`."""
+        return 1
+
+    @staticmethod
+    def reads_other(config: Any, modalities: list[str]) -> list[str]:
+        """The modalities that are read of a second sample of the same source and another group, `Sample.other`."""
+        return []
 
     label_extensions: tuple[str, ...] = ()  # members of a sample that `read_label` reads
 
@@ -113,6 +162,142 @@ class Objective(nn.Module):
         """What is wrong with the settings in a task over these modalities: pairs of a key and a sentence."""
         return ()
 
+    @staticmethod
+    def misfit(config: Any, one_sequence_per_modality: bool) -> str:
+        """Why it cannot score a reading of this kind, a sentence about it; empty where it can."""
+        return "" if one_sequence_per_modality else "needs a sequence for each modality"
+
+    def writes(self) -> dict[str, list[str]]:
+        """The modalities that it can write token by token, each with those that may be read before."""
+        return {}
+
+    def restores(self) -> list[str]:
+        """The modalities, among those it writes after themselves, of whose tokens holes may take the place."""
+        return []
+
+    def arrange_prefix(self, prefix: dict[str, Tokens], target: str, holes: Tensor | None = None) -> Prefix:
+        """What is read before tokens of `target` are written: `prefix`, of modalities that `writes` names for it.
+
+        Each token's row answers the next one, as in the objective's training. holes (N,): the tokens of
+        `prefix[target]` that each stand for any number of tokens (`restores`); what stands there is not looked at.
+        """
+        raise NotImplementedError
+
+    def fills(self) -> dict[str, list[str]]:
+        """The modalities whose hidden tokens it can predict all at once, each with those that may be read with it."""
+        return {}
+
+    def arrange_holes(self, prefix: dict[str, Tokens], target: str, tokens: Tokens, hidden: Tensor) -> Example:
+        """What is read so that the `hidden` (N,) among the `tokens` of a modality are predicted, beside a prefix.
+
+        The targets are the hidden tokens; what stands in their place is not looked at.
+        """
+        raise NotImplementedError
+
     @torch.no_grad()
     def after_update(self) -> None:
         """Called after each update of the weights, to keep parameters in bounds."""
+
+    @torch.no_grad()
+    def follow(self, skipped: Tensor, gather: Callable[[Tensor], list[Tensor]]) -> None:
+        """Called after each update, for what learns by counting rather than by a gradient, such as a codebook.
+
+        skipped: 1 where the update was left out. gather: every rank's rows (n, ...), in the ranks' order, of a tensor
+        that all ranks give. What is drawn from PyTorch's own generator is the same on all ranks.
+        """
+
+
+def by_modality(setting: Any, modality: str, default: Any) -> Any:
+    """A setting that is one value for all modalities, or a map that names some of them; the others get `default`."""
+    return setting.get(modality, default) if isinstance(setting, dict) else setting
+
+
+def fuse(tokens: dict[str, Tokens]) -> list[Tokens]:
+    """The pieces of a sample's one sequence, its modalities in order; time goes on from one to the next."""
+    pieces, time = [], 0.0
+    for piece in tokens.values():
+        pieces.append(piece.replace(position=piece.position + torch.tensor([time, 0.0, 0.0])) if time else piece)
+        time = float(pieces[-1].position[:, 0].max()) + 1
+    return pieces
+
+
+class DecodingObjective(Objective):
+    """An objective that may leave tokens out of the backbone and predict them by a light Transformer, which reads what
+    the backbone made of the others and a mask token for each target (MAE, He et al. 2022)."""
+
+    def add_decoder(self, config: BackboneConfig, model, predicted: list[str]) -> None:
+        """predicted: the modalities that are left out."""
+        self.decoder_embed = nn.Linear(model.width, config.width, bias=False)
+        self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(config.width) * 0.02) for m in predicted})
+        self.decoder = Backbone(config, model.modalities)
+
+    def decode(self, output, targets: Targets) -> dict[str, Tensor]:
+        """The decoder's vectors (M, width) for the targets, by modality. `targets.plan` is what `plan_decoder` made."""
+        if not targets.tokens:
+            return {}
+        plan: DecoderPlan = targets.plan
+        visible = self.decoder_embed(output.tokens.content.index_select(0, plan.visible))
+        masks = [self.mask_tokens[m].to(visible.dtype).expand(len(t), -1) for m, t in targets.tokens.items()]
+        vectors = torch.cat([visible, *masks]).index_select(0, plan.tokens.content)
+        decoded = self.decoder(plan.tokens.replace(content=vectors), plan.attention, plan.routing).content
+        answers = decoded.index_select(0, plan.answers).split([len(tokens) for tokens in targets.tokens.values()])
+        return dict(zip(targets.tokens, answers, strict=True))
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """What the decoder reads: V visible tokens and M mask tokens, laid out as attention wants them."""
+
+    visible: Tensor  # (V,): rows of the backbone's output
+    tokens: Tokens  # content (V + M,): a row among the visible and the mask tokens, end to end
+    attention: Plan
+    routing: Routing
+    answers: Tensor  # (M,): rows of the decoder's output, in the order of the targets
+
+    def to(self, device) -> DecoderPlan:
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return DecoderPlan(**{name: value.to(device) for name, value in moved.items()})
+
+
+def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:
+    masks = concatenate([tokens.replace(content=tokens.sequence) for tokens in targets.tokens.values()])
+    visible = torch.isin(batch.tokens.sequence, masks.sequence).nonzero()[:, 0]
+    both = concatenate([batch.tokens.select(visible), masks])
+    both = both.replace(content=torch.arange(len(both)))
+    rows = layout(both.sequence, both.order)
+    tokens = both.select(rows)
+    where = torch.empty_like(rows)
+    where[rows] = torch.arange(len(rows))
+    num_modalities = len(batch.by_modality.counts)
+    return DecoderPlan(
+        visible, tokens, plan_attention(tokens), route(tokens.modality, num_modalities), where[len(visible) :]
+    )
+
+
+class TokenObjective(Objective):
+    """An objective whose targets are answered one by one by `predictors`, from rows of the backbone."""
+
+    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over modalities of the mean over the step's target tokens; the figures are each modality's."""
+        loss, figures = output.zero(), {}
+        for modality in targets.tokens:
+            mean = self.score(output, targets, modality).sum() / targets.counts[modality]
+            loss = loss + mean / len(targets.counts)
+            figures[modality] = mean.detach()
+        return loss, figures
+
+    def score(self, output, targets: Targets, modality: str) -> Tensor:
+        vectors = output.tokens.content.index_select(0, targets.rows[modality])
+        return self.predictors[modality](vectors, targets.tokens[modality].content)
+
+
+def follow(target: Tokens, first_row: int) -> tuple[Tokens, Tokens, Tensor]:
+    """How a target is read and predicted after a source whose orders are all 0: a prefix language model, which is
+    sequence to sequence with the weights of both sides shared (Dong et al. 2019; Raffel et al. 2020, section 3.2.3).
+
+    target: a sequence (L + 1,) that begins with the token that opens it. Returns what is read of it, all but its last
+    token, with the orders 1 ... L; what is predicted, all but its first token; and the rows (L,) that answer, where
+    the target's first token is the row `first_row` of the example.
+    """
+    steps = torch.arange(len(target) - 1)
+    return target.select(steps).replace(order=steps + 1), target.select(steps + 1), steps + first_row

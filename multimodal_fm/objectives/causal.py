@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..batch import Example, Sample, Targets
+from ..batch import Example, Sample
+from ..tokens import Tokens
 from . import base
 
 
@@ -20,9 +21,17 @@ from . import base
 class Config(base.Config):
     fuse: bool = False  # all modalities of a sample in one sequence, in the task's order
     prefix: list[str] = field(default_factory=list)  # modalities that are read and not predicted
+    drop_prefix: float = 0.0
+    """fuse: the share of samples of which only the last modality is read, so that its generation can be guided (Ho and
+    Salimans 2022)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.drop_prefix < 1 or (self.drop_prefix and not self.fuse):
+            raise ValueError("drop_prefix is a share from 0 to below 1, with fuse: true")
 
 
-class Objective(base.Objective):
+class Objective(base.TokenObjective):
     Config = Config
 
     def __init__(self, config: Config, model, modalities: list[str]):
@@ -45,7 +54,10 @@ class Objective(base.Objective):
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """Orders rise token by token; a modality of the prefix shares one order. The row before answers each token."""
         inputs, targets, answers, order, time, num_rows = [], [], [], 0, 0.0, 0
-        for number, (modality, tokens) in enumerate(sample.tokens.items()):
+        pieces = list(sample.tokens.items())
+        if config.drop_prefix and generator is not None and torch.rand((), generator=generator) < config.drop_prefix:
+            pieces = pieces[-1:]
+        for number, (modality, tokens) in enumerate(pieces):
             if not config.fuse:
                 order, time = 0, 0.0
             is_prefix = modality in config.prefix
@@ -64,18 +76,16 @@ class Objective(base.Objective):
             num_rows += len(tokens)
         return Example(inputs, [None] * len(inputs), targets, answers, sample.group)
 
-    def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over modalities of the mean over the step's target tokens; the figures are each modality's."""
-        loss, figures = output.zero(), {}
-        for modality in targets.tokens:
-            mean = self.score(output, targets, modality).sum() / targets.counts[modality]
-            loss = loss + mean / len(targets.counts)
-            figures[modality] = mean.detach()
-        return loss, figures
+    def writes(self) -> dict[str, list[str]]:
+        before = {m: self.modalities[: self.modalities.index(m)] if self.config.fuse else [] for m in self.modalities}
+        return {modality: before[modality] for modality in self.predictors}
+
+    def arrange_prefix(self, prefix: dict[str, Tokens], target: str, holes: Tensor | None = None) -> base.Prefix:
+        """The prefix in the task's order, as `arrange` lays it out; the target's order and time go on after it."""
+        inputs = self.arrange(self.config, Sample({m: prefix[m] for m in self.modalities if m in prefix})).inputs
+        if not inputs:
+            return base.Prefix([], 0, 0.0)
+        return base.Prefix(inputs, int(inputs[-1].order[-1]) + 1, float(inputs[-1].position[:, 0].max()) + 1)
 
     def has_likelihood(self, modality: str) -> bool:
         return modality in self.predictors
-
-    def score(self, output, targets: Targets, modality: str) -> Tensor:
-        vectors = output.tokens.content.index_select(0, targets.rows[modality])
-        return self.predictors[modality](vectors, targets.tokens[modality].content)

@@ -1,6 +1,12 @@
 """Bring the modalities of a sample together: InfoNCE (CLIP, Radford et al. 2021) or the sigmoid loss (SigLIP, Zhai et
 al. 2023) over all pairs of modalities that the samples have, with a learned temperature.
 
+With `views: 2` each modality is read twice, and is a pair with itself too: a view finds the other view of its sample
+among all views of the step (NT-Xent of SimCLR, Chen et al. 2020), so that samples of one modality teach as well. Views
+of pictures and sounds differ by the tokenizer's augmentation; those of texts by the field and the window that is drawn
+and, with `drop_ratio`, by the tokens that are left out (SimCSE, Gao et al. 2021, has dropout there, of which this
+network has none).
+
 Samples of an equal group are never each other's negatives.
 """
 
@@ -16,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Example, Pairs, Sample, Targets
-from ..model import autocast
+from ..model import autocast, full
 from ..tokens import constant
 from . import base
 
@@ -34,6 +40,8 @@ class Config(base.Config):
     2021); 0: all weigh the same."""
     pairs: dict[str, float] = field(default_factory=dict)
     """Weights of the pairs' losses in their mean, as in {text_audio: 0.5}; a pair that is not named weighs 1."""
+    views: int = 1  # readings of each modality of a sample; with 2 each modality is a pair with itself, as image_image
+    drop_ratio: float | dict[str, float] = 0.0  # of each sequence's tokens, left out at random; a map: by modality
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,6 +51,11 @@ class Config(base.Config):
             raise ValueError("hard_negatives is a number from 0 up, with loss: infonce")
         if not all(0 < weight < math.inf for weight in self.pairs.values()):
             raise ValueError("pairs are weights above 0")
+        if self.views not in (1, 2):
+            raise ValueError("views is 1 or 2")
+        ratios = self.drop_ratio.values() if isinstance(self.drop_ratio, dict) else [self.drop_ratio]
+        if not all(0 <= ratio < 1 for ratio in ratios):
+            raise ValueError("drop_ratio is from 0 to below 1")
 
 
 class Objective(base.Objective):
@@ -57,27 +70,45 @@ class Objective(base.Objective):
             )
         self.pair_weights = {
             f"{a}_{b}": config.pairs.get(f"{a}_{b}", config.pairs.get(f"{b}_{a}", 1.0))
-            for a, b in itertools.permutations(modalities, 2)
+            for a, b in itertools.product(modalities, repeat=2)
         }
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
 
     @staticmethod
     def min_modalities(config: Config, modalities: list[str]) -> int:
-        return 2
+        return 1 if config.views > 1 else 2
+
+    @staticmethod
+    def views(config: Config) -> int:
+        return config.views
 
     @staticmethod
     def problems(config: Config, modalities: list[str]):
-        if len(modalities) < 2:
-            yield "modalities", "must be at least two, which are brought together"
-        names = ["_".join(pair) for a, b in itertools.combinations(modalities, 2) for pair in ((a, b), (b, a))]
+        if len(modalities) < 2 and config.views < 2:
+            yield "modalities", "must be at least two, which are brought together, or with `views: 2`"
+        if unknown := [
+            m for m in (config.drop_ratio if isinstance(config.drop_ratio, dict) else ()) if m not in modalities
+        ]:
+            yield (
+                "drop_ratio",
+                f"names no modality of the task: {', '.join(unknown)} (there are: {', '.join(modalities)})",
+            )
+        both = itertools.combinations if config.views < 2 else itertools.combinations_with_replacement
+        names = ["_".join(pair) for a, b in both(modalities, 2) for pair in ((a, b), (b, a))]
         if unknown := [name for name in config.pairs if name not in names]:
             yield "pairs", f"names {', '.join(unknown)}; there are {', '.join(names[::2])}"
 
     @staticmethod
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
-        """One sequence for each modality, all of it read, nothing to be predicted."""
-        inputs = [t.replace(sequence=constant(number, len(t))) for number, t in enumerate(sample.tokens.values())]
+        """One sequence for each view of each modality, nothing to be predicted."""
+        views = [(m, tokens) for view in (sample.tokens, *sample.views) for m, tokens in view.items()]
+        inputs = []
+        for number, (modality, tokens) in enumerate(views):
+            count = round(base.by_modality(config.drop_ratio, modality, 0.0) * len(tokens))
+            if count := min(count, len(tokens) - 1):
+                tokens = tokens.select(torch.randperm(len(tokens), generator=generator)[count:].sort().values)
+            inputs.append(tokens.replace(sequence=constant(number, len(tokens))))
         return Example(inputs, [None] * len(inputs), group=sample.group)
 
     def features(self, output, targets: Targets) -> Tensor:
@@ -85,20 +116,24 @@ class Objective(base.Objective):
         return output.embedding(targets.sequence, targets.modality, self.config.head)
 
     def compare(self, features: Tensor, pairs: dict[str, Pairs]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted mean loss over the pairs of modalities; the figures are each pair's accuracy."""
-        losses, weights, figures = [], [], {}
+        """The weighted mean loss over the pairs of modalities; the figures are each pair's accuracy, how far the
+        features are spread, the learned scale and the largest logit."""
+        losses, weights, largest = [], [], features.new_zeros(())
+        figures: dict[str, Tensor] = {}
         for name, pair in pairs.items():
             left, right = (features.index_select(0, rows) for rows in pair.rows)
             with autocast(features.device, False):  # bfloat16 would round cosines times 100 away
-                logits = left.float() @ right.float().T * self.log_scale.exp()
+                logits = full(left) @ full(right).T * self.log_scale.exp()
             weights.append(self.pair_weights[name])
             losses.append(weights[-1] * self._loss(logits, pair))
             with torch.no_grad():
+                largest = torch.maximum(largest, logits.abs().amax())
                 best = logits.masked_fill(pair.ignored, -torch.inf).argmax(1, keepdim=True)
                 right_ones = pair.positive.gather(1, best)[:, 0].index_select(0, pair.forward[0])
                 figures[f"{name}_accuracy"] = right_ones.float().mean()
         if not losses:
             return (features * 0.0).sum(), figures
+        figures |= base.measure_spread(features) | {"scale": self.log_scale.detach().exp(), "largest_logit": largest}
         return torch.stack(losses).sum() / sum(weights), figures
 
     def _loss(self, logits: Tensor, pair: Pairs) -> Tensor:

@@ -6,18 +6,15 @@ drop` hidden tokens never enter the backbone and a light decoder predicts them (
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import Plan, plan_attention
-from ..backbone import Backbone
 from ..backbone import Config as BackboneConfig
-from ..batch import Batch, Example, Routing, Sample, Targets, route
-from ..tokens import Tokens, concatenate, layout
+from ..batch import Batch, Example, Sample, Targets
+from ..tokens import Tokens
 from . import base
 
 
@@ -43,7 +40,7 @@ class Config(base.Config):
         return self.mask_ratio.get(modality, 0.0) if isinstance(self.mask_ratio, dict) else self.mask_ratio
 
 
-class Objective(base.Objective):
+class Objective(base.DecodingObjective):
     Config = Config
 
     def __init__(self, config: Config, model, modalities: list[str]):
@@ -52,9 +49,7 @@ class Objective(base.Objective):
         width = model.width
         if config.hide == "drop":
             width = config.decoder.width
-            self.decoder_embed = nn.Linear(model.width, width, bias=False)
-            self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in predicted})
-            self.decoder = Backbone(config.decoder, model.modalities)
+            self.add_decoder(config.decoder, model, predicted)
         self.predictors = nn.ModuleDict({m: model.predictor(m, width) for m in predicted})
 
     @staticmethod
@@ -98,13 +93,31 @@ class Objective(base.Objective):
             num_rows += len(shown)
         return Example(inputs, hidden, targets, answers, sample.group)
 
+    def fills(self) -> dict[str, list[str]]:
+        if self.config.hide == "drop":
+            return {}
+        return {m: [o for o in self.modalities if o != m] if self.config.fuse else [] for m in self.predictors}
+
+    def arrange_holes(self, prefix: dict[str, Tokens], target: str, tokens: Tokens, hidden: Tensor) -> Example:
+        """The modalities in the task's order, in one sequence; each hidden token's own row answers it."""
+        given, inputs, num_rows, time = prefix | {target: tokens}, [], 0, 0.0
+        rows = hidden.nonzero()[:, 0]
+        for modality in [m for m in self.modalities if m in given]:
+            piece = given[modality]
+            inputs.append(piece.replace(position=piece.position + torch.tensor([time, 0.0, 0.0])))
+            time = float(inputs[-1].position[:, 0].max()) + 1
+            if modality == target:
+                answers, targets, hide = rows + num_rows, inputs[-1].select(rows), len(inputs) - 1
+            num_rows += len(piece)
+        return Example(inputs, [hidden if i == hide else None for i in range(len(inputs))], [targets], [answers])
+
     @staticmethod
-    def plan(config: Config, batch: Batch, targets: Targets) -> DecoderPlan | None:
-        return plan_decoder(batch, targets) if config.hide == "drop" and targets.tokens else None
+    def plan(config: Config, batch: Batch, targets: Targets) -> base.DecoderPlan | None:
+        return base.plan_decoder(batch, targets) if config.hide == "drop" and targets.tokens else None
 
     def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over modalities of the mean over the step's target tokens; the figures are each modality's."""
-        decoded = self._decode(output, targets) if self.config.hide == "drop" else None
+        decoded = self.decode(output, targets) if self.config.hide == "drop" else None
         loss, figures = output.zero(), {}
         for modality, tokens in targets.tokens.items():
             if decoded is None:
@@ -115,48 +128,6 @@ class Objective(base.Objective):
             loss = loss + mean / len(targets.counts)
             figures[modality] = mean.detach()
         return loss, figures
-
-    def _decode(self, output, targets: Targets) -> dict[str, Tensor]:
-        """A light Transformer reads what the backbone made of the visible tokens, and a mask token for each target."""
-        if not targets.tokens:
-            return {}
-        plan: DecoderPlan = targets.plan
-        visible = self.decoder_embed(output.tokens.content.index_select(0, plan.visible))
-        masks = [self.mask_tokens[m].to(visible.dtype).expand(len(t), -1) for m, t in targets.tokens.items()]
-        vectors = torch.cat([visible, *masks]).index_select(0, plan.tokens.content)
-        decoded = self.decoder(plan.tokens.replace(content=vectors), plan.attention, plan.routing).content
-        answers = decoded.index_select(0, plan.answers).split([len(tokens) for tokens in targets.tokens.values()])
-        return dict(zip(targets.tokens, answers, strict=True))
-
-
-@dataclass(frozen=True)
-class DecoderPlan:
-    """What the decoder reads: V visible tokens and M mask tokens, laid out as attention wants them."""
-
-    visible: Tensor  # (V,): rows of the backbone's output
-    tokens: Tokens  # content (V + M,): a row among the visible and the mask tokens, end to end
-    attention: Plan
-    routing: Routing
-    answers: Tensor  # (M,): rows of the decoder's output, in the order of the targets
-
-    def to(self, device) -> DecoderPlan:
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return DecoderPlan(**{name: value.to(device) for name, value in moved.items()})
-
-
-def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:
-    masks = concatenate([tokens.replace(content=tokens.sequence) for tokens in targets.tokens.values()])
-    visible = torch.isin(batch.tokens.sequence, masks.sequence).nonzero()[:, 0]
-    both = concatenate([batch.tokens.select(visible), masks])
-    both = both.replace(content=torch.arange(len(both)))
-    rows = layout(both.sequence, both.order)
-    tokens = both.select(rows)
-    where = torch.empty_like(rows)
-    where[rows] = torch.arange(len(rows))
-    num_modalities = len(batch.by_modality.counts)
-    return DecoderPlan(
-        visible, tokens, plan_attention(tokens), route(tokens.modality, num_modalities), where[len(visible) :]
-    )
 
 
 def _replace(config: Config, tokens: Tokens, masked: Tensor, generator) -> tuple[Tokens, Tensor]:

@@ -66,7 +66,7 @@ class Objective(base.Objective):
         return modality != "text"  # labels are of words at their places, and a short text is read whole anyway
 
     @staticmethod
-    def bind(config: Config, heads: dict[str, Plugin]) -> Bound:
+    def bind(config: Config, heads: dict[str, Plugin], tokenizers=None) -> Bound:
         return Bound(config, heads.get(config.head))
 
     @staticmethod
@@ -79,7 +79,7 @@ class Objective(base.Objective):
     @staticmethod
     def arrange(config: Bound, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """All of the sample is read, each token by each other one of its sequence; the label is to be predicted."""
-        inputs = sequence_of(sample.tokens, config.config.fuse)
+        inputs = base.fuse(sample.tokens) if config.config.fuse else list(sample.tokens.values())
         if sample.label is None:
             return Example(inputs, [None] * len(inputs), group=sample.group)
         label, rows = sample.label
@@ -95,15 +95,6 @@ class Objective(base.Objective):
             each = output.heads[self.config.head].loss(output, labels, targets.rows[modality])
             loss = loss + each.sum() / sum(targets.counts.values())
         return loss, {}
-
-
-def sequence_of(tokens: dict[str, Tokens], fuse: bool) -> list[Tokens]:
-    """The pieces of a sample's one sequence, its modalities in order; time goes on from one to the next."""
-    pieces, time = [], 0.0
-    for piece in tokens.values():
-        pieces.append(piece.replace(position=piece.position + torch.tensor([time, 0.0, 0.0])) if time else piece)
-        time = float(pieces[-1].position[:, 0].max()) + 1 if fuse else 0.0
-    return pieces
 
 
 def label_value(raw: dict[str, bytes], field: str) -> Any:

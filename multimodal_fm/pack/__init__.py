@@ -5,6 +5,7 @@ sources    folders, shards, tables and data sets: what there is, how many sample
 tables     rows whose columns hold images, audio, text and labels
 fetch      the files and URLs that a table names
 samples    a sample as read from its source, its texts, and the pieces of a long text
+codes      what a codec makes of pictures or sounds
 validate   what cannot be read is left out; images and audio are converted where asked
 dedup      copies, near copies and clusters of samples that share something
 assign     over all samples: copies, splits, keys, and what each shard holds

@@ -27,10 +27,10 @@ from ..corpus import fields, index, shards, storage
 from ..errors import SampleError, UserError
 from ..reports import data_card
 from ..stream.worker_pool import Job, run_jobs
-from . import dedup, sources
+from . import codes, dedup, sources
 from .assign import assign
-from .samples import RawSample, collect_texts, content_fields, cut_sample, modality_of
-from .settings import Settings
+from .samples import RawSample, collect_texts, content_fields, cut_sample, join_documents, modality_of
+from .settings import CODES, Settings
 from .sources import SourceIndex
 from .state import Chunk, State, json_line, make_progress, open_atomic, read_json, write_json
 from .validate import check_sample
@@ -58,7 +58,8 @@ def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = Fals
     except OSError as error:
         raise UserError(f"{to}: {error.strerror}") from None
     with state.lock():
-        if (facts := _begin(state, settings)) is not None:
+        codec = codes.serialize(settings.codes) if settings.codes else b""
+        if (facts := _begin(state, settings, codec)) is not None:
             print(f"{to}: already there, packed with the same settings", file=sys.stderr)
             return facts
         with make_progress(show) as progress:
@@ -74,9 +75,13 @@ def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = Fals
         return _finish(state)
 
 
-def _begin(state: State, settings: Settings) -> dict | None:
+def _begin(state: State, settings: Settings, codec: bytes) -> dict | None:
     """Make the state ready; returns the facts of a pack that is finished."""
     wanted = {"format": FORMAT, **dataclasses.asdict(settings)}
+    if codec:
+        wanted["codes"] = hashlib.sha256(codec).hexdigest()  # wherever the run lies, and whatever it learns meanwhile
+    else:
+        del wanted["codes"], wanted["codes_member"]
     wanted["sources"] = [os.path.abspath(s) if os.path.exists(s) else s for s in settings.sources]
     before = read_json(state.file("settings.json")) if state.file("settings.json").exists() else None
     if before is None and (foreign := [p.name for p in state.to.iterdir() if p.name != ".pack"]):
@@ -97,6 +102,8 @@ def _begin(state: State, settings: Settings) -> dict | None:
         state.clear()
         return done["facts"]
     state.prepare()
+    if codec:
+        storage.write_atomic(codes.codec_file(state), codec)
     return None
 
 
@@ -187,14 +194,14 @@ def _read_chunk(job: tuple[State, Chunk]) -> None:
             if source.kind == "shard" and source.path.lower().endswith(".txt"):
                 document = f"{chunk.source}"
             for piece in pieces:
-                record = _describe(piece, plan.settings, indexed.columns, members, minhash)
+                record = _describe(piece, state, plan.settings, indexed.columns, members, minhash)
                 if document and "members" in record:
                     record["document"] = dedup.short_digest(document.encode())
                 records.write(json_line(record))
     current.unlink(missing_ok=True)
 
 
-def _describe(sample: RawSample, settings: Settings, columns: dict[str, str], members, minhash) -> dict:
+def _describe(sample: RawSample, state: State, settings: Settings, columns: dict[str, str], members, minhash) -> dict:
     """Check a sample and write its members; the record of what assigning it and the data card need to know."""
     kept, record = check_sample(settings, sample.members)
     failed = [(modality_of(part), error) for part, error in sample.failed] + record.pop("failed")
@@ -203,11 +210,13 @@ def _describe(sample: RawSample, settings: Settings, columns: dict[str, str], me
     row = fields.parse_map(kept.get("json"))
     texts, text_fields = collect_texts(kept_sample, row, settings.text_column)
     if texts or kept_sample.has_media:
+        record |= _fingerprint(kept, row, texts, text_fields, settings, columns)
+        if settings.codes:
+            codes.add(state, settings, kept, failed)
         record["members"] = []
         for extension, data in kept.items():
             record["members"].append([extension, members.tell(), len(data)])
             members.write(data)
-        record |= _fingerprint(kept, row, texts, text_fields, settings, columns)
         record["about"] = data_card.about(row, kept)
         if settings.dedup == "near" and texts:
             signatures = dedup.signatures(texts)
@@ -235,6 +244,8 @@ def _fingerprint(
     for extension in sorted(members):
         if (modality := modality_of(extension)) in media:
             media[modality].append(dedup.digest(members[extension]))
+        elif CODES.fullmatch(extension):
+            continue  # they follow from the rest
         elif modality != "text" or (extension == "json" and not row):
             other += [extension.encode(), members[extension]]
     others = dedup.digest(*other)
@@ -271,7 +282,10 @@ def _write_shard(job: tuple[State, str]) -> None:
     state, name = job
     path = state.to / f"{name}.tar"
     with open_atomic(path) as file:
-        shards.write(file.name, _shard_members(state, name))
+        members, settings = _shard_members(state, name), state.plan().settings
+        if settings.text_block:
+            members = join_documents(members, settings.text_block, settings.text_column)
+        shards.write(file.name, members)
         written = {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
     index.build(str(path))
     write_json(state.shard(name, ".json"), written)
@@ -295,6 +309,8 @@ def _finish(state: State) -> dict:
     assigned = read_json(state.file("assigned.json"))
     written = [read_json(state.shard(name, ".json")) for name in assigned["shards"]]
     facts = data_card.measure(assigned["facts"], state.to, written)
+    if codes.codec_file(state).exists():
+        facts["codec"] = codes.describe(state, state.plan().settings)
     state.publish_quarantine()
     card = data_card.markdown(facts, written)  # a field or the name of a source may not be encodable
     storage.write_atomic(state.to / "card.md", card.encode("utf-8", "backslashreplace"))

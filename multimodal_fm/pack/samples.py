@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..corpus import scan
 from ..corpus.fields import parse_map
 from ..errors import SampleError
+from ..tokenizers.text import DOCUMENTS
 from .settings import Settings
 
 IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -87,7 +89,7 @@ def cut_text(text: bytes, max_bytes: int) -> list[bytes]:
 
 def cut_sample(sample: RawSample, settings: Settings) -> list[RawSample]:
     """The sample itself, or the pieces of one that is nothing but a long text; each piece keeps the other fields."""
-    limit, changed = settings.piece_bytes, []
+    limit, changed = settings.max_text, []
     if sample.has_media:
         return [sample]
     if len(sample.members.get("txt", b"")) > limit:
@@ -103,6 +105,42 @@ def cut_sample(sample: RawSample, settings: Settings) -> list[RawSample]:
         RawSample(f"{sample.key}-{i:04d}", sample.members | new, sample.failed if not i else [])
         for i, new in enumerate(changed)
     ]
+
+
+def join_documents(samples: Iterable[dict], block_bytes: int, column: str) -> Iterator[dict]:
+    """The samples of a shard, with those that are nothing but one text joined to blocks of several documents.
+
+    A block holds texts that follow each other, of at most `block_bytes` bytes together, as the list `documents` of its
+    JSON, and their keys as `keys`; its own key is that of the first. A text that is longer is a block of its own. Other
+    fields of the texts are left out; samples with media, a class or several texts stay as they are.
+    """
+    keys, texts, size = [], [], 0
+    for sample in samples:
+        text = _only_text(sample, column)
+        if keys and (text is None or size + len(text.encode("utf-8", "replace")) > block_bytes):
+            yield _block(keys, texts)
+            keys, texts, size = [], [], 0
+        if text is None:
+            yield sample
+            continue
+        keys.append(sample["__key__"])
+        texts.append(text)
+        size += len(text.encode("utf-8", "replace"))
+    if keys:
+        yield _block(keys, texts)
+
+
+def _block(keys: list[str], texts: list[str]) -> dict:
+    return {"__key__": keys[0], "json": encode_json({DOCUMENTS: texts, "keys": keys})}
+
+
+def _only_text(sample: dict, column: str) -> str | None:
+    """The text of a sample that has nothing else to learn from; None where it has media, a class or several texts."""
+    members = {name: data for name, data in sample.items() if name != "__key__"}
+    if not members.keys() <= {"txt", "json"}:
+        return None
+    texts, _ = collect_texts(RawSample("", members), parse_map(members.get("json")), column)
+    return texts[0] if len(texts) == 1 else None
 
 
 def safe_key(key: str) -> str:

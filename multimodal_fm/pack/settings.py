@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 
 from ..errors import UserError
 
 DEDUP = ("none", "exact", "near")
 SPLITS = ("train", "validation", "test")
+CODES = re.compile(r"(?:[a-z0-9_]{1,14}\.)?codes\.npy")  # the endings of members that hold codes
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Settings:
     group: str = ""  # samples with an equal value in this field go to the same split
     dedup: str = "exact"
     piece_bytes: int = 2000  # longer text without media is cut into pieces of at most this size
+    text_block: int = 0  # texts that follow each other are joined to blocks of so many bytes; 0: each is a sample
     allow_outside: bool = False  # tables may name files outside of their folder and hosts on private networks
+    codes: str = ""  # a run whose codec makes codes of a modality; empty: none are made
+    codes_member: str = "codes.npy"  # the ending of the members that they become
 
     def __post_init__(self):
         if not self.sources:
@@ -46,6 +51,15 @@ class Settings:
             raise UserError("--shard-size is at least 10KB, as in 256MB")
         if self.piece_bytes < 16:
             raise UserError("--piece-bytes is at least 16")
+        if self.text_block and self.text_block < 16:
+            raise UserError("--text-block is at least 16 bytes, or 0, where texts are not joined")
+        if not CODES.fullmatch(self.codes_member):
+            raise UserError("--codes-member is codes.npy, or a name before it, as in audio.codes.npy")
+
+    @property
+    def max_text(self) -> int:
+        """The bytes of a longer text's pieces: as long as a block, so that hardly a block holds two of one document."""
+        return self.text_block or self.piece_bytes
 
     @property
     def columns(self) -> dict[str, str]:

@@ -183,7 +183,7 @@ def _index_shard(source: Source, settings: Settings, base: str) -> SourceIndex:
             unpack(source.path, path)
         except SampleError as error:
             broken = [_refusal("", "", error)]
-    opened = index.open_index(path, settings.piece_bytes)
+    opened = index.open_index(path, settings.max_text)
     refused = [{"key": r.key, "part": r.member, "reason": r.reason, "detail": r.detail} for r in opened.rejections]
     refused = broken + [one for one in refused if one["key"]] if broken else refused
     return SourceIndex(len(opened), refused, numbered="cls" in opened.extensions)
@@ -364,7 +364,7 @@ def read(
 ) -> RawSample:
     """Sample `number` of a source; `classes` numbers the labels that are words."""
     if source.kind in ("shard", "compressed"):
-        return _read_from_shard(source, _open_shard(_shard_path(source, base), settings.piece_bytes), number)
+        return _read_from_shard(source, _open_shard(_shard_path(source, base), settings.max_text), number)
     if source.kind == "folder":
         return _read_from_folder(source, tables.read_row(base, number), classes if indexed.labels else {})
     roots, key = (os.path.dirname(source.path),), number

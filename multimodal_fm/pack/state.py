@@ -126,7 +126,7 @@ class State:
 
     def clear(self) -> None:
         """Remove all but the settings and what is finished."""
-        for name in ("plan.json", "assigned.json", "quarantine.jsonl", "signatures"):
+        for name in ("plan.json", "assigned.json", "quarantine.jsonl", "signatures", "codec.safetensors"):
             self.file(name).unlink(missing_ok=True)
         for name in FOLDERS:
             shutil.rmtree(self.file(name), ignore_errors=True)

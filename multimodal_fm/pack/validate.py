@@ -66,7 +66,7 @@ def convert_image(settings: Settings, extension: str, data: bytes, record: dict)
     width, height, limit = size["width"], size["height"], settings.longest_side
     hashed = settings.dedup == "near" and min(width, height) >= dedup.MIN_SIDE
     if (limit and max(width, height) > limit) or extension not in IMAGE.extensions or hashed:
-        pixels = Image.fromarray(IMAGE.decode(data))
+        pixels = Image.fromarray(IMAGE.decode_picture(data))
         if limit and max(pixels.size) > limit:
             scale = limit / max(pixels.size)
             pixels = pixels.resize([max(1, round(n * scale)) for n in pixels.size], Image.Resampling.LANCZOS)

@@ -77,7 +77,7 @@ class Facts:
 
     def data(self) -> dict:
         settings = self.settings
-        names = ("split", "group", "dedup", "longest_side", "rate", "piece_bytes")
+        names = ("split", "group", "dedup", "longest_side", "rate", "piece_bytes", "text_block")
         return {
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
             "columns": self.columns,
@@ -258,7 +258,20 @@ def _done(facts: dict) -> list[str]:
         lines.append(f"- Images larger than {settings['longest_side']} pixels were made smaller (JPEG, quality 95).")
     if settings["rate"]:
         lines.append(f"- Audio is FLAC, 16 bits, mono, {settings['rate']} samples a second.")
-    lines.append(f"- Samples that are text alone were cut into pieces of at most {_n(settings['piece_bytes'])} bytes.")
+    if codec := facts.get("codec"):
+        lines.append(
+            f"- `.{codec['member']}` holds codes of each sample's {codec['modality']}: a codebook of "
+            f"{_n(codec['codebook_size'])} ({codec['quantizer'].upper()}), made by the codec with the SHA-256 "
+            f"`{codec['sha256']}`."
+        )
+    most = settings["text_block"] or settings["piece_bytes"]
+    lines.append(f"- Samples that are text alone were cut into pieces of at most {_n(most)} bytes.")
+    if settings["text_block"]:
+        lines.append(
+            f"- Texts that follow each other were joined to blocks of at most {_n(settings['text_block'])} bytes, the "
+            "list `documents` of a sample: sources are counted by document, splits by block. Other fields of the texts "
+            "were left out."
+        )
     return lines
 
 
@@ -314,7 +327,7 @@ CONTEXT = {
 FORMATS = {
     "jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "flac": "audio/flac",
     "wav": "audio/wav", "ogg": "audio/ogg", "mp3": "audio/mpeg", "txt": "text/plain", "json": "application/json",
-    "cls": "text/plain",
+    "cls": "text/plain", "codes.npy": "application/x-npy",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ The page is a single file that needs no network: pictures and sounds are in it a
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import os
 import platform
@@ -41,6 +42,7 @@ NEAREST = 5  # answers that the gallery shows for each query
 DIRECTIONS = (("audio", "image"), ("text", "image"), ("image", "text"), ("image", "audio"))
 DIRECTIONS_WITHOUT_IMAGES = (("text", "audio"), ("audio", "text"))
 MAX_BYTES = 8_000_000
+MAX_ACTS = 100  # of monitors that are shown
 SIZES = ((6, 30_000, 300_000), (6, 10_000, 40_000), (3, 10_000, 40_000))
 """Queries a direction, and the most bytes of a picture and of a sound: the first that fit into MAX_BYTES are taken."""
 
@@ -102,6 +104,7 @@ def _page(run: Path, folder: Path, model: Model, results: list[Result], config: 
         "name": run.resolve().name,
         "facts": facts(model, rows, state["step"]),
         "curves": curves(rows),
+        "monitors": _monitors(run),
         "skipped": _skipped(run, results),
         "folder": folder,
         "seed": state["seed"],
@@ -299,6 +302,18 @@ def _skipped(run: Path, results: list[Result]) -> list[tuple[str, list[str]]]:
     """Lines for what training skipped, and for what each evaluation did."""
     skipped = [("training", Skipped(read_jsonl(run / "quarantine.jsonl")).lines())]
     return skipped + [(result.name, Skipped(result.embedded.skipped).lines()) for result in results]
+
+
+def _monitors(run: Path) -> list[list[str]]:
+    """A table, the header first, of each time that a monitor acted; of very many the first."""
+    rows = [["", "monitor", "figure", "value", "is", "done"]]
+    for act in itertools.islice(read_jsonl(run / "monitors.jsonl"), MAX_ACTS):
+        value = "" if act["value"] is None else format_number(act["value"])
+        done = str(act["action"]).replace("_", " ")
+        if "to" in act:
+            done += f" to step {act['to']}, without the data of steps {act['skipped'][0]} to {act['skipped'][1]}"
+        rows.append([str(act["step"]), act["monitor"], act["figure"], value, act["why"], done])
+    return rows
 
 
 def config_yaml(run: Path, folder: Path) -> str:

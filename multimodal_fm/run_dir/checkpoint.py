@@ -134,6 +134,12 @@ def newest(run: str | Path, warn=_warn) -> Path:
     raise UserError(f"{run}: no {'whole ' if found else ''}checkpoint in it")
 
 
+def newest_before(run: str | Path, step: int) -> Path | None:
+    """The newest whole checkpoint of a step before `step`, from 0 on; None where there is none."""
+    early = [folder for folder in steps(run) if folder.name < folder_of(run, max(step, 1)).name]
+    return next((folder for folder in reversed(early) if not verify(folder)), None)
+
+
 def retain(run: str | Path, keep: int, best: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and that of step `best`, and what earlier kills left unfinished."""
     for folder in steps(run)[:-keep]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from .quarantine import quarantine_row
 from .token_counts import TokenCounter
 
 MAX_RAW_BYTES = 1 << 26  # of samples that are in memory before they are decoded
+OTHER = 1  # keys the draw of a second sample
 MAX_ATTEMPTS = 16  # samples that are tried for a position before the step does without
 
 
@@ -45,6 +48,8 @@ class Task:
     label_extensions: tuple[str, ...] = ()  # members that `read_label` reads
     read_label: Callable | None = None  # `Objective.read_label`, for the members, the tokens and the tokenizers
     fixed_views: list[str] = field(default_factory=list)  # modalities of which training draws no random view
+    views: int = 1  # readings of each modality; from the second on random ones, whatever the first is
+    other: list[str] = field(default_factory=list)  # modalities that are read of a second sample too
 
 
 @dataclass
@@ -57,6 +62,9 @@ class _Visit:
     seed: int  # of all that is random about the visit
     errors: list[tuple[str, SampleError]]  # by modality
     tokens: dict[str, Tokens] = field(default_factory=dict)
+    views: tuple[dict[str, Tokens], ...] = ()  # further readings
+    group: int = 0
+    label: Any = None
 
 
 @dataclass(frozen=True)
@@ -242,18 +250,20 @@ class StepDataset:
             int(self.usable[number][source][sample]) for (source, _), (_, sample) in zip(turns, pending, strict=True)
         ]
         for (source, _), index, seed in zip(turns, indices, self._make_seeds(task, turns, indices), strict=True):
-            corpus = task.corpora[source]
-            if self.crash_log and self.crash_log.excludes(corpus, index):
-                raw, errors = {}, [("", SampleError("crash", "reading it ended the program twice"))]
-            else:
-                raw, failed = corpus.read(index, extensions)
-                errors = [(self._find_modality(extension, task.modalities), error) for extension, error in failed]
-            visits.append(_Visit(corpus, index, raw, seed, errors))
-            held += sum(map(len, raw.values()))
+            visits.append(self._visit(task, task.corpora[source], index, seed, extensions))
+            held += sum(map(len, visits[-1].raw.values()))
             if held > MAX_RAW_BYTES:
-                results += self._arrange(task, visits, step, lost)
+                results += self._arrange(number, visits, step, lost)
                 visits, held = [], 0
-        return results + self._arrange(task, visits, step, lost)
+        return results + self._arrange(number, visits, step, lost)
+
+    def _visit(self, task: Task, corpus: Corpus, index: int, seed: int, extensions: tuple[str, ...]) -> _Visit:
+        """A sample with its members in memory, those of them that can be read."""
+        if self.crash_log and self.crash_log.excludes(corpus, index):
+            return _Visit(corpus, index, {}, seed, [("", SampleError("crash", "reading it ended the program twice"))])
+        raw, failed = corpus.read(index, extensions)
+        errors = [(self._find_modality(extension, task.modalities), error) for extension, error in failed]
+        return _Visit(corpus, index, raw, seed, errors)
 
     def _make_seeds(self, task: Task, turns: list[tuple[int, int]], indices: list[int]) -> list[int]:
         """The seed of each visit, from which all that is random about it comes. turns: (source, epoch) of each."""
@@ -263,23 +273,48 @@ class StepDataset:
         }
         return mix_more(np.array([states[turn] for turn in turns], np.uint64), indices).tolist()
 
-    def _arrange(self, task: Task, visits: list[_Visit], step: int, lost: list) -> list:
-        for modality in task.modalities:
+    def _arrange(self, number: int, visits: list[_Visit], step: int, lost: list) -> list:
+        """For each visit its example and the sample's name, None where nothing can be read."""
+        task, results, generator = self.tasks[number], [], torch.Generator()
+        self._read_modalities(task, visits, task.modalities, task.views, step, lost)
+        read = [visit for visit in visits if visit.tokens]
+        others = self._read_others(number, read, step, lost) if task.other else {}
+        for visit in visits:
+            other = others.get(id(visit))
+            if not visit.tokens or (task.other and other is None):
+                results.append(None)
+                continue
+            sample = Sample(visit.tokens, visit.group, visit.label, visit.views)
+            if other is not None:
+                sample = dataclasses.replace(sample, other=Sample(other.tokens, other.group, other.label))
+            example = task.arrange(sample, generator.manual_seed(visit.seed >> 1))
+            results.append((example, f"{visit.corpus.name}/{visit.corpus.key(visit.index)}"))
+        return results
+
+    def _read_modalities(
+        self, task: Task, visits: list[_Visit], modalities: list[str], views: int, step: int, lost: list
+    ) -> None:
+        """Fill the visits with what can be read of their samples; `tokens` stays empty where nothing can."""
+        for modality in modalities:
             number = self.modalities.index(modality)
             augment = self.augment and modality not in task.fixed_views
-            for visit, views in zip(visits, self._tokenize(modality, visits, augment), strict=True):
-                if isinstance(views, SampleError):
-                    visit.errors.append((modality, views))
-                elif views and len(views[0]):
-                    visit.tokens[modality] = views[0].replace(modality=constant(number, len(views[0])))
+            readings = [self._tokenize(modality, visits, augment)]
+            readings += [self._tokenize(modality, visits, modality not in task.fixed_views, v) for v in range(1, views)]
+            for visit, *own in zip(visits, *readings, strict=True):
+                if error := next((sequences for sequences in own if isinstance(sequences, SampleError)), None):
+                    visit.errors.append((modality, error))
+                elif all(sequences and len(sequences[0]) for sequences in own):
+                    first, *more = (one.replace(modality=constant(number, len(one))) for one, *_ in own)
+                    visit.tokens[modality] = first
+                    visit.views = visit.views or tuple({} for _ in more)
+                    for view, tokens in zip(visit.views, more, strict=True):
+                        view[modality] = tokens
         if self.crash_log:
             self.crash_log.end()
-        results, generator = [], torch.Generator()
         for visit in visits:
-            label = None
             if visit.tokens and task.read_label:
                 try:
-                    label = task.read_label(visit.raw, visit.tokens, self.tokenizers)
+                    visit.label = task.read_label(visit.raw, visit.tokens, self.tokenizers)
                 except SampleError as error:
                     visit.errors.append(("label", error))
                     visit.tokens.clear()
@@ -287,18 +322,41 @@ class StepDataset:
                 visit.errors.append(("", SampleError("empty", f"none of {', '.join(task.modalities)} in it")))
             for modality, error in visit.errors:
                 lost.append(quarantine_row(visit.corpus, visit.index, modality, error, step + 1))
-            if not visit.tokens:
-                results.append(None)
-                continue
-            group = find_group(visit.corpus, visit.index, visit.raw, self.tokenizers) if task.grouped else 0
-            example = task.arrange(Sample(visit.tokens, group, label), generator.manual_seed(visit.seed >> 1))
-            results.append((example, f"{visit.corpus.name}/{visit.corpus.key(visit.index)}"))
-        return results
+            if visit.tokens and task.grouped:
+                visit.group = find_group(visit.corpus, visit.index, visit.raw, self.tokenizers)
 
-    def _tokenize(self, modality: str, visits: list[_Visit], augment: bool):
-        """Yields for each visit the views of its members of a modality, or the SampleError."""
+    def _read_others(self, number: int, visits: list[_Visit], step: int, lost: list) -> dict[int, _Visit]:
+        """For each visit, by its `id`, a visit to another sample of the same source that has `Task.other` and is of
+        another group. Which one is drawn by the visit's seed; one that cannot be read is replaced as any sample is."""
+        task, found, pending = self.tasks[number], {}, visits
+        for attempt in range(MAX_ATTEMPTS):
+            drawn = []
+            for visit in pending:
+                usable = self.usable[number][task.corpora.index(visit.corpus)]
+                seed = mix(visit.seed, OTHER, attempt)
+                index = int(usable[mix(seed) % len(usable)])
+                drawn.append(self._visit(task, visit.corpus, index, seed, self._extensions[number]))
+            self._read_modalities(task, drawn, task.other, 1, step, lost)
+            for visit, other in zip(pending, drawn, strict=True):
+                is_other = other.index != visit.index and not (task.grouped and other.group == visit.group)
+                if is_other and all(modality in other.tokens for modality in task.other):
+                    found[id(visit)] = other
+            pending = [visit for visit in pending if id(visit) not in found]
+            if not pending:
+                break
+        for visit in pending:
+            error = SampleError("alone", f"{MAX_ATTEMPTS} others were tried")
+            lost.append(quarantine_row(visit.corpus, visit.index, "", error, step + 1))
+        return found
+
+    def _tokenize(self, modality: str, visits: list[_Visit], augment: bool, view: int = 0):
+        """Yields for each visit the sequences of its members of a modality, or the SampleError.
+
+        view: the number of the reading, each of which draws differently.
+        """
         tokenizer, generator = self.tokenizers[modality], random.Random(0)
-        seeds = mix_more(mix_more(0, [visit.seed for visit in visits]), self._hashes[modality]).tolist()
+        states = mix_more(mix_more(0, [visit.seed for visit in visits]), self._hashes[modality])
+        seeds = (mix_more(states, view) if view else states).tolist()
         for visit, seed in zip(visits, seeds, strict=True):
             raw = {extension: visit.raw[extension] for extension in tokenizer.extensions if extension in visit.raw}
             if self.crash_log and raw:

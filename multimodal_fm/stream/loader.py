@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import UserError
@@ -20,7 +20,8 @@ BUFFERS_PER_WORKER = 5  # for two steps that are being read or wait, and for tho
 class Loader:
     """The steps from `start` to `stop`. With num_workers=0 each is read when it is asked for.
 
-    The steps are the same for any number of workers. A worker that dies is replaced and its step read again; a sample
+    `data_step` says which step of the stream stands for each, where some are left out. The steps are the same for any
+    number of workers. A worker that dies is replaced and its step read again; a sample
     that crashed its worker twice is left out.
     """
 
@@ -28,10 +29,11 @@ class Loader:
     start: int
     stop: int
     num_workers: int = 1
+    data_step: Callable[[int], int] = lambda step: step
     _iterator: Iterator[Step] | None = field(default=None, init=False, repr=False)
 
     def __iter__(self) -> Iterator[Step]:
-        steps = range(self.start, self.stop)
+        steps = map(self.data_step, range(self.start, self.stop))
         self._iterator = self._read_ahead(steps) if self.num_workers else map(self.dataset.read, steps)
         return self._iterator
 
@@ -40,7 +42,7 @@ class Loader:
         if isinstance(self._iterator, Generator):
             self._iterator.close()
 
-    def _read_ahead(self, steps: range) -> Iterator[Step]:
+    def _read_ahead(self, steps: Iterable[int]) -> Iterator[Step]:
         buffers, log = SharedBuffers(BUFFERS_PER_WORKER * self.num_workers), self.dataset.crash_log
 
         def read(job: tuple[int, int | None]) -> bytes:

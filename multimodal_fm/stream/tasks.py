@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 
+from ..batch import NOT_ASKED, Example, Sample
 from ..config import Plugin
 from ..corpus.shards import Corpus
 from ..errors import UserError
@@ -71,13 +73,17 @@ class TaskConfig:
                 yield "sources", f"are weights, none below 0 and not all 0{when}"
         (name, first), *others = self.objectives.items()
         for other, plugin in others:
-            if not plugin.cls.whole_step:
+            if not (plugin.cls.whole_step or plugin.cls.may_follow):
                 yield (
                     f"objectives.{other}",
-                    "must stand first: only what compares whole sequences scores another's reading",
+                    "must stand first: only what looks at whole sequences scores another's reading",
                 )
-            elif not first.cls.one_sequence_per_modality(first.config):
-                yield f"objectives.{other}", f"needs a sequence for each modality, and {name} makes one of them all"
+            elif plugin.cls.views(plugin.config) > 1:
+                yield f"objectives.{other}.views", f"must be 1 where {name} arranges the sample"
+            elif why := plugin.cls.misfit(plugin.config, first.cls.one_sequence_per_modality(first.config)):
+                yield f"objectives.{other}", f"{why}, which is not what {name} makes"
+        if len(_labelers(self)) > 1:
+            yield "objectives", "can have only one that reads labels"
         for name, plugin in self.objectives.items():
             for key, what in plugin.cls.problems(plugin.config, self.modalities):
                 yield ("modalities" if key == "modalities" else f"objectives.{name}.{key}"), what
@@ -115,7 +121,7 @@ def build_stream(
     """
     for name, task in tasks.items():
         _check_followers(name, task, corpora, tokenizers)
-    built = build_tasks(tasks, corpora, origin, heads)
+    built = build_tasks(tasks, corpora, origin, heads, tokenizers)
     if not fitted:
         built = [dataclasses.replace(task, by="") if task.by == "token" else task for task in built]
     return StepDataset(built, tokenizers, seed, microbatches, round_to, rank, ranks, crash_log, augment)
@@ -139,16 +145,19 @@ def build_tasks(
     corpora: dict[str, Corpus],
     origin: Origin = START,
     heads: dict[str, Plugin] | None = None,
+    tokenizers: dict[str, Tokenizer] | None = None,
 ) -> list[Task]:
-    """heads: those of the model, which objectives with labels have to know."""
+    """heads, tokenizers: those of the model, which some objectives have to know."""
     built = []
     for name, task in tasks.items():
         names = sorted(task.sources)  # whatever their order in the configuration, the samples are the same
         phases = [(step, [weights[source] for source in names]) for step, weights in task.phases()]
         now = [weights for step, weights in phases if step <= origin.step][-1]
         later = [(step, weights) for step, weights in phases if step > origin.step]
-        first, plugins = next(iter(task.objectives.values())), task.objectives.values()
-        bound = first.cls.bind(first.config, heads or {})
+        first, plugins = next(iter(task.objectives.values())), list(task.objectives.values())
+        bound = first.cls.bind(first.config, heads or {}, tokenizers or {})
+        labeler = next(iter(_labelers(task)), first)
+        other = {m for plugin in plugins for m in plugin.cls.reads_other(plugin.config, task.modalities)}
         built.append(
             Task(
                 name,
@@ -156,19 +165,45 @@ def build_tasks(
                 task.modalities,
                 [corpora[source] for source in names],
                 [(origin.step, now), *later],
-                functools.partial(first.cls.arrange, bound),
+                functools.partial(_arrange, plugins, bound),
                 task.weigh_by,
                 task.temperature,
                 any(plugin.cls.uses_groups for plugin in plugins),
                 [origin.drawn.get(name, {}).get(source, 0) for source in names],
-                min_modalities=first.cls.min_modalities(first.config, task.modalities) if len(plugins) == 1 else 1,
+                min_modalities=_min_modalities(task),
                 plan=functools.partial(first.cls.plan, first.config),
-                label_extensions=first.cls.label_extensions,
-                read_label=functools.partial(first.cls.read_label, bound),
+                label_extensions=labeler.cls.label_extensions,
+                read_label=functools.partial(
+                    labeler.cls.read_label, labeler.cls.bind(labeler.config, heads or {}, tokenizers or {})
+                ),
                 fixed_views=[m for m in task.modalities if not first.cls.draws_views(first.config, m)],
+                views=first.cls.views(first.config),
+                other=[modality for modality in task.modalities if modality in other],
             )
         )
     return built
+
+
+def _labelers(task: TaskConfig) -> list[Plugin]:
+    """The objectives that read labels of their own."""
+    return [plugin for plugin in task.objectives.values() if "read_label" in vars(plugin.cls)]
+
+
+def _min_modalities(task: TaskConfig) -> int:
+    """What a sample must have of the task's modalities. Of several objectives each may use what the others cannot, but
+    what one prepares of a second sample all have to wait for."""
+    plugins = list(task.objectives.values())
+    if len(plugins) > 1:
+        plugins = [p for p in plugins if p.cls.reads_other(p.config, task.modalities)]
+    return max((p.cls.min_modalities(p.config, task.modalities) for p in plugins), default=1)
+
+
+def _arrange(plugins: list[Plugin], bound, sample: Sample, generator: torch.Generator) -> Example:
+    """The first objective's example of a sample that all of them have prepared. bound: the first one's settings."""
+    for plugin in plugins:
+        sample = plugin.cls.prepare(plugin.config, sample, generator)
+    example = plugins[0].cls.arrange(bound, sample, generator)
+    return example if sample.match == NOT_ASKED else dataclasses.replace(example, match=sample.match)
 
 
 def loss_weights(tasks: dict[str, TaskConfig]) -> dict[str, float]:

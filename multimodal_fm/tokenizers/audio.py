@@ -196,6 +196,9 @@ class Tokenizer(base.Tokenizer):
         most = config.max_tokens // config.rows * config.rows
         return np.where(rate > 0, np.minimum(columns * config.rows, most), most)
 
+    def extent(self) -> tuple[int, int, int]:
+        return self.config.max_tokens // self.config.rows, self.config.rows, 1
+
     def describe(self, raw: dict) -> dict | None:
         """Channels, seconds and sample rate, after all of the sound has been decoded. Raises SampleError."""
         import soundfile
@@ -219,6 +222,41 @@ class Tokenizer(base.Tokenizer):
 
     def predictor(self, width: int) -> nn.Module:
         return Predict(self.config.patch_frames * self.config.patch_mels, width)
+
+    def reconstructor(self, width: int) -> base.Reconstructor:
+        return Reconstruct(self.config.patch_frames * self.config.patch_mels, width)
+
+    def render(self, content: Tensor, position: Tensor, vocoder: Vocoder | None = None) -> tuple[Tensor, int]:
+        """(waveform (T,), sample rate) of log-mel patches that fill a grid, in any order; its peak is `PEAK`.
+
+        vocoder: from the power in mel bands (n_mels, frames) and the sample rate to a waveform; else `griffin_lim`.
+        Loudness and contrast are not in the patches, which are normalized: usual ones are taken.
+        """
+        config = self.config
+        column, row = position[:, :2].long().unbind(1)
+        grid = torch.zeros(int(column.max()) + 1, config.rows, config.patch_mels, config.patch_frames)
+        grid[column, row] = content.detach().cpu().float().unflatten(1, (config.patch_mels, config.patch_frames))
+        mel = grid.permute(1, 2, 0, 3).flatten(2).flatten(0, 1) * DECADES
+        power = 10 ** (mel - mel.max() + LOUDEST)
+        wave = vocoder(power, config.sample_rate) if vocoder else griffin_lim(power, config)
+        return wave * (PEAK / wave.abs().max().clamp(min=1e-9)), config.sample_rate
+
+
+Vocoder = Callable[[Tensor, int], Tensor]
+DECADES, LOUDEST = 1.5, 3.0  # the usual standard deviation and maximum of a window's log-mel (music, speech, effects)
+PEAK = 0.5  # of a rendered waveform
+
+
+def griffin_lim(power: Tensor, config: Config) -> Tensor:
+    """The waveform (frames * hop_length,) of the power in mel bands (n_mels, frames) (Griffin and Lim 1984)."""
+    import torchaudio
+
+    n_fft = 1 << (config.win_length - 1).bit_length()
+    bins = n_fft // 2 + 1
+    inverse = torchaudio.transforms.InverseMelScale(bins, config.n_mels, config.sample_rate, 20.0, driver="gelsd")
+    phase = torchaudio.transforms.GriffinLim(n_fft, 64, config.win_length, config.hop_length, rand_init=False)
+    wave = phase(inverse(torch.cat([power, power[:, -1:]], 1)))  # it ends in the middle of the last frame
+    return wave[: power.shape[1] * config.hop_length]
 
 
 def round_rate(rate: int, to: int) -> int:
@@ -325,3 +363,22 @@ class Predict(nn.Module):
     def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
         target = (content - content.mean(-1, keepdim=True)) / (content.var(-1, keepdim=True) + 1e-2).sqrt()
         return (self.levels(vectors).float() - target).square().mean(-1)
+
+
+class Reconstruct(base.Reconstructor):
+    """Vectors (M, D) -> log-mel values (M, patch_frames * patch_mels), normalized as the tokenizer reads them."""
+
+    def __init__(self, values: int, width: int):
+        super().__init__()
+        self.levels = nn.Linear(width, values)
+        nn.init.normal_(self.levels.weight, std=0.02)
+        nn.init.zeros_(self.levels.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.levels(vectors).float()
+
+    def target(self, content: Tensor) -> Tensor:
+        return content.float()
+
+    def content(self, values: Tensor) -> Tensor:
+        return values

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from random import Random
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..tokens import Tokens, constant
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a sequence of a modality is written token by token."""
+
+    first: tuple[int, ...]  # ids that every sequence begins with
+    end: int | None  # the id that ends a sequence; None: it has `length` tokens
+    length: int  # tokens of a sequence: the most, or with `end` None exactly so many
+    positions: Tensor  # (length, 3): time, row and column of each token
+
+
+class Reconstructor(nn.Module):
+    """The last layer of an autoencoder: from vectors (M, width) to values (M, V), which stand for raw content.
+
+    A subclass defines `forward`, `target` and `content`.
+    """
+
+    quality = "snr"  # the name of what `decibels` returns
+
+    def target(self, content: Tensor) -> Tensor:
+        """The values (M, V) that stand for raw content (M, ...), in the tokenizer's own scale."""
+        raise NotImplementedError
+
+    def content(self, values: Tensor) -> Tensor:
+        """The raw content (M, ...) that values (M, V) stand for: the inverse of `target`."""
+        raise NotImplementedError
+
+    def decibels(self, error: Tensor, energy: Tensor) -> Tensor:
+        """The quality of sequences (S,) by the mean squares (S,) of their error and of their values.
+
+        A sequence without any error has 100 dB.
+        """
+        return 10 * (energy.clamp(min=1e-10) / error.clamp(min=1e-10 * energy.clamp(min=1e-10))).log10()
 
 
 @runtime_checkable
@@ -23,7 +58,7 @@ class Tokenizer(Protocol):
 
     Config: ClassVar[Any]
     config: Any
-    extensions: ClassVar[tuple[str, ...]]
+    extensions: tuple[str, ...]
     augmentations: ClassVar[tuple[str, ...]] = ()  # settings that only change how `read` varies a training view
 
     def __init__(self, config: Any = None):
@@ -56,6 +91,32 @@ class Tokenizer(Protocol):
     def predictor(self, width: int) -> nn.Module:
         """A module that scores vectors (M, width) against raw content (M, ...): one loss a token, (M,)."""
         raise NotImplementedError
+
+    def generation(self) -> Generation | None:
+        """How sequences of this modality are generated; None where they cannot be (raw patches)."""
+        return None
+
+    def decode(self, ids: list[int]) -> Any:
+        """What the ids of one sequence stand for: a string, a picture, a sound."""
+        raise TypeError(f"{self.name}: its content is no ids to decode")
+
+    @property
+    def sentinels(self) -> Sequence[int]:
+        """Ids that stand in no input, in order: each marks a span that was taken out of one (Raffel et al. 2020)."""
+        return ()
+
+    def sentence_ends(self, ids: Tensor) -> Tensor | None:
+        """Which of the ids (N,) end a sentence, as bool (N,); None where this modality has no sentences."""
+        return None
+
+    def reconstructor(self, width: int) -> Reconstructor | None:
+        """What an autoencoder ends with that makes raw content; None where raw content is ids."""
+        return None
+
+    def render(self, content: Tensor, position: Tensor) -> Any:
+        """What raw content (N, ...) at these positions (N, 3) shows, the inverse of `read`: a picture, a sound. None
+        where it shows nothing."""
+        return None
 
     def prompt(self) -> Tokens | None:
         """Learned tokens that stand before each sequence, whatever it is of; None where there are none."""
@@ -94,6 +155,10 @@ class Tokenizer(Protocol):
 
     def count_tokens(self, length: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
         """Tokens (N,) of a training view of members of these sizes in bytes and measures; None: not known."""
+        return None
+
+    def extent(self) -> tuple[int, int, int] | None:
+        """How many times, rows and columns the positions of a sequence can have; None: not known."""
         return None
 
     def describe(self, raw: dict) -> Any:

@@ -35,6 +35,7 @@ class Config:
     patch: int = 16  # pixels a side
     max_tokens: int = 196  # patches a picture; a larger picture is scaled down to the largest grid that has no more
     enlarge: bool = False  # scale smaller pictures up to that grid too; otherwise they keep their own size
+    square: bool = False  # squeeze every picture into as many rows as columns (ViT) instead of keeping its aspect ratio
     min_crop_scale: float = 1.0  # training: the smallest share of the area that a random crop keeps; 1: no crop
     hflip: float = 0.0  # training: the probability of a horizontal flip
     rotation_degrees: float = 0.0  # training: rotated by an angle from minus this to plus this
@@ -112,9 +113,14 @@ class Tokenizer(base.Tokenizer):
         """Rows and columns of patches for a picture (or crop) of that many pixels.
 
         A picture of at most `max_tokens` patches keeps its size, rounded to whole patches (unless `enlarge`); a larger
-        one gets the grid of at most `max_tokens` that is nearest to its aspect ratio.
+        one gets the grid of at most `max_tokens` that is nearest to its aspect ratio. With `square` the grid has as
+        many rows as columns.
         """
         limit, patch, ratio = self.config.max_tokens, self.config.patch, width / height
+        if self.config.square:
+            own = limit if self.config.enlarge else max(1, round(math.sqrt(width * height) / patch)) ** 2
+            side = math.isqrt(min(limit, own))
+            return side, side
         if not self.config.enlarge:
             rows, columns = max(1, round(height / patch)), max(1, round(width / patch))
             if rows * columns <= limit:
@@ -125,7 +131,7 @@ class Tokenizer(base.Tokenizer):
         options = [(r, c) for r in (rows, rows + 1) for c in (columns, columns + 1) if r * c <= limit]
         return min(options, key=lambda o: abs(math.log(o[0] / o[1] * ratio)) - 0.5 * math.log(o[0] * o[1]))
 
-    def decode(self, raw) -> np.ndarray:
+    def decode_picture(self, raw) -> np.ndarray:
         """The whole picture, upright, (H, W, 3) uint8; it is refused wherever `read` would. Raises SampleError.
 
         EXIF orientation is applied, transparency becomes white, 16 bits become 8.
@@ -233,6 +239,10 @@ class Tokenizer(base.Tokenizer):
         patches = [math.prod(self.grid(h, w)) if h and w else self.config.max_tokens for h, w in sizes.tolist()]
         return np.array(patches, dtype=np.int64)[which.ravel()]
 
+    def extent(self) -> tuple[int, int, int]:
+        side = math.isqrt(self.config.max_tokens) if self.config.square else self.config.max_tokens
+        return 1, side, side
+
     def describe(self, raw: dict) -> dict | None:
         """Upright width and height, and the file's mode, after all of it has been decoded. Raises SampleError."""
         data = next((raw[ending] for ending in self.extensions if ending in raw), None)
@@ -251,6 +261,17 @@ class Tokenizer(base.Tokenizer):
 
     def predictor(self, width: int) -> nn.Module:
         return Predict(self.config.patch, width)
+
+    def reconstructor(self, width: int) -> base.Reconstructor:
+        return Reconstruct(self.config.patch, width)
+
+    def render(self, content: Tensor, position: Tensor) -> Image.Image:
+        """The picture of patches (N, patch * patch * 3) uint8 that fill a grid, in any order."""
+        patch, (rows, columns) = self.config.patch, (position[:, 1:].max(0).values.long() + 1).tolist()
+        grid = torch.zeros(rows, columns, patch, patch, 3, dtype=torch.uint8)
+        row, column = position[:, 1:].long().unbind(1)
+        grid[row, column] = content.cpu().unflatten(1, (patch, patch, 3))
+        return Image.fromarray(grid.transpose(1, 2).reshape(rows * patch, columns * patch, 3).numpy())
 
 
 @dataclass(frozen=True)
@@ -424,3 +445,28 @@ class Predict(nn.Module):
         target = _normalize(content)
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-2).sqrt()
         return (self.pixels(vectors).float() - target).square().mean(-1)
+
+
+class Reconstruct(base.Reconstructor):
+    """Vectors (M, D) -> pixels (M, patch * patch * 3), as floats from -2 to 2."""
+
+    quality = "psnr"
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.pixels = nn.Linear(width, 3 * patch**2)
+        nn.init.normal_(self.pixels.weight, std=0.02)
+        nn.init.zeros_(self.pixels.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.pixels(vectors).float()
+
+    def target(self, content: Tensor) -> Tensor:
+        return _normalize(content)
+
+    def content(self, values: Tensor) -> Tensor:
+        return values.mul(64.0).add(127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def decibels(self, error: Tensor, energy: Tensor) -> Tensor:
+        """The peak signal-to-noise ratio: the peak is the whole range of a pixel."""
+        return super().decibels(error, torch.full_like(error, (255 / 64) ** 2))

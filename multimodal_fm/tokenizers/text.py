@@ -23,24 +23,31 @@ from ..tokens import Tokens, make_sequence
 from . import base
 
 USUAL_FIELDS = ("txt", "caption", "captions", "text")
-BEGIN, END = 0, 1  # ids that no text can spell; those of the merges follow
+DOCUMENTS = "documents"  # the field of a block that `mmfm pack --text-block` made: a list of texts, read as one
+BEGIN, END = 0, 1  # ids that no text can spell; those of the merges follow, and at the top of the vocabulary sentinels
+Text = str | tuple[str, ...]  # one text, or several documents that are read as one sequence
 CHUNK = 4096  # characters encoded at a time, so that a pasted megabyte costs no more than its limit
 MAX_WINDOWS = 64  # of one text in evaluation; what follows them is not read
 
 
 @dataclass
 class Config:
-    vocab_size: int = 4096  # ids, among them BEGIN, END and the 256 bytes
+    vocab_size: int = 4096  # ids, among them BEGIN, END, the 256 bytes and the sentinels
     max_tokens: int = 256  # tokens a sequence; training draws a window of longer text, evaluation covers it
     fields: list[str] | dict[str, float] = field(default_factory=lambda: list(USUAL_FIELDS))
     """Where a sample's text is: `txt` is the member of that name, anything else a field of the JSON (dots go deeper; a
-    string, a list or a map of strings). A list: the first that the sample has. A map: training draws by weight."""
+    string, a list or a map of strings). A list: the first that the sample has. A map: training draws by weight. Where
+    a sample has none of them, the list `documents` is read as one text."""
     file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: the run learns one and keeps it in its folder
     train_bytes: int = 20_000_000  # how much training text the merges are learned from
+    sentinels: int = 0  # ids at the top of the vocabulary that mark where the objective `denoise` took spans out
+    causal: bool = False  # each token reads only those before it, whatever the objective (GPT-2, CLIP's texts)
 
     def __post_init__(self):
-        if self.vocab_size < 258 or self.max_tokens < 3:
-            raise ValueError("vocab_size is at least 258 (the bytes and two marks), max_tokens at least 3")
+        if self.sentinels < 0 or self.vocab_size < 258 + self.sentinels or self.max_tokens < 3:
+            raise ValueError(
+                "vocab_size is at least 258 (the bytes and two marks) and the sentinels, max_tokens at least 3"
+            )
         weights = self.fields.values() if isinstance(self.fields, dict) else [1.0]
         if not self.fields or not all(0 <= weight < float("inf") for weight in weights):
             raise ValueError("fields names at least one field, with weights from 0 up")
@@ -55,35 +62,41 @@ class Tokenizer(base.Tokenizer):
         """Sequences BEGIN ids END of at most `max_tokens` tokens: content (N,) int64, position (index, 0, 0).
 
         `raw` is the sample's members by ending, or a string. With a generator one of the texts is drawn, and of a long
-        one a window; otherwise the first text is cut into at most `MAX_WINDOWS` windows. Raises SampleError.
+        one a window; otherwise the first text is cut into at most `MAX_WINDOWS` windows. Between the documents of a
+        block stand END and BEGIN. Raises SampleError.
         """
         texts = self._texts(raw)
         if not texts:
             return []
         room = self.config.max_tokens - 2
         if generator is None:
-            ids = self._encode(_replace_surrogates(next(iter(texts.values()))[0]), room * MAX_WINDOWS)
-            return [_sequence(ids[start : start + room]) for start in range(0, len(ids), room)]
+            ids = self._encode_documents(next(iter(texts.values()))[0], room * MAX_WINDOWS)
+            return [_sequence(ids[start : start + room], self.config.causal) for start in range(0, len(ids), room)]
         draws = [generator.random() for _ in range(4)]
         text = self._draw(texts, draws[0], draws[1])
         reach = room * 8  # characters: nearly any text has fewer in `room` tokens
-        start = _index(draws[2], max(len(text) - reach, 0) + 1)
-        ids = self._encode(_replace_surrogates(text[start : start + reach]))
+        length = len(text) if isinstance(text, str) else sum(map(len, text))
+        start = _index(draws[2], max(length - reach, 0) + 1)
+        ids = self._encode_documents(_crop(text, start, start + reach))
         start = _index(draws[3], max(len(ids) - room, 0) + 1)
-        return [_sequence(ids[start : start + room])]
+        return [_sequence(ids[start : start + room], self.config.causal)]
 
     def split_inputs(self, raw) -> list[str]:
-        """Each text of the first field that the sample has. Raises SampleError."""
-        return next(iter(self._texts(raw).values()), [])
+        """Each text of the first field that the sample has, the documents of a block one by one. Raises SampleError."""
+        texts = next(iter(self._texts(raw).values()), [])
+        return [one for text in texts for one in ([text] if isinstance(text, str) else text)]
 
     def describe(self, raw: dict) -> str | None:
         """The sample's first text; None where it has none. Raises SampleError."""
         return next(iter(self.split_inputs(raw)), None)
 
-    def _texts(self, raw) -> dict[str, list[str]]:
+    def _texts(self, raw) -> dict[str, list[Text]]:
         """The texts by field; empty where the sample has none. Raises SampleError where all of them are blank."""
         given = {"given": [raw]} if isinstance(raw, str) else self._field_texts(raw)
-        texts = {name: kept for name, values in given.items() if (kept := [text for text in values if text.strip()])}
+        texts: dict[str, list[Text]] = {}
+        for name, values in given.items():
+            if kept := [text for text in values if text.strip()]:
+                texts[name] = [tuple(kept)] if name == DOCUMENTS else [*kept]
         if given and not texts:
             raise SampleError("empty", "no text in it")
         return texts
@@ -91,7 +104,9 @@ class Tokenizer(base.Tokenizer):
     def _field_texts(self, raw: dict) -> dict[str, list[str]]:
         """All texts by field, blank ones too. Raises SampleError where bytes are not UTF-8 or not JSON."""
         texts, row = {}, None
-        for name in self.config.fields:
+        for name in dict.fromkeys([*self.config.fields, DOCUMENTS]):
+            if texts and name not in self.config.fields:
+                break
             if name == "txt":
                 if "txt" in raw:
                     texts[name] = [_decode_utf8(raw["txt"])]
@@ -106,7 +121,7 @@ class Tokenizer(base.Tokenizer):
                 break
         return texts
 
-    def _draw(self, texts: dict[str, list[str]], field_draw: float, text_draw: float) -> str:
+    def _draw(self, texts: dict[str, list[Text]], field_draw: float, text_draw: float) -> Text:
         """One of the texts, for two numbers drawn from [0, 1)."""
         names, fields = list(texts), self.config.fields
         chosen = names[0]
@@ -131,18 +146,42 @@ class Tokenizer(base.Tokenizer):
         ids = ids[:limit]
         return np.fromiter(ids, np.int64, len(ids))
 
+    def _encode_documents(self, text: Text, limit: int | None = None) -> np.ndarray:
+        """As `_encode`, of a text that may be several documents."""
+        pieces: list[np.ndarray] = []
+        for document in [text] if isinstance(text, str) else text:
+            pieces += [SEPARATOR] * bool(pieces) + [self._encode(_replace_surrogates(document), limit)]
+            if limit is not None and sum(map(len, pieces)) >= limit:
+                break
+        return np.concatenate(pieces)[:limit]
+
     def decode(self, ids: list[int]) -> str:
-        """The text that `encode` gave `ids` for."""
-        return load_merges(self.config.file).decode([i - 2 for i in ids if i > END])
+        """The text that `encode` gave `ids` for; BEGIN, END and sentinels stand for nothing."""
+        merges = load_merges(self.config.file)
+        return merges.decode([i - 2 for i in ids if END < i < merges.n_vocab + 2])
+
+    def generation(self) -> base.Generation:
+        return base.Generation((BEGIN,), END, self.config.max_tokens, _positions(self.config.max_tokens))
 
     def token_bytes(self, ids: list[int]) -> list[int]:
-        """How many bytes of text each of `ids` stands for; BEGIN and END stand for none."""
+        """How many bytes of text each of `ids` stands for; BEGIN, END and sentinels stand for none."""
         merges = load_merges(self.config.file)
-        return [len(merges.decode_single_token_bytes(i - 2)) if i > END else 0 for i in ids]
+        most = merges.n_vocab + 2
+        return [len(merges.decode_single_token_bytes(i - 2)) if END < i < most else 0 for i in ids]
 
     def count_bytes(self, ids: list[int]) -> int:
         """How many bytes of text `ids` stand for."""
-        return len(load_merges(self.config.file).decode_bytes([i - 2 for i in ids if i > END]))
+        return sum(self.token_bytes(ids))
+
+    @property
+    def sentinels(self) -> range:
+        """The first is the highest id, as in T5."""
+        return range(self.config.vocab_size - 1, self.config.vocab_size - 1 - self.config.sentinels, -1)
+
+    def sentence_ends(self, ids: Tensor) -> Tensor:
+        """Those with a full stop, a question mark or an exclamation mark at their end, and END."""
+        table = _sentence_ends(self.config.file)
+        return table[ids.clamp(max=len(table) - 1)]
 
     @property
     def learns(self) -> bool:
@@ -160,7 +199,7 @@ class Tokenizer(base.Tokenizer):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=self.config.vocab_size - 2,
+            vocab_size=self.config.vocab_size - self.config.sentinels - 2,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
             limit_alphabet=256,
@@ -187,16 +226,22 @@ class Tokenizer(base.Tokenizer):
 
     def check(self) -> None:
         """Raises UserError where the trained file is missing or holds more ids than the model has."""
-        ids, most = load_merges(self.config.file).n_vocab + 2, self.config.vocab_size
+        ids, most = load_merges(self.config.file).n_vocab + 2 + self.config.sentinels, self.config.vocab_size
         if ids > most:
-            raise UserError(f"{self.config.file} holds {ids} ids: set tokenizers.text.vocab_size to that, not {most}")
+            among = f" with {self.config.sentinels} sentinels" if self.config.sentinels else ""
+            raise UserError(
+                f"{self.config.file} holds {ids} ids{among}: set tokenizers.text.vocab_size to that, not {most}"
+            )
 
     def estimate_tokens(self, length: np.ndarray, tokens_per_byte: float = 0.25) -> np.ndarray:
         """About how many tokens (N,) texts of these bytes have before they are cropped, BEGIN and END among them."""
         return np.asarray(length) * tokens_per_byte + 2
 
+    def extent(self) -> tuple[int, int, int]:
+        return self.config.max_tokens, 1, 1
+
     def toy(self) -> Tokenizer:
-        smaller = {} if self.file else {"vocab_size": min(self.config.vocab_size, 512)}
+        smaller = {} if self.file else {"vocab_size": min(self.config.vocab_size, 512 + self.config.sentinels)}
         max_tokens, train_bytes = min(self.config.max_tokens, 32), min(self.config.train_bytes, 200_000)
         return self.replace(max_tokens=max_tokens, train_bytes=train_bytes, **smaller)
 
@@ -249,11 +294,25 @@ def _parse_merges(saved: dict) -> tuple[dict[bytes, int], str]:
     return ranks, split
 
 
+@functools.cache
+def _sentence_ends(file: str) -> Tensor:
+    """Whether each id ends a sentence (V + 1,); the last row stands for all higher ids."""
+    merges = load_merges(file)
+    spelled = [merges.decode_single_token_bytes(i).rstrip(b" \n\"')") for i in range(merges.n_vocab)]
+    return torch.tensor([False, True, *(text.endswith((b".", b"?", b"!")) for text in spelled), False])
+
+
 def _byte_of_letter() -> dict[str, int]:
     """The byte that each letter of a GPT-2 vocabulary file stands for: itself, or one that is not printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def letters() -> list[str]:
+    """What stands for each of the 256 bytes in a GPT-2 vocabulary file, in the order of the bytes."""
+    byte_of = _byte_of_letter()
+    return sorted(byte_of, key=byte_of.__getitem__)
 
 
 def _replace_surrogates(text: str) -> str:
@@ -275,11 +334,27 @@ def _index(draw: float, count: int) -> int:
     return min(int(draw * count), count - 1)
 
 
-def _sequence(ids: np.ndarray) -> Tokens:
+SEPARATOR = np.array([END - 2, BEGIN - 2])  # between two documents, counted as the merges count their ids
+
+
+def _crop(text: Text, start: int, stop: int) -> Text:
+    """The characters from `start` to `stop` of a text, or of documents laid end to end."""
+    if isinstance(text, str):
+        return text[start:stop]
+    kept = []
+    for document in text:
+        if piece := document[max(start, 0) : max(stop, 0)]:
+            kept.append(piece)
+        start, stop = start - len(document), stop - len(document)
+    return tuple(kept)
+
+
+def _sequence(ids: np.ndarray, causal: bool) -> Tokens:
     content = np.empty(len(ids) + 2, dtype=np.int64)
     content[0], content[-1] = BEGIN, END
     np.add(ids, 2, out=content[1:-1])
-    return make_sequence(torch.from_numpy(content), _positions(len(content)))
+    tokens = make_sequence(torch.from_numpy(content), _positions(len(content)))
+    return tokens.replace(order=torch.arange(len(tokens))) if causal else tokens
 
 
 @functools.lru_cache(maxsize=4096)
@@ -314,4 +389,5 @@ class Predict(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(vectors).float(), content, reduction="none")
+        logits = self.logits(vectors)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), content, reduction="none")

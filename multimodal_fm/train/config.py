@@ -18,7 +18,7 @@ from ..model import TOKENIZERS, ModelConfig
 from ..reports import model_card
 from ..stream.tasks import TaskConfig
 from ..tokenizers.base import override_augmentation
-from . import optim
+from . import guards, optim
 
 
 @dataclass
@@ -55,6 +55,8 @@ class TrainConfig:
     evaluate_every: int = 0  # steps between evaluations during the run; 0: only `mmfm evaluate` and the report
     best: str = ""  # the figure of validation or evaluation by which the best checkpoint is kept beside the newest
     best_mode: Literal["min", "max"] = "min"  # whether the lowest or the highest figure is the best
+    monitors: dict[str, guards.Config] = field(default_factory=dict)
+    """By name: bounds of the training's figures, and what is done where one is out of bounds."""
     patience: int = 0  # measurements of `best` without a new best one after which the run ends; 0: it does not
     track: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """Where the figures of metrics.jsonl go too."""
@@ -104,6 +106,9 @@ class TrainConfig:
             yield "country", f"is three capital letters as in DEU or JPN, not {self.country!r}"
         if problem := config.name_problem(self.card.data_licenses, self.sources, "source"):
             yield "card.data_licenses", problem
+        for name, monitor in self.monitors.items():
+            if monitor.action == "roll_back" and self.keep < 2:
+                yield f"monitors.{name}.action", "roll_back needs keep: 2, so that there is a checkpoint from before"
         if self.patience and not self.best:
             yield "patience", "needs `best`, the figure that is waited for"
         if self.best and not self.validate_every and not self.evaluate_every:

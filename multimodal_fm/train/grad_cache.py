@@ -19,6 +19,8 @@ def forward_backward(
     batches: list[Batch],
     precision: str = "float32",
     ranks: Ranks = ALONE,
+    teacher: Model | None = None,
+    measure: bool = False,
 ) -> dict[str, Tensor]:
     """Add one step's gradients up over this rank's microbatches; returns this rank's share of the losses by name.
 
@@ -26,6 +28,9 @@ def forward_backward(
     their features are made without gradients first, compared, and the features' gradients sent back through each
     microbatch in turn (gradient caching, Gao et al. 2021): the same gradients as in one batch, in the memory of a
     microbatch. Nothing here waits for the device.
+
+    teacher: the averaged model, which reads `Batch.teacher` where an objective predicts its states. measure: also
+    report `grad_square/NAME`, the squared norm of each loss's gradient at the backbone's output.
     """
     cast = autocast(model.device, precision == "bfloat16")
     whole_step = [name for name in weights if objectives[name].whole_step]
@@ -38,20 +43,33 @@ def forward_backward(
         with cast:
             _seed(ranks, len(batches), number)
             output = model(batch)
-            total: Any = 0.0
+            output.teacher = read_teacher(teacher, batch, objectives)
+            terms: dict[str, Tensor] = {}
             for name, weight in weights.items():
                 objective: Any = objectives[name]
                 targets = batch.tasks.get(task_of_objective(name))
                 if targets is None:
                     continue
                 if name in cached:
-                    total = total + (objective.features(output, targets) * cached[name].pop(0)).sum()
+                    terms[name] = (objective.features(output, targets) * cached[name].pop(0)).sum()
                     continue
                 loss, figures = score(objective, output, targets, model)
                 report.add(name, loss, figures)
-                total = total + weight * loss
+                terms[name] = weight * loss
+        if measure:
+            report.add_gradients(terms, output.tokens.content)
+        total: Any = sum(terms.values(), 0.0)
         total.backward()
     return report.values
+
+
+@torch.no_grad()
+def read_teacher(teacher: Model | None, batch: Batch, objectives: nn.ModuleDict) -> Output | None:
+    """What the averaged model makes of the whole sequences whose states an objective predicts; None without them."""
+    if batch.teacher is None or teacher is None:
+        return None
+    own: list[Any] = list(objectives.values())
+    return teacher(batch.teacher, max(objective.teacher_layers for objective in own))
 
 
 def score(objective, output: Output, targets: Targets, model: Model) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,6 +92,16 @@ class _Report:
             **{f"loss/{name}/{key}": value for key, value in figures.items()},
         }.items():
             self.values[key] = self.values[key] + value if key in self.values else value
+
+    def add_gradients(self, terms: dict[str, Tensor], content: Tensor) -> None:
+        """Add the squared norm of each term's gradient at `content`, from which there is no way on to the weights."""
+        for name, term in terms.items():
+            gradient = None
+            if term.requires_grad and content.requires_grad:
+                (gradient,) = torch.autograd.grad(term, content, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                key, square = f"grad_square/{name}", gradient.float().square().sum()
+                self.values[key] = self.values[key] + square if key in self.values else square
 
 
 def task_of_objective(name: str) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,11 +22,12 @@ from ..stream.crash_log import CrashLog
 from ..stream.dataset import Step
 from ..stream.loader import Loader
 from ..stream.quarantine import BadFraction, refused_row, strict_message
-from ..stream.tasks import Origin, build_stream
+from ..stream.tasks import Origin, build_stream, loss_weights
 from ..tokens import FILLER
 from . import optim, parallel
 from .compute import Compute
 from .config import TrainConfig
+from .guards import Guards, describe
 from .monitor import Monitor, Silent
 from .parallel import Ranks
 from .profile import Profile
@@ -49,14 +50,14 @@ def pretrain(
     each process takes some of every step's microbatches; the samples and their order stay the same. Raises UserError.
     """
     with start(config, resume, allow_data_change, profile) as run:
-        for step in range(run.step, run.config.steps):
-            if run.is_out_of_patience():
-                break
+        while run.goes_on():
             batch = run.next_batch()
             if batch is None:  # a signal has come
                 break
-            report = run.train_step(step, batch.microbatches)  # forward, backward and update
+            report = run.update(batch.microbatches)  # forward, backward and update
             run.finish_step(batch, report)  # counts it, and writes down the one before
+            if run.obey_monitors():  # back at an earlier step
+                continue
             if run.is_due(run.config.validate_every) or run.is_due(run.config.evaluate_every):
                 run.validate()
             if run.is_due(run.config.save_every):
@@ -117,20 +118,22 @@ class Run:
     ):
         self.config, self.corpora, self.origin = config, corpora, origin
         self.train_step, self.ranks, self.run_dir = train_step, ranks, Path(config.run_dir)
-        state = checkpoint.read_data(checkpoint_dir, "state") if checkpoint_dir else {"step": 0}
+        state: dict[str, Any] = checkpoint.read_data(checkpoint_dir, "state") if checkpoint_dir else {"step": 0}
         self.step = self.first_step = state["step"]
         self.best: dict | None = checkpoint.read_best(self.run_dir) if checkpoint_dir else None
         if self.best and self.best["step"] > self.step:  # its checkpoint was damaged: it will be made again
             self.best = None
         self.saved, self.skipped_in_a_row, self.pending = checkpoint_dir, 0, None
+        modalities = {name: task.modalities for name, task in config.tasks.items()}
+        self.guards = Guards(config.monitors, loss_weights(config.tasks), modalities, state.get("monitors"))
+        train_step.weights = self.guards.weigh()
         self.validation_errors_said = False
         self.crash_log = CrashLog(self.run_dir / f"crash-log-{ranks.rank}", config.num_workers)
         self.dataset = build_stream(
             config.tasks, corpora, config.model.tokenizers, config.seed, config.microbatches, config.round_to,
             ranks.rank, ranks.size, origin, self.crash_log, heads=config.model.heads,
         )  # fmt: skip
-        self.loader = Loader(self.dataset, self.step, config.steps, config.num_workers)
-        self.stream = iter(self.loader)
+        self._open_stream()
         self.monitor = Monitor(self.run_dir, self.step, config.steps, config.track) if ranks.is_first else Silent()
         self.validation = Validation(config, train_step) if config.validate_every and ranks.is_first else None
         self.profile = Profile(self.run_dir) if profile and ranks.is_first else None
@@ -146,8 +149,24 @@ class Run:
         self.bad_fraction = BadFraction(config.max_bad_fraction, corpora, self.monitor.quarantined())
         for line in (*_headline(config, train_step, corpora, self.step), *self.crash_log.messages):
             self.monitor.say(line)
+        ranks.on_first(lambda: self.guards.write(self.run_dir))
+        if any(monitor.action == "roll_back" for monitor in config.monitors.values()) and not checkpoint_dir:
+            self.save()  # there is something to go back to from the first step on
         self.stop_signal = StopSignal()  # last: what fails before it leaves the signals as they were
         self.last_time = time.monotonic()
+
+    def _open_stream(self) -> None:
+        config = self.config
+        self.loader = Loader(self.dataset, self.step, config.steps, config.num_workers, self.guards.data_step)
+        self.stream = iter(self.loader)
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to be done."""
+        if self.step >= self.config.steps:
+            self._log_pending()
+            if not self.obey_monitors():
+                return False
+        return not self.is_out_of_patience()
 
     def is_due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -174,6 +193,7 @@ class Run:
             return None
         errors, counts, samples, tokens = (list(column) for column in zip(*(own for _, own in told), strict=True))
         errors, samples, tokens = ([row for own in column for row in own] for column in (errors, samples, tokens))
+        errors = [row | {"step": self.step + 1} for row in errors]  # where steps of the stream are left out, not theirs
         self.monitor.quarantine(errors)
         if errors and self.config.strict:
             self._abort(f"{strict_message(errors[0])}.")
@@ -181,6 +201,9 @@ class Run:
             self._abort(f"{self.run_dir}: not one sample of step {self.step + 1} could be read.")
         microbatches = [with_counts(batch, _sum_counts(counts)) for batch in data.batches]
         return StepBatch(microbatches, errors, samples, sum(n for n, _ in tokens), sum(filler for _, filler in tokens))
+
+    def update(self, microbatches: list[Batch]) -> dict[str, torch.Tensor]:
+        return self.train_step(self.step, microbatches, self.guards.wants_shares(self.step + 1))
 
     def finish_step(self, batch: StepBatch, report: dict[str, torch.Tensor]) -> None:
         """Counts a step. Its figures are read one step later, when the device has them, so that nothing waits."""
@@ -197,7 +220,8 @@ class Run:
             "memory_gb": _memory_gb(self.train_step.device),
         }
         factor = optim.lr_factor(self.config.optim, self.step - 1, self.config.steps)
-        self.pending = {"step": self.step, **report, "lr": self.config.optim.lr * factor, **counts, **pace}
+        weights = {f"weight/{name}": self.train_step.weights[name] for name in self.guards.factors}
+        self.pending = {"step": self.step, **report, "lr": self.config.optim.lr * factor, **weights, **counts, **pace}
         self.pending_times = self.train_step.optimizer_times
         if self.config.log_samples:
             self.monitor.log_samples({"step": self.step, "samples": _in_stream_order(self.config, batch.samples)})
@@ -214,6 +238,8 @@ class Run:
         row = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         row["skipped"] = int(row["skipped"])
         row["optimizer_share"] = self.train_step.seconds_between(*self.pending_times) / row["seconds"]
+        if self.config.monitors:
+            row |= self._ask_monitors(row)
         self.monitor.log_step(row)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
         if self.skipped_in_a_row >= MAX_SKIPPED:
@@ -221,6 +247,61 @@ class Run:
                 f"{self.run_dir}: {MAX_SKIPPED} steps in a row without a finite gradient (the last is {row['step']}); "
                 "lower optim.lr, or look into the data"
             )
+
+    def _ask_monitors(self, row: dict[str, Any]) -> dict[str, float]:
+        """Queue what the monitors ask for at a step's figures; returns what the row says of it."""
+        acts = self.ranks.on_first(lambda: self.guards.look(row, self.monitor.say))
+        self.guards.queue += acts
+        said = {f"monitor/{act['monitor']}": row[act["figure"]] for act in acts} | self.guards.carried
+        self.guards.carried = {}
+        for act in acts:
+            self.monitor.say(describe(act))
+        if acts:
+            self.ranks.on_first(lambda: self.guards.write(self.run_dir))
+        return said
+
+    def obey_monitors(self) -> bool:
+        """Do what the monitors have asked for; whether the run went back to an earlier step. Raises UserError."""
+        acts, self.guards.queue = self.guards.queue, []
+        if stops := [act for act in acts if act["action"] == "stop"]:
+            self._stop(stops[0])
+        if bad := [act for act in acts if act["action"] == "roll_back"]:
+            self._roll_back(min(bad, key=lambda act: act["first"]))
+            return True
+        for act in acts:
+            self.guards.factors = act.get("factors", self.guards.factors)
+        self.train_step.weights = self.guards.weigh()
+        return False
+
+    def _roll_back(self, act: dict) -> None:
+        """Go on from the last checkpoint before what a monitor has seen, without the data of the bad steps."""
+        rule, done = self.config.monitors[act["monitor"]], self.guards.roll_backs.get(act["monitor"], 0)
+        if done >= rule.max_roll_backs:
+            self._stop(act, f"after {done} roll backs")
+        folder = self.ranks.on_first(lambda: checkpoint.newest_before(self.run_dir, act["first"] - rule.margin))
+        if folder is None:
+            self._stop(act, "with no checkpoint from before")
+        state = checkpoint.read_data(folder, "state")
+        self.loader.close()
+        self.guards.roll_back(act, state["step"], state.get("monitors", {}))
+        self.train_step.load(folder)
+        self.train_step.weights = self.guards.weigh()
+        self.step, self.saved, self.skipped_in_a_row, self.pending = state["step"], folder, 0, None
+        if self.best and self.best["step"] > self.step:
+            self.best = None
+        self.monitor.rewind(self.step)
+        self.bad_fraction = BadFraction(self.config.max_bad_fraction, self.corpora, self.monitor.quarantined())
+        self.ranks.on_first(lambda: (discard_damaged(self.run_dir, folder), self.guards.write(self.run_dir)))
+        self._open_stream()
+        self.monitor.say(
+            f"monitor {act['monitor']}: rolled back to step {self.step}, and the data left out that made it"
+        )
+        self.last_time = time.monotonic()
+
+    def _stop(self, act: dict, why: str = "") -> NoReturn:
+        """Saves what was done, beside the checkpoints before it, and raises UserError."""
+        folder = self.save()
+        raise UserError(f"{self.run_dir}: {' '.join(filter(None, (describe(act), why)))}; checkpoint: {folder}")
 
     def validate(self) -> None:
         """The figures that are due at this step; a new best one keeps a checkpoint of it."""
@@ -261,8 +342,8 @@ class Run:
         if self.saved == folder:
             return folder
         if self.ranks.is_first:
-            drawn = self.dataset.samples_read_by_task(self.step)
-            data = checkpoint_data(self.config, self.step, self.corpora, self.origin, drawn)
+            drawn = self.dataset.samples_read_by_task(self.guards.data_step(self.step))
+            data = checkpoint_data(self.config, self.step, self.corpora, self.origin, drawn, self.guards)
             files = {modality: t.file for modality, t in self.config.model.tokenizers.items() if t.file}
             checkpoint.save(folder, self.train_step.tensors(), data, files)
             checkpoint.write_best(self.run_dir, self.best)
@@ -286,9 +367,12 @@ class Run:
     def stop_if_bad(self) -> None:
         """Raises UserError, after saving, where too many of a source's samples are bad."""
         # the first rank alone has read the quarantine of earlier tries
-        message = self.ranks.on_first(lambda: self.bad_fraction.message(self.dataset.samples_read(self.step)))
+        message = self.ranks.on_first(lambda: self.bad_fraction.message(self._samples_read()))
         if message:
             self._abort(message)
+
+    def _samples_read(self) -> dict[str, int]:
+        return self.dataset.samples_read(self.guards.data_step(self.step))
 
     def _abort(self, message: str) -> NoReturn:
         """Saves what was done and raises UserError."""

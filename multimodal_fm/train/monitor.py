@@ -21,14 +21,24 @@ class Tracker(Protocol):
 
     def log(self, figures: dict[str, float], step: int) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
 class TensorBoard:
     def __init__(self, run_dir: Path, start: int):
+        self.folder = str(run_dir / "tensorboard")
+        self._open(start)
+
+    def _open(self, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self.writer = SummaryWriter(self.folder, purge_step=start + 1)
+
+    def rewind(self, step: int) -> None:
+        self.writer.close()
+        self._open(step)
 
     def log(self, figures: dict[str, float], step: int) -> None:
         for name, value in figures.items():
@@ -53,6 +63,9 @@ class Hosted:
     def log(self, figures: dict[str, float], step: int) -> None:
         self.run.log(figures, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Nothing: a figure of a step that was logged before is not taken again."""
+
     def close(self) -> None:
         self.run.finish()
 
@@ -66,13 +79,26 @@ class Monitor:
 
     def __init__(self, run_dir: Path, start: int, steps: int, track: Sequence[str] = ()):
         self.run_dir, self.start, self.steps, self.began = run_dir, start, steps, time.monotonic()
-        for name in ("metrics", "quarantine", "samples"):
-            truncate_jsonl(run_dir / f"{name}.jsonl", start)
-        self.skipped = Skipped(self.quarantined())
         self._files: dict[str, TextIO] = {}
+        self._cut(start)
         self._trackers = [open_tracker(name, run_dir, start) for name in track]
         self._bar = _progress_bar(start, steps) if sys.stderr.isatty() else None
         self._last_line = 0.0
+
+    def _cut(self, step: int) -> None:
+        """Take the rows of later steps out of the files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        for name in ("metrics", "quarantine", "samples"):
+            truncate_jsonl(self.run_dir / f"{name}.jsonl", step)
+        self.skipped = Skipped(self.quarantined())
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: what was written of later ones is cut."""
+        self._cut(step)
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
     def _append(self, name: str, row: dict) -> None:
         if name not in self._files:
@@ -143,6 +169,8 @@ class Silent:
 
     def quarantined(self) -> Iterator[dict]:
         return iter(())
+
+    def rewind(self, step: int) -> None: ...
 
     def log_step(self, row: dict) -> None: ...
 

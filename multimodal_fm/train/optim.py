@@ -94,7 +94,7 @@ class _Layers(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         return {
-            "stem": r"all\.model\.(?:embedders|modality_vectors|mask_tokens|backbone\.norm_in)",
+            "stem": r"all\.model\.(?:embedders|modality_vectors|mask_tokens|backbone\.norm_in|backbone\.positions)",
             "blocks": [(r"all\.model\.backbone\.blocks\.(\d+)", None), (r"all\.model\.backbone\.norm_out", (99999,))],
         }
 

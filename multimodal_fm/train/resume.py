@@ -19,12 +19,14 @@ from ..errors import UserError
 from ..run_dir import checkpoint
 from ..stream.tasks import Origin
 from .config import TrainConfig
+from .guards import Guards
 
 LOCK = ".lock"
 OWN = (  # what a run leaves in its folder before its first checkpoint
     *("metrics.jsonl", "quarantine.jsonl", "samples.jsonl", "changes.jsonl", "crashes.jsonl", "crash-log-*"),
-    *("tensorboard", "wandb", "profile.json", "profile.txt", "best.json", "tokenizer-*.json", ".tmp-*"),
-    *("compute.json", "base.json", "data", "base"),  # what the run cost and began with, and the data of a tune
+    *("tensorboard", "wandb", "profile.json", "profile.txt", "best.json", "tokenizer-*", ".tmp-*"),
+    *("compute.json", "base.json"),  # what the run cost and began with
+    *("monitors.jsonl", "data", "base"),  # what its monitors did, and the data of a tune
     *("checkpoints", "checkpoints/step-*.tmp-*"),
 )
 MAY_CHANGE = (
@@ -43,7 +45,7 @@ MAY_CHANGE = (
     *("optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.betas", "optim.grad_clip", "optim.warmup_steps"),
     *("optim.schedule", "optim.decay_fraction", "optim.final_lr_fraction", "ema_decay", "threads", "compile"),
     *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init"),
-    *("sources.*.validation", "model.tokenizers.*.file", "country", "card", "card.*"),
+    *("monitors", "monitors.*", "sources.*.validation", "model.tokenizers.*.file", "country", "card", "card.*"),
 )
 NOT_RECORDED = ("run_dir", "init", "model.tokenizers.*.file")
 MIXTURE = ("tasks.*.sources", "tasks.*.sources.*", "tasks.*.weigh_by", "tasks.*.temperature")  # begins a new phase
@@ -131,7 +133,7 @@ def resume_config(
         )
     origin = Origin(**state["origin"])
     if other or any(_matches(key, MIXTURE) for key in changes):
-        origin = Origin(state["step"], state["drawn"])
+        origin = Origin(state.get("stream_step", state["step"]), state["drawn"])
         why = f"the shards of {', '.join(other)} have changed" if other else "the mixture has changed"
         print(f"from step {state['step']} on another phase: {why}", file=sys.stderr)
     _record(config, state["step"], {k: both for k, both in changes.items() if not _matches(k, NOT_RECORDED)})
@@ -173,7 +175,7 @@ def keep_tokenizers(config: TrainConfig, files: dict[str, Path]) -> TrainConfig:
 
 
 def checkpoint_data(
-    config: TrainConfig, step: int, corpora: dict[str, Corpus], origin: Origin, drawn: dict
+    config: TrainConfig, step: int, corpora: dict[str, Corpus], origin: Origin, drawn: dict, guards: Guards
 ) -> dict[str, dict]:
     """What a checkpoint holds beside its tensors. drawn: how many samples of each source were read, by task."""
     return {
@@ -185,5 +187,7 @@ def checkpoint_data(
             "data": {name: corpus.fingerprint() for name, corpus in corpora.items()},
             "origin": dataclasses.asdict(origin),
             "drawn": drawn,
+            "stream_step": guards.data_step(step),  # of the stream, which is that of the run unless a part was left out
+            "monitors": guards.state(),
         },
     }

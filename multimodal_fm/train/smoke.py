@@ -27,6 +27,7 @@ def toy(config: TrainConfig) -> TrainConfig:
         validate_every=min(config.validate_every, 5),
         evaluate_every=0,
         best="",
+        monitors={},  # their bounds are those of the whole run
         compile=False,
         num_workers=0,
         track=[],

@@ -9,9 +9,9 @@ import torch
 
 from ..batch import with_counts
 from ..corpus.shards import Corpus
-from ..stream.tasks import build_stream
+from ..stream.tasks import build_stream, loss_weights
 from .config import TrainConfig
-from .grad_cache import score, task_of_objective
+from .grad_cache import read_teacher, score, task_of_objective
 from .train_step import TrainStep
 
 
@@ -23,6 +23,7 @@ class Validation:
 
     def __init__(self, config: TrainConfig, train_step: TrainStep):
         self.train_step, self.num_steps = train_step, config.validation_steps
+        self.weights = loss_weights(config.tasks)  # the configured ones, whatever monitors have made of them
         self.errors: list[dict] = []
         tokenizers = config.model.tokenizers
         held_out = {
@@ -58,14 +59,15 @@ class Validation:
                 continue
             batch = with_counts(data.batches[0], data.counts).to(step.device)
             output = model(batch)
-            for name in step.weights:
+            output.teacher = read_teacher(model, batch, objectives)
+            for name in self.weights:
                 if (targets := batch.tasks.get(task_of_objective(name))) is not None:
                     loss, _ = score(objectives[name], output, targets, model)
                     losses.setdefault(name, []).append(float(loss))
         means = {name: sum(own) / len(own) for name, own in losses.items()}
         if not means:
             return {}
-        total = sum(step.weights[name] * mean for name, mean in means.items())
+        total = sum(self.weights[name] * mean for name, mean in means.items())
         return {"validation/loss": total, **{f"validation/loss/{name}": mean for name, mean in means.items()}}
 
 

@@ -1,0 +1,1 @@
+"""Sequences of which the rule must be learned in context: recall, Markov chains, linear regression."""
