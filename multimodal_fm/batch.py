@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import Plan, plan_attention
-from .tokens import WHOLE, Tokens, classify_orders, concatenate, constant
+from .tokens import WHOLE, Tokens, classify_orders, concatenate, constant, layout
 
 NOT_ASKED = -1  # the `match` of a sample that no objective asks whether its parts belong together
 
@@ -192,6 +192,28 @@ def route(modality: Tensor, count: int) -> Routing:
     return Routing(order, tuple(torch.bincount(modality, minlength=count).tolist()), inverse)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Tokens (N,) as attention wants them, and what a backbone other than the model's needs to read them."""
+
+    tokens: Tokens  # content (N,): the row that each token had before
+    attention: Plan
+    routing: Routing
+    rows: Tensor  # (N,): where each row went
+
+    def to(self, device) -> Reading:
+        return Reading(*(_move(getattr(self, f.name), device) for f in dataclasses.fields(self)))
+
+
+def plan_reading(tokens: Tokens, num_modalities: int) -> Reading:
+    """The reading of these tokens (N,), whatever their content; on the CPU."""
+    order = layout(tokens.sequence, tokens.order)
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(len(order))
+    laid = tokens.replace(content=torch.arange(len(tokens))).select(order)
+    return Reading(laid, plan_attention(laid), route(laid.modality, num_modalities), rows)
+
+
 def _move(value: Any, device) -> Any:
     """`value` on the device: a tensor, or whatever holds tensors; numbers and tables as they are."""
     if isinstance(value, Tensor):
@@ -289,15 +311,11 @@ def collate(
     np.maximum.at(count, owner, own + 1)
     first_row, first_sequence = np.cumsum(length) - length, np.cumsum(count) - count  # of each example
     sequence = own + first_sequence[owner]
-
     tokens, moved_to = _lay_out([piece for _, piece, _ in pieces], size, modality, sequence)
     row_in_layout = _shifted_rows(size, moved_to - begin)  # (N,) for each row, example by example
-
     numbers, which = np.unique(sequence, return_index=True)  # and each sequence's first piece
-    holder = owner[which]
-    sample, group = np.array([number for _, number, _ in examples]), np.array([e.group for _, _, e in examples])
-    columns = numbers, modality[which], sample[holder], group[holder]
-    names = np.array([name for name, _, _ in examples])[holder]
+    facts = zip(*((name, number, e.group, e.match) for name, number, e in examples), strict=True)
+    names, *facts = (np.array(column)[owner[which]] for column in facts)
     by_modality = {modalities[k]: [pieces[p] for p in np.flatnonzero(modality == k)] for k in np.unique(modality)}
     tokens = _fill(tokens, round_to)
     batch = Batch(
@@ -310,15 +328,14 @@ def collate(
         {},
         teacher,
     )
-    match = np.array([example.match for _, _, example in examples])[holder]
     for name in tasks:
         mine = [(i, example) for i, (task, _, example) in enumerate(examples) if task == name]
-        ids, of_modality, *rest = (torch.from_numpy(column[names == name]) for column in columns)
-        found = _targets(mine, modalities, first_row, first_sequence, row_in_layout)
+        columns = (torch.from_numpy(column[names == name]) for column in (numbers, modality[which], *facts))
+        ids, of_modality, sample, group, match = columns
         targets = Targets(
-            *found, sequence=ids, modality=of_modality, table=SequenceTable(of_modality, *rest),
-            **_split_counts(counts[name]),
-            match=torch.from_numpy(match[names == name]) if ASKED in counts[name] else None,
+            *_targets(mine, modalities, first_row, first_sequence, row_in_layout),
+            sequence=ids, modality=of_modality, table=SequenceTable(of_modality, sample, group),
+            **_split_counts(counts[name]), match=match if ASKED in counts[name] else None,
             teacher_rows=teacher.tasks[name].rows if teacher and name in teacher.tasks else {},
         )  # fmt: skip
         if planner := (planners or {}).get(name):

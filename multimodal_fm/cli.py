@@ -761,8 +761,8 @@ def pack(
 
 
 def arguments(words: list[str]) -> list[str]:
-    """`--resume` alone is `--resume yes`."""
-    if "--resume" in words and (words[words.index("--resume") + 1 :] or [""])[0] != "auto":
+    """`pretrain --resume` alone is `pretrain --resume yes`."""
+    if words[:1] == ["pretrain"] and "--resume" in words and words[words.index("--resume") + 1 :][:1] != ["auto"]:
         words = [word for given in words for word in ((given, "yes") if given == "--resume" else (given,))]
     return words
 

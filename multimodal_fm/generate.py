@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .batch import MAX_TOKENS
-from .decoding.logits import generator_of
+from .decoding.logits import make_generator
 from .decoding.parallel import Canvas, fill
 from .decoding.settings import Settings
 from .decoding.text import TextStream
-from .decoding.writer import Sequence, beam_search, generation_of, score, write
+from .decoding.writer import Sequence, beam_search, get_generation, score, write
 from .errors import SampleError, UserError
 from .model import Model
 from .objectives.base import Objective
@@ -108,17 +108,19 @@ def find_target(model: Model, to: str) -> str:
 def find_objective(
     model: Model, objectives: dict[str, Any], target: str, given: list[str], request: Request, settings: Settings
 ) -> Fit:
-    """The objective that writes `target` after the modalities given: the one that reads all it was trained to read
-    before, token by token rather than in parallel, the first of the run. Raises UserError."""
+    """The objective that writes `target` after the modalities given: token by token rather than in parallel, then the
+    one that lacks the least of what it was trained to read before, then the first of the run. Raises UserError."""
     named = {n: o for n, o in objectives.items() if request.objective in ("", n, n.partition("/")[0])}
     if not named:
         raise UserError(f"generate: the run has no objective {request.objective!r} ({', '.join(objectives) or 'none'})")
     fits, wanted = [], set(given)
     for name, objective in named.items():
         before = objective.writes().get(target)
-        if before is not None and request.fill is not None and target in objective.restores():
-            fits.append(Fit(name, objective, False, unused=len(set(before) - wanted - {target})))
-        elif before is not None and request.fill is None and not settings.steps:
+        if before is not None and request.fill is not None:
+            others = set(before) - {target}
+            if target in objective.restores() and wanted <= others:
+                fits.append(Fit(name, objective, False, unused=len(others - wanted)))
+        elif before is not None and not settings.steps:
             continues = not wanted <= set(before)
             if wanted - ({target} if continues else set()) <= set(before):
                 fits.append(Fit(name, objective, False, continues, len(set(before) - wanted)))
@@ -164,7 +166,7 @@ def make_prompts(
         counts["fill"] = len(request.fill)
     if len(set(counts.values())) > 1:
         raise UserError(f"generate: as many inputs of each modality, not {counts}")
-    generation, prompts = generation_of(model, target), []
+    generation, prompts = get_generation(model, target), []
     for i in range(next(iter(counts.values()), 1)):
         prefix = {m: _only(model, m, i, inputs[i]) for m, inputs in read.items()}
         start, hidden = list(generation.first), None
@@ -201,7 +203,7 @@ def read_holes(model: Model, target: str, text: str) -> tuple[list[int], list[bo
     """The ids of a text with holes, and which are holes. A hole is a token with the space before it, as in RoBERTa."""
     if not isinstance(text, str) or HOLE not in text:
         raise UserError(f"fill: {text!r} has no hole; write {HOLE} for each token that is to be filled in")
-    generation, tokenizer = generation_of(model, target), model.tokenizers[target]
+    generation, tokenizer = get_generation(model, target), model.tokenizers[target]
     ids, hidden, parts = list(generation.first), [False] * len(generation.first), text.split(HOLE)
     for number, part in enumerate(parts):
         if number:
@@ -223,7 +225,7 @@ def read_holes(model: Model, target: str, text: str) -> tuple[list[int], list[bo
 
 def _all_hidden(model: Model, target: str, settings: Settings) -> tuple[list[int], list[bool]]:
     """A sequence that is written in parallel: all hidden but its first ids, and its end where it has one."""
-    generation = generation_of(model, target)
+    generation = get_generation(model, target)
     ending = [] if generation.end is None else [generation.end]
     most = generation.length - len(generation.first) - len(ending)
     count = settings.max_new_tokens or most
@@ -236,7 +238,7 @@ def _all_hidden(model: Model, target: str, settings: Settings) -> tuple[list[int
 
 def check(model: Model, fit: Fit, target: str, request: Request, settings: Settings) -> None:
     """Raises UserError where settings do not go together."""
-    generation = generation_of(model, target)
+    generation = get_generation(model, target)
     problems = {
         "num_beams is for writing token by token": settings.num_beams > 1 and fit.parallel,
         "with num_beams there are at most as many candidates": 1 < settings.num_beams < request.candidates,
@@ -326,7 +328,7 @@ def _tell(progress: Progress | None, rows: slice, count: int, share: float) -> N
 
 
 def _size(model: Model, target: str, prompt: Prompt) -> int:
-    return sum(map(len, prompt.prefix.values())) + max(generation_of(model, target).length, len(prompt.start))
+    return sum(map(len, prompt.prefix.values())) + max(get_generation(model, target).length, len(prompt.start))
 
 
 def slices(sizes: list[int], limit: int) -> Iterator[slice]:
@@ -364,28 +366,28 @@ def start_sequences(
 
 def _generator(prompt: Prompt, candidate: int, settings: Settings) -> torch.Generator:
     contents = [tokens.content for tokens in prompt.prefix.values()]
-    return generator_of(settings.seed, *contents, str(prompt.start), candidate)
+    return make_generator(settings.seed, *contents, str(prompt.start), candidate)
 
 
 def _write(model, fit: Fit, target, prompts, candidates, settings: Settings, tell) -> list[list[Generated]]:
     sequences = start_sequences(model, fit, target, prompts, candidates, settings, bool(settings.stop_strings))
-    _follow(write(model, fit.objective, target, sequences, settings), model, target, sequences, settings, tell)
+    _run_steps(write(model, fit.objective, target, sequences, settings), model, target, sequences, settings, tell)
     return [[_finish(model, target, sequence)] for sequence in sequences]
 
 
 def _beams(model, fit: Fit, target, prompts, candidates, settings: Settings, tell) -> list[list[Generated]]:
-    longest = generation_of(model, target).length - min(len(prompt.start) for prompt in prompts)
+    longest = get_generation(model, target).length - min(len(prompt.start) for prompt in prompts)
     if settings.max_new_tokens > longest:
         raise UserError(f"generate: beams write at most {longest} tokens here (max_new_tokens)")
     sequences = start_sequences(model, fit, target, prompts, candidates, settings, False)
     steps = beam_search(model, fit.objective, target, sequences, settings)
-    done = _follow(steps, model, target, sequences, settings, tell) or []
+    done = _run_steps(steps, model, target, sequences, settings, tell) or []
     return [[_finish(model, target, s) for s in sorted(own, key=lambda s: -score(s, settings))] for own in done]
 
 
-def _follow(steps: Iterator, model, target, sequences: list[Sequence], settings: Settings, tell) -> Any:
+def _run_steps(steps: Iterator, model, target, sequences: list[Sequence], settings: Settings, tell) -> Any:
     """Go through the steps and say how far they are; the last thing that they yield."""
-    most, result = settings.max_new_tokens or generation_of(model, target).length - sequences[0].given, None
+    most, result = settings.max_new_tokens or get_generation(model, target).length - sequences[0].given, None
     for number, result in enumerate(steps, 1):  # noqa: B007
         tell(min(number / max(most, 1), 1.0))
     tell(1.0)
@@ -400,7 +402,7 @@ def _finish(model: Model, target: str, sequence: Sequence) -> Generated:
 
 
 def _fill(model, fit: Fit, target, prompts, candidates, settings: Settings, tell) -> list[list[Generated]]:
-    generation, number, canvases = generation_of(model, target), model.modalities.index(target), []
+    generation, number, canvases = get_generation(model, target), model.modalities.index(target), []
     frozen = [*generation.first, *([] if generation.end is None else [generation.end])]
     for prompt, candidate in zip(prompts, candidates, strict=True):
         tokens = make_sequence(torch.tensor(prompt.start), generation.positions[: len(prompt.start)], number)
@@ -427,7 +429,7 @@ def stream(
     prompts = make_prompts(model, fit, target, read, request, settings)
     if len(prompts) > 1 or request.candidates > 1:
         raise UserError("generate: one text is streamed: give one prompt, without candidates")
-    if generation_of(model, target).end is None:
+    if get_generation(model, target).end is None:
         raise UserError(f"generate: text is streamed, not {target}")
     if fit.parallel or settings.num_beams > 1:  # known at the end
         yield generate(model, objectives, read, request, settings)[0].value
@@ -501,7 +503,7 @@ def rate(
 def _sequences(model: Model, modality: str, one: Generated) -> list[Tokens]:
     if modality != one.modality or isinstance(one.value, str):
         return model.tokenizers[modality].read(one.value)
-    positions = generation_of(model, modality).positions[: len(one.ids)]
+    positions = get_generation(model, modality).positions[: len(one.ids)]
     return [make_sequence(torch.tensor(one.ids), positions, model.modalities.index(modality))]
 
 

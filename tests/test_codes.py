@@ -133,7 +133,7 @@ def test_the_codebook_follows_as_the_formulas_say():
     for seed in range(3):
         vectors = torch.randn(50, 3, generator=torch.manual_seed(seed))
         numbers = head.quantize(vectors)[1]
-        head.follow(vectors, numbers)
+        head.update_codebook(vectors, numbers)
         hot = F.one_hot(numbers, 24).double()
         sizes = 0.8 * sizes + 0.2 * hot.sum(0).numpy()
         sums = 0.8 * sums + 0.2 * hot.T @ vectors.double()
@@ -154,7 +154,7 @@ def test_dead_codes_are_revived_where_they_are_looked_for(threshold):
     for _ in range(30):
         vectors = torch.randn(100, 3, generator=generator)
         numbers = head.quantize(vectors)[1]
-        head.follow(vectors, numbers)
+        head.update_codebook(vectors, numbers)
     used = len(set(head.quantize(torch.randn(2000, 3, generator=generator))[1].tolist()))
     assert used >= 22 if threshold else used == 2
 
@@ -247,13 +247,13 @@ def test_the_codebook_follows_the_step_however_it_is_dealt(corpus, tmp_path):
     vectors = torch.randn(40, 3, generator=torch.manual_seed(5))
     numbers = heads[0].quantize(vectors)[1]
     torch.manual_seed(0)
-    heads[0].follow(vectors, numbers)
+    heads[0].update_codebook(vectors, numbers)
     model = make_model(VQ)
     objective = autoencode.Objective(autoencode.Config(), model, ["image"])
     objective.seen = [(vectors[:15], numbers[:15])]  # of the first rank; the second has the others
     others = iter((vectors[15:], numbers[15:]))
     torch.manual_seed(0)
-    objective.follow(torch.zeros(()), lambda own: [own, next(others)])
+    objective.update_statistics(torch.zeros(()), lambda own: [own, next(others)])
     assert torch.equal(model.heads["codes"].quantizer.codebook, heads[0].quantizer.codebook)
     assert not objective.seen
 
@@ -354,7 +354,7 @@ def header(text: str) -> bytes:
     [
         (b"", "no array"),
         (b"not an array at all", "no array"),
-        (npy(np.array([{}], object), allow_pickle=True), "whole numbers"),
+        (npy(np.array([{}], object), allow_pickle=True), "no array of numbers"),
         (npy(np.ones((3, 4))), "whole numbers"),
         (npy(np.arange(12)), r"\(rows, columns\)"),
         (npy(np.zeros((4, 4), int)), "more than 3 x 4"),

@@ -311,6 +311,18 @@ def test_the_order_table_is_that_of_a_prefix_language_model(tokenizer):
         assert example.rows[0].tolist() == list(range(len(times) - len(target), len(times)))
 
 
+def test_the_target_comes_after_a_source_that_is_causal_too(tokenizer):
+    """Texts of GPT-2 and CLIP have orders of their own: all of the source stays readable from the target."""
+    causal = tokenizer.replace(causal=True)
+    examples = [noisy(causal, {"only": noise}, 3)[0] for noise in (Noise(), Noise("prefix", 0.5), *BART.values())]
+    label = (causal.read("how far?")[0], causal.read("NUM")[0])
+    examples.append(text_to_text.Objective.arrange(text_to_text.Config(), Sample({"text": label[0]}, label=label)))
+    for example in examples:
+        *source, target = example.inputs
+        first = 1 + max(int(piece.order.max()) for piece in source)
+        assert first > 2 and target.order.tolist() == list(range(first, first + len(target)))
+
+
 def as_sequence(tokenizer, ids):
     position = torch.zeros(len(ids), 3)
     position[:, 0] = torch.arange(len(ids))
@@ -364,10 +376,10 @@ class Codes(base.Tokenizer):
         return range(299, 289, -1)
 
     def embedder(self, width):
-        return text.Embed(300, width)
+        return base.EmbedIds(300, width)
 
     def predictor(self, width):
-        return text.Predict(300, width)
+        return base.PredictIds(300, width)
 
 
 def grid(count):

@@ -21,7 +21,7 @@ from multimodal_fm import objectives
 from multimodal_fm.corpus import shards
 from multimodal_fm.corpus.shards import Config, Corpus
 from multimodal_fm.errors import UserError, printable
-from multimodal_fm.evals import bits_per_byte, knn, metrics, probe, retrieval
+from multimodal_fm.evals import bits_per_byte, knn, likelihood, metrics, probe, retrieval
 from multimodal_fm.evals import embed_corpus as embedding
 from multimodal_fm.evals.base import Evaluation
 from multimodal_fm.evals.embed_corpus import EmbeddedCorpus, Inputs, embed_corpus
@@ -400,7 +400,7 @@ def test_bits_per_byte_by_hand(run, monkeypatch):
     expected = [sum(len(window) - 1 for window in own) * np.log2(300) for own in windows]
     for budget in (16_384, 60):
         monkeypatch.setattr(bits_per_byte, "batch_by_tokens", lambda w, n=budget: batching.batch_by_tokens(w, n))
-        bits, sizes = bits_per_byte.measure_bits(model, "next/causal", objective, texts)
+        bits, sizes = bits_per_byte.measure_bits(model, objective, texts)
         assert bits.tolist() == pytest.approx(expected, rel=1e-5)
         assert sizes.tolist() == [len(text.encode()) for text in texts]
     inputs = Inputs(torch.zeros(4, 1), torch.zeros(4, 1), texts, [[i] for i in range(4)])
@@ -414,7 +414,7 @@ def test_bits_per_byte_reads_no_more_than_its_tokens_at_a_time(run):
     forward = model.forward
     model.forward = lambda batch: sizes.append(len(batch.tokens)) or forward(batch)
     texts = ["a red square number one " * 400 for _ in range(16)]
-    bits_per_byte.measure_bits(model, "next/causal", objectives.load(run, model)["next/causal"], texts)
+    bits_per_byte.measure_bits(model, objectives.load(run, model)["next/causal"], texts)
     assert sum(sizes) > 20_000 and max(sizes) <= batching.MAX_TOKENS
 
 
@@ -640,15 +640,15 @@ def test_half_precision_changes_little(run, model, corpus, monkeypatch):
     source = Corpus(Config(f"{corpus}/validation-*.tar"))
     whole = embed_corpus(model, source)
     texts, objective = whole.inputs["text"].texts, objectives.load(run, model)["next/causal"]
-    bits = bits_per_byte.measure_bits(model, "next/causal", objective, texts)[0]
-    for module in (model_module, bits_per_byte):
+    bits = bits_per_byte.measure_bits(model, objective, texts)[0]
+    for module in (model_module, likelihood):
         monkeypatch.setattr(module, "autocast", lambda device, enabled: torch.autocast("cpu", torch.bfloat16))
     half = embed_corpus(model, source)
     for modality, inputs in half.inputs.items():
         assert inputs.vectors.dtype == inputs.features.dtype == torch.float32
         assert not torch.equal(inputs.vectors, whole.inputs[modality].vectors)
         torch.testing.assert_close(inputs.vectors, whole.inputs[modality].vectors, rtol=0, atol=0.05)
-    half = bits_per_byte.measure_bits(model, "next/causal", objective, texts)[0]
+    half = bits_per_byte.measure_bits(model, objective, texts)[0]
     assert half == pytest.approx(bits, rel=0.05)
 
 

@@ -22,7 +22,7 @@ from multimodal_fm import cli, generate
 from multimodal_fm.backbone import Config as BackboneConfig
 from multimodal_fm.batch import Example, Sample, count_targets
 from multimodal_fm.corpus import shards
-from multimodal_fm.decoding.logits import choose, generator_of, guide, penalize, truncate
+from multimodal_fm.decoding.logits import choose, guide, make_generator, penalize, truncate
 from multimodal_fm.decoding.parallel import Canvas, fill
 from multimodal_fm.decoding.settings import Settings
 from multimodal_fm.decoding.text import TextStream
@@ -328,7 +328,7 @@ class Letters(base.Tokenizer):
         return nn.Embedding(4, width)
 
     def predictor(self, width):
-        return text.Predict(4, width)
+        return base.PredictIds(4, width)
 
 
 @pytest.fixture(scope="module")
@@ -535,6 +535,15 @@ def test_a_text_with_holes_is_written_anew(words):
     assert made.ids[1:] == logits.argmax(1).tolist()
 
 
+def test_what_is_given_beside_holes_is_never_left_unread(words):
+    """An objective over texts alone fills no holes after a picture, nor is a second text dropped."""
+    model = make_model({"text": words, "image": image.Tokenizer()})
+    objective = make_objective(SimpleNamespace(Objective=Restorer, Config=causal.Config), model, ["text"])
+    for given in ({"image": [picture(0)]}, {"text": ["a red square"]}):
+        with pytest.raises(UserError, match=f"can fill holes in text after {next(iter(given))}"):
+            model.generate(fill=["a [MASK] square"], objectives={"r": objective}, **given)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A tiny run that writes text, draws codes, fills holes and compares pictures with texts."""
@@ -649,6 +658,8 @@ def test_python(run):
 
 
 def test_generators_depend_on_seed_and_prompt_alone():
-    first, same, other = (generator_of(s, torch.tensor([1, 2]), 0).initial_seed() for s in (1, 1, 2))
+    first, same, other = (make_generator(s, torch.tensor([1, 2]), 0).initial_seed() for s in (1, 1, 2))
     assert first == same != other
-    assert generator_of(1, torch.tensor([1, 3]), 0).initial_seed() != first != generator_of(1, torch.tensor([1, 2]), 1)
+    assert (
+        make_generator(1, torch.tensor([1, 3]), 0).initial_seed() != first != make_generator(1, torch.tensor([1, 2]), 1)
+    )

@@ -116,3 +116,9 @@ def test_a_process_that_fails_alone_says_so_after_a_while(tmp_path, monkeypatch,
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(cli, "SECONDS_FOR_THE_FIRST", 0)
     assert "RUN is missing" in run(["evaluate"], monkeypatch, capfd)
+
+
+def test_resume_takes_auto_in_pretrain_alone():
+    assert cli.arguments(["pretrain", "a.yaml", "--resume"]) == ["pretrain", "a.yaml", "--resume", "yes"]
+    assert cli.arguments(["pretrain", "a.yaml", "--resume", "auto"]) == ["pretrain", "a.yaml", "--resume", "auto"]
+    assert cli.arguments(["tune", "runs/a", "--resume", "steps=3"]) == ["tune", "runs/a", "--resume", "steps=3"]

@@ -92,6 +92,13 @@ def test_numbers_are_read_weighed_and_refused():
     assert weighted.read({"txt": b"x"}) == []
 
 
+def test_numbers_that_are_announced_and_not_there_are_refused():
+    """NumPy's own reader would ask for all of the memory first."""
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 1)}\n"
+    with pytest.raises(SampleError, match="are no array"):
+        numbers.Tokenizer().read({"npy": b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header})
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("in_context")

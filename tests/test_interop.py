@@ -223,14 +223,14 @@ def test_gpt2_scores_texts_as_the_original_and_is_a_run_like_any_other(hf, tmp_p
         ids = torch.tensor([end, *tokenizer(one)["input_ids"], end])
         with torch.no_grad():
             expected.append(nn.functional.cross_entropy(theirs(ids[None]).logits[0, :-1], ids[1:], reduction="sum"))
-    bits, _ = measure_bits(ours, "text/causal", causal_objective(ours)["text/causal"], words)
+    bits, _ = measure_bits(ours, causal_objective(ours)["text/causal"], words)
     np.testing.assert_allclose(bits * np.log(2), torch.stack(expected).numpy(), rtol=1e-5)
 
     save(ours, tmp_path / "run", causal_objective(ours))
     (tmp_path / "ours.json").unlink()  # the run has a copy
     again = load(tmp_path / "run", device="cpu")
     trained = objectives.load(tmp_path / "run", again)["text/causal"]
-    np.testing.assert_array_equal(measure_bits(again, "text/causal", trained, words)[0], bits)
+    np.testing.assert_array_equal(measure_bits(again, trained, words)[0], bits)
 
 
 def test_what_cannot_be_expressed_is_refused_by_name(hf, tmp_path):

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from multimodal_fm.tokens import make_sequence
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build
 from multimodal_fm.train.grad_cache import read_teacher
+from multimodal_fm.train.guards import matches
 from multimodal_fm.train.train_step import TrainStep
 
 MODALITIES = ["text", "audio", "start"]
@@ -216,6 +219,9 @@ def test_a_run_goes_on_bit_for_bit_with_a_teacher_views_and_second_samples(tmp_p
     figures = set(before[4])
     assert {"loss/latent/latent/audio_target_std", "loss/bert/pair/accuracy", "loss/bert/masked/text"} <= figures
     assert {"loss/views/contrastive/image_image_accuracy", "loss/match/pair/accuracy"} <= figures
+    page = (Path(__file__).parent.parent / "docs" / "runs.md").read_text()
+    watched = [one for one in re.findall(r"figure: (loss/[^,]+),", page) if "codebook" not in one]
+    assert len(watched) == 4 and all(any(matches(figure, one) for figure in figures) for one in watched), watched
     assert {f"validation/loss/{name}" for name in ("latent/latent", "match/pair", "views/contrastive")} <= set(held_out)
 
 

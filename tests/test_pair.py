@@ -8,10 +8,13 @@ from conftest import dataset_of, text_only, tiny
 from test_latent import MODALITIES, make_model, make_sample
 from test_train import fit
 
-from multimodal_fm.batch import Sample, collate, count_targets
+from multimodal_fm.backbone import Config as BackboneConfig
+from multimodal_fm.batch import Example, Sample, collate, count_targets
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
+from multimodal_fm.model import Model, ModelConfig
 from multimodal_fm.objectives import masked, pair
+from multimodal_fm.tokenizers import text as text_tokenizer
 from multimodal_fm.tokens import make_sequence
 from multimodal_fm.train.config import build
 
@@ -54,6 +57,40 @@ def test_segments_are_one_sequence_whose_second_stands_in_a_row_of_its_own():
     short = pair.join_segments(own, 3, text([0, 20, 21, 1]), 2)
     assert short.content.tolist() == [0, 10, 11, 1, 21, 1]
     assert set(mixed.order.tolist()) == set(mixed.sequence.tolist()) == {0}
+
+
+def test_segments_of_a_causal_text_are_causal():
+    own = text([0, 10, 11, 12, 1])
+    joined = pair.join_segments(own.replace(order=torch.arange(5)), 2, own, 2)
+    assert joined.order.tolist() == list(range(len(joined)))
+
+
+@pytest.mark.parametrize(
+    "positions, said",
+    [
+        ({"max_positions": 17}, r"set backbone.grid=\[2, 1\]"),
+        ({"max_positions": 17, "grid": [1, 4]}, r"set backbone.grid=\[2, 1\]"),
+        ({"max_positions": 16, "grid": [2, 1]}, "set backbone.max_positions=17"),
+    ],
+)
+def test_learned_positions_must_have_some_for_the_second_segment(positions, said):
+    def make(**backbone):
+        config = BackboneConfig(width=16, depth=1, num_heads=2, block="classic", **backbone)
+        model = Model(ModelConfig({"text": text_tokenizer.Tokenizer(text_tokenizer.Config(max_tokens=16))}, config))
+        return model, pair.Objective(pair.Config(), model, ["text"])
+
+    with pytest.raises(ValueError, match=said):
+        make(**positions)
+    model, _ = make(max_positions=17, grid=[2, 1])
+    whole = text([0, *range(10, 24), 1])
+    joined = pair.join_segments(whole, 8, whole, 8)
+    assert len(joined) == 17, "one END more than the longest text"
+    with torch.no_grad():
+        both, one = (
+            model(model.collate({"t": [(0, Example([tokens], [None]))]}, {"t": {}})).tokens.content
+            for tokens in (joined, joined.replace(position=joined.position * torch.tensor([1.0, 0.0, 0.0])))
+        )
+    assert not torch.allclose(both, one), "the segments are told apart"
 
 
 def make_stories(folder, count: int = 40) -> str:

@@ -584,3 +584,21 @@ def test_rand_augment_is_drawn_from_the_sample_alone():
     assert (first == again).all() and (first != other).any()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert (tokenizer.view(picture) == picture).all()
+
+
+def test_without_end_cuts_only_the_end_of_a_text_has_an_end(tmp_path):
+    """So that a causal model of windows of a long text does not learn that texts end with the window."""
+    config = text.Config(vocab_size=258, max_tokens=10, end_cuts=False)
+    tokenizer = text.Tokenizer(config).fit([], tmp_path / "bytes")
+    windows = tokenizer.read("abcdefghijklmnopqrst")
+    assert [len(window) for window in windows] == [9, 9, 6]
+    assert [int(window.content[-1]) == text.END for window in windows] == [False, False, True]
+    assert all(int(window.content[0]) == text.BEGIN for window in windows)
+    assert "".join(tokenizer.decode(window.content.tolist()) for window in windows) == "abcdefghijklmnopqrst"
+    for seed in range(40):
+        (window,) = tokenizer.read("abcdefghijklmnopqrst" * 20, random.Random(seed))
+        decoded = tokenizer.decode(window.content.tolist())
+        assert (int(window.content[-1]) == text.END) == (len(window) == 10), decoded
+    ends = [tokenizer.read("abcdefghijk", random.Random(seed))[0] for seed in range(40)]
+    said = {(tokenizer.decode(one.content.tolist()), int(one.content[-1]) == text.END) for one in ends}
+    assert said == {("abcdefgh", False), ("bcdefghi", False), ("cdefghij", False), ("defghijk", True)}

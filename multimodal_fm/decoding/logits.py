@@ -51,7 +51,7 @@ def truncate(logits: Tensor, settings: Settings) -> Tensor:
     return logits
 
 
-def generator_of(seed: int, *parts: Tensor | int | str) -> torch.Generator:
+def make_generator(seed: int, *parts: Tensor | int | str) -> torch.Generator:
     """A generator whose state depends on the seed and on `parts`, such as the content of a prompt, alone."""
     digest = hashlib.sha256(str(seed).encode())
     for part in parts:

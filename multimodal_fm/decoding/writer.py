@@ -51,7 +51,7 @@ class Reader:
 
     def __init__(self, model: Model, objective: Objective, target: str, prompts: list[tuple[Prefix, list[int]]]):
         """prompts: for each sequence what is read before, and the ids that the target begins with."""
-        self.model, self.target, self.generation = model, target, generation_of(model, target)
+        self.model, self.target, self.generation = model, target, get_generation(model, target)
         self.number = model.modalities.index(target)
         self.to_logits: Any = objective.predictors[target].logits
         self.counts = torch.tensor([len(ids) for _, ids in prompts])  # tokens of the target that were read
@@ -110,7 +110,7 @@ class Reader:
         self.logits = self.logits.index_select(0, chosen.to(self.logits.device))
 
 
-def generation_of(model: Model, target: str) -> Generation:
+def get_generation(model: Model, target: str) -> Generation:
     generation = model.tokenizers[target].generation()
     assert generation is not None, target
     return generation
@@ -121,7 +121,7 @@ class Writer:
 
     def __init__(self, model: Model, objective: Objective, target: str, sequences: list[Sequence], settings: Settings):
         self.model, self.objective, self.target, self.settings = model, objective, target, settings
-        self.generation = generation_of(model, target)
+        self.generation = get_generation(model, target)
         self.sequences, self.guided = sequences, settings.guidance_scale != 1
         self._read_anew()
 

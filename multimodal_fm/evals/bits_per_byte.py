@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..batch import Sample, batch_by_tokens, count_targets
-from ..model import autocast
+from ..batch import Sample, batch_by_tokens
 from . import base
 from .embed_corpus import EmbeddedCorpus
+from .likelihood import score_texts
 from .metrics import estimate
 
 
@@ -29,12 +29,12 @@ class Evaluator(base.Evaluator):
         if name is None or "text" not in embedded.inputs:
             return {}
         texts = [text or "" for text in embedded.inputs["text"].texts]
-        bits, sizes = measure_bits(model, name, objectives[name], texts)
+        bits, sizes = measure_bits(model, objectives[name], texts)
         return {"text/bits_per_byte": estimate(bits, np.arange(len(bits)), None, weights=sizes)}
 
 
 @torch.no_grad()
-def measure_bits(model, name: str, objective, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def measure_bits(model, objective, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The bits under the model, and the bytes, of each text (T,), (T,); long texts are covered by windows."""
     tokenizer, number = model.tokenizers["text"], model.modalities.index("text")
     bits, sizes = torch.zeros(len(texts), dtype=torch.double), np.zeros(len(texts))
@@ -43,14 +43,9 @@ def measure_bits(model, name: str, objective, texts: list[str]) -> tuple[np.ndar
         examples, owners = [], []
         for owner, window in batch:
             window = window.replace(modality=torch.full_like(window.modality, number))
-            examples.append((len(examples), objective.arrange(objective.config, Sample({"text": window}))))
+            examples.append(objective.arrange(objective.config, Sample({"text": window})))
             owners.append(owner)
             sizes[owner] += tokenizer.count_bytes(window.content.tolist())
-        counts = count_targets([example for _, example in examples], model.modalities)
-        microbatch = model.collate({name: examples}, {name: counts})
-        targets = microbatch.tasks[name]
-        with autocast(model.device, model.device.type == "cuda"):
-            nats = objective.score(model(microbatch), targets, "text").double().cpu()
-        window_of_target = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
-        bits.index_add_(0, torch.tensor(owners)[window_of_target], nats / math.log(2))
+        nats, _ = score_texts(model, objective, examples)
+        bits.index_add_(0, torch.tensor(owners), nats / math.log(2))
     return bits.numpy(), sizes

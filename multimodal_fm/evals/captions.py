@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batch import MAX_TOKENS, Example, Sample, count_targets
+from ..batch import MAX_TOKENS, Sample
 from ..decoding.settings import Settings
-from ..decoding.writer import generation_of
+from ..decoding.writer import get_generation
 from ..errors import SampleError
 from ..generate import Fit, Prompt, slices, write_prompts
-from ..model import Model, autocast
+from ..model import Model
 from ..objectives.causal import Objective
 from ..stream.quarantine import quarantine_row
 from ..tokens import Tokens, constant
 from . import base, task_metrics
 from .embed_corpus import EmbeddedCorpus, split_inputs
+from .likelihood import score_texts
 from .metrics import estimate
 
 MAX_SAMPLES = 200  # that are captioned: the first of the corpus
@@ -86,20 +87,11 @@ def _read(model: Model, modality: str, raw: dict) -> Tokens:
     return sequences[0].replace(modality=constant(number, len(sequences[0])))
 
 
-@torch.no_grad()
-def _forward(model: Model, objective: Objective, examples: list[Example]):
-    numbered = list(enumerate(examples))
-    batch = model.collate({"captions": numbered}, {"captions": count_targets(examples, model.modalities)})
-    with autocast(model.device, model.device.type == "cuda"):
-        return model(batch), batch.tasks["captions"]
-
-
 def _batches(prefixes: list[dict[str, Tokens]]):
     """Slices of samples that have about `MAX_TOKENS` tokens together."""
     return slices([sum(map(len, prefix.values())) + MAX_LENGTH for prefix in prefixes], MAX_TOKENS)
 
 
-@torch.no_grad()
 def expect(model: Model, objective: Objective, prefixes, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The nats (N,) of each text after its prefix, and its tokens (N,)."""
     tokenizer, number = model.tokenizers["text"], model.modalities.index("text")
@@ -110,17 +102,15 @@ def expect(model: Model, objective: Objective, prefixes, texts: list[str]) -> tu
             tokens = tokenizer.read(text)[0]
             tokens = tokens.replace(modality=constant(number, len(tokens)))
             examples.append(objective.arrange(objective.config, Sample({**prefix, "text": tokens})))
-        output, targets = _forward(model, objective, examples)
-        each = objective.score(output, targets, "text").double().cpu()
-        owner = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
-        nats.append(torch.zeros(len(examples), dtype=torch.double).index_add(0, owner, each))
-        counts.append(torch.bincount(owner, minlength=len(examples)))
+        each, count = score_texts(model, objective, examples)
+        nats.append(each)
+        counts.append(count)
     return torch.cat(nats).numpy(), torch.cat(counts).double().numpy()
 
 
 def write(model: Model, objective: Objective, prefixes: list[dict[str, Tokens]]) -> list[str]:
     """A text for each prefix: the likeliest token each time, until the end or `MAX_LENGTH` or what the model reads."""
-    generation = generation_of(model, "text")
+    generation = get_generation(model, "text")
     settings = Settings(temperature=0, max_new_tokens=min(MAX_LENGTH, generation.length - len(generation.first)))
     prompts = [Prompt(prefix, list(generation.first)) for prefix in prefixes]
     written = write_prompts(model, Fit("captions", objective, parallel=False), "text", prompts, 1, settings)

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batch import MAX_TOKENS, Example, count_targets
+from ..batch import MAX_TOKENS, Example
 from ..errors import SampleError, UserError
-from ..model import Model, autocast
+from ..model import Model
+from ..objectives.base import fuse, next_order
 from ..tokens import Tokens, constant
 from . import base
 from .embed_corpus import EmbeddedCorpus, Scores
+from .likelihood import score_texts
 from .metrics import SEED, number_groups, record
 
 SHOTS = [0, 1, 2, 4, 8, 16]
@@ -109,7 +111,7 @@ def find_objective(objectives: dict[str, Any], modality: str) -> Any:
     For text one that was trained on texts alone goes before one that was trained on texts after something else.
     """
     able = [objective for objective in objectives.values() if objective.has_likelihood("text")]
-    fusing = [objective for objective in able if getattr(objective.config, "fuse", False)]
+    fusing = [one for one in able if not one.one_sequence_per_modality(one.config)]
     if modality == "text":
         return next((objective for objective in able if objective not in fusing), next(iter(able), None))
     return next((one for one in fusing if modality in one.modalities and one.modalities[-1] == "text"), None)
@@ -206,13 +208,14 @@ class Prompter:
         self.before, self.after = text.encode(before), text.encode(after)
         ending = "\n\n" if modality == "text" else ""
         self.labels = {name: text.encode(f"{name}{ending}") for name in classes}
-        self.most = getattr(text.config, "max_tokens", 256)
+        self.most = text.generation().length
 
     def score(self, prompts: list[tuple]) -> np.ndarray:
         """The log-likelihood (Q, C), in nats, of each class's text after each prompt (query, examples, names)."""
         flat = ((row, example) for row, prompt in enumerate(prompts) for example in self._arrange(*prompt))
-        nats = [score for batch in _batches(flat) for score in self._forward([example for _, example in batch])]
-        return -np.array(nats).reshape(len(prompts), len(self.classes))
+        batches = ([example for _, example in batch] for batch in _batches(flat))
+        nats = torch.cat([score_texts(self.model, self.objective, batch)[0] for batch in batches])
+        return -nats.numpy().reshape(len(prompts), len(self.classes))
 
     def _arrange(self, query: Any, examples: list, names: list[str]) -> Iterator[Example]:
         """An example for each class, whose targets are the tokens of the class's text alone."""
@@ -247,16 +250,6 @@ class Prompter:
     def _is_prefix(self) -> bool:
         return self.modality in getattr(self.objective.config, "prefix", [])
 
-    @torch.no_grad()
-    def _forward(self, examples: list[Example]) -> list[float]:
-        counts = count_targets(examples, self.model.modalities)
-        batch = self.model.collate({"few_shot": list(enumerate(examples))}, {"few_shot": counts})
-        with autocast(self.model.device, self.model.device.type == "cuda"):
-            targets = batch.tasks["few_shot"]
-            nats = self.objective.score(self.model(batch), targets, "text").double().cpu()
-        owner = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
-        return torch.zeros(len(examples), dtype=torch.double).index_add(0, owner, nats).tolist()
-
 
 def lay_out(model: Model, pieces: list[tuple[Any, bool]], answer: list[int], is_prefix: bool) -> Example:
     """One sequence of pieces, (ids or tokens, whether they are a medium), and the answer's ids, which are predicted.
@@ -264,16 +257,13 @@ def lay_out(model: Model, pieces: list[tuple[Any, bool]], answer: list[int], is_
     Orders and times go on from piece to piece as the causal objective arranges them; a medium of its `prefix` is a
     block that is read as a whole.
     """
-    inputs, order, time, count = [], 0, 0.0, 0
-    for content, is_medium in (*pieces, (answer, False)):
-        tokens: Any = content if is_medium else _text(model, content)
+    pieces, inputs = [*pieces, (answer, False)], []
+    fused = fuse(content if is_medium else _text(model, content) for content, is_medium in pieces)
+    for tokens, (_, is_medium) in zip(fused, pieces, strict=True):
         steps = torch.zeros(len(tokens), dtype=torch.long) if is_medium and is_prefix else torch.arange(len(tokens))
-        tokens = tokens.replace(order=steps + order, position=tokens.position + torch.tensor([time, 0.0, 0.0]))
-        order, time = int(tokens.order[-1]) + 1, float(tokens.position[:, 0].max()) + 1
-        count += len(tokens)
-        inputs.append(tokens)
-    first = count - len(answer)
-    return Example(inputs, [None] * len(inputs), [inputs[-1]], [torch.arange(first - 1, count - 1)])
+        inputs.append(tokens.replace(order=steps + next_order(inputs[-1:])))
+    count = sum(map(len, inputs))
+    return Example(inputs, [None] * len(inputs), [inputs[-1]], [torch.arange(count - len(answer), count) - 1])
 
 
 def _text(model: Model, ids: list[int]) -> Tokens:

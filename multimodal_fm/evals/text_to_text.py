@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batch import MAX_TOKENS, Example, Sample, count_targets
+from ..batch import MAX_TOKENS, Sample
 from ..errors import SampleError
-from ..model import Model, autocast
+from ..model import Model
 from ..objectives.text_to_text import Objective
 from ..tokens import Tokens, constant
 from . import base
 from .embed_corpus import EmbeddedCorpus, Scores
+from .likelihood import score_texts
 from .metrics import number_groups, record
 
 MAX_TARGETS = 200  # more different ones are not classes
@@ -85,7 +86,6 @@ def read_samples(model: Model, objective: Objective, embedded: EmbeddedCorpus) -
     return numbers, samples
 
 
-@torch.no_grad()
 def rank(model: Model, objective: Objective, samples: Sequence[Sample], targets: Sequence[Tokens]) -> torch.Tensor:
     """The nats (N, T) of each of T targets after each of N samples' sources, on the CPU."""
     nats, waiting, size = [], [], 0
@@ -94,20 +94,9 @@ def rank(model: Model, objective: Objective, samples: Sequence[Sample], targets:
             example = objective.arrange(objective.config, Sample(sample.tokens, label=(sample.label[0], target)))
             length = sum(map(len, example.inputs))
             if waiting and size + length > MAX_TOKENS:
-                nats.append(_score(model, objective, waiting))
+                nats.append(score_texts(model, objective, waiting)[0])
                 waiting, size = [], 0
             waiting.append(example)
             size += length
-    nats.append(_score(model, objective, waiting))
+    nats.append(score_texts(model, objective, waiting)[0])
     return torch.cat(nats).view(len(samples), len(targets))
-
-
-def _score(model: Model, objective: Objective, examples: list[Example]) -> torch.Tensor:
-    """The nats (B,) of each example's target."""
-    counts = count_targets(examples, model.modalities)
-    batch = model.collate({"rank": list(enumerate(examples))}, {"rank": counts})
-    targets = batch.tasks["rank"]
-    with autocast(model.device, model.device.type == "cuda"):
-        nats = objective.score(model(batch), targets, "text").double().cpu()
-    which = torch.searchsorted(targets.sequence.cpu(), targets.tokens["text"].sequence.cpu())
-    return torch.zeros(len(examples), dtype=torch.double).index_add_(0, which, nats)

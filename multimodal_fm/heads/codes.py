@@ -91,7 +91,8 @@ class Head(base.Head):
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (N, C) -> the nearest codes' vectors (N, C), with gradients past the rounding, and numbers (N,).
 
-        Nothing is learned here, so that it does not matter how a step is dealt into microbatches: see `follow`.
+        Nothing is learned here, so that it does not matter how a step is dealt into microbatches, but in
+        `update_codebook`.
         """
         with torch.autocast(vectors.device.type, enabled=False):
             if self.config.quantizer == "fsq":
@@ -120,12 +121,12 @@ class Head(base.Head):
         return self.reconstructor(self.decoder(tokens.replace(content=content), plan, routing).content)
 
     @property
-    def follows(self) -> bool:
-        """Whether the codebook has to `follow` the vectors of each step."""
+    def learns_codebook(self) -> bool:
+        """Whether `update_codebook` has to be called with the vectors of each step."""
         return self.config.quantizer == "vq"
 
     @torch.no_grad()
-    def follow(self, vectors: Tensor, codes: Tensor) -> None:
+    def update_codebook(self, vectors: Tensor, codes: Tensor) -> None:
         """Moves the codebook by a step's vectors (N, C) and the codes (N,) that they chose, and revives dead ones.
 
         Draws from PyTorch's own generator. On a GPU this waits for the device.
@@ -154,5 +155,5 @@ def _vq(config: Config) -> Any:
         decay=config.decay,
         threshold_ema_dead_code=config.threshold_ema_dead_code,
         commitment_weight=0.0,  # the objective's own is a sum over the step divided by a count over the step
-        sync_codebook=False,  # `follow` gets the vectors of all ranks
+        sync_codebook=False,  # `update_codebook` gets the vectors of all ranks
     )

@@ -7,7 +7,6 @@ content of the codes again.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import Plan, plan_attention
-from ..batch import Batch, Example, Routing, Sample, Targets, route
+from ..batch import Batch, Example, Reading, Sample, Targets, plan_reading
 from ..heads.codes import Head
-from ..tokens import Tokens, constant, layout
 from . import base
 
 
@@ -46,8 +43,8 @@ class Objective(base.Objective):
             raise ValueError(f"autoencode: the head {config.head!r} makes no codes")
         if modalities != [head.modality]:
             raise ValueError(f"autoencode: the head {config.head!r} codes {head.modality}, not {', '.join(modalities)}")
-        self.learned: Callable = head.follow
-        self.follows, self.dim = head.follows, head.config.dim
+        self.update_codebook: Callable = head.update_codebook
+        self.learns_codebook, self.dim = head.learns_codebook, head.config.dim
         self.seen: list[tuple[Tensor, Tensor]] = []  # of this step: vectors (N, C) and the codes (N,) that they chose
 
     @staticmethod
@@ -58,13 +55,13 @@ class Objective(base.Objective):
     @staticmethod
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """All of it is read, and all of it is to be given back: each token's own row answers."""
-        inputs = [t.replace(sequence=constant(number, len(t))) for number, t in enumerate(sample.tokens.values())]
+        inputs = base.separate(sample.tokens.values())
         rows = torch.arange(sum(map(len, inputs))).split([len(tokens) for tokens in inputs])
         return Example(inputs, [None] * len(inputs), inputs, list(rows), sample.group)
 
     @staticmethod
-    def plan(config: Config, batch: Batch, targets: Targets) -> Reading | None:
-        return plan_reading(batch, targets) if targets.tokens else None
+    def plan(config: Config, batch: Batch, targets: Targets) -> DecoderPlan | None:
+        return plan_decoder(batch, targets) if targets.tokens else None
 
     def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error of the values, in the tokenizer's own scale, over the step's tokens.
@@ -77,21 +74,22 @@ class Objective(base.Objective):
         for modality, tokens in targets.tokens.items():
             vectors = head.project(output.tokens.content.index_select(0, targets.rows[modality]))
             quantized, codes = head.quantize(vectors)
-            reading: Reading = targets.plan
+            plan: DecoderPlan = targets.plan
+            reading = plan.reading
             laid = quantized.index_select(0, reading.tokens.content)
             values = head.decode(laid, reading.tokens, reading.attention, reading.routing)
-            values = values.index_select(0, reading.answers)
+            values = values.index_select(0, reading.rows)
             target = head.reconstructor.target(tokens.content)
             error = (values - target).square().mean(1)
             each = error + self.config.l1 * (values - target).abs().mean(1) if self.config.l1 else error
-            if head.follows:
+            if head.learns_codebook:
                 code = head.lookup(codes).detach()
                 each = each + self.config.commitment * (vectors - code).square().mean(1)
                 if self.training:
                     self.seen.append((vectors.detach(), codes))
             loss = loss + each.sum() / targets.counts[modality]
             with torch.no_grad():
-                decibels = sequence_decibels(head, error, target, reading.owner, reading.num_sequences)
+                decibels = sequence_decibels(head, error, target, plan.owner, plan.num_sequences)
                 use, perplexity = codebook_use(codes, head.config.codebook_size)
                 share = len(tokens) / targets.counts[modality]
                 figures[head.reconstructor.quality] = decibels.sum() / targets.counts[modality]
@@ -99,8 +97,8 @@ class Objective(base.Objective):
         return loss, figures
 
     @torch.no_grad()
-    def follow(self, skipped: Tensor, gather: Callable[[Tensor], list[Tensor]]) -> None:
-        if not self.follows:
+    def update_statistics(self, skipped: Tensor, gather: Callable[[Tensor], list[Tensor]]) -> None:
+        if not self.learns_codebook:
             return
         seen, self.seen = self.seen, []
         device = skipped.device
@@ -108,36 +106,25 @@ class Objective(base.Objective):
         codes = torch.cat([torch.zeros(0, dtype=torch.long, device=device), *(own for _, own in seen)])
         vectors, codes = torch.cat(gather(vectors)), torch.cat(gather(codes))
         if not skipped:
-            self.learned(vectors, codes)
+            self.update_codebook(vectors, codes)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the head's decoder reads: M tokens in the order that attention likes."""
+class DecoderPlan:
+    """What the head's decoder reads: the M targets."""
 
-    tokens: Tokens  # content (M,): a row of the targets
-    attention: Plan
-    routing: Routing
-    answers: Tensor  # (M,): rows of the decoder's output, in the order of the targets
+    reading: Reading
     owner: Tensor  # (M,): each target's sequence, numbered from 0 on
     num_sequences: int
 
-    def to(self, device) -> Reading:
-        moved = {
-            f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "num_sequences"
-        }
-        return Reading(**moved, num_sequences=self.num_sequences)
+    def to(self, device) -> DecoderPlan:
+        return DecoderPlan(self.reading.to(device), self.owner.to(device), self.num_sequences)
 
 
-def plan_reading(batch: Batch, targets: Targets) -> Reading:
+def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:
     (tokens,) = targets.tokens.values()
-    rows = layout(tokens.sequence, tokens.order)
-    laid = tokens.replace(content=torch.arange(len(tokens))).select(rows)
-    answers = torch.empty_like(rows)
-    answers[rows] = torch.arange(len(rows))
     numbers, owner = tokens.sequence.unique(return_inverse=True)
-    routing = route(laid.modality, len(batch.by_modality.counts))
-    return Reading(laid, plan_attention(laid), routing, answers, owner, len(numbers))
+    return DecoderPlan(plan_reading(tokens, len(batch.by_modality.counts)), owner, len(numbers))
 
 
 def sequence_decibels(head, error: Tensor, target: Tensor, owner: Tensor, count: int) -> Tensor:

@@ -3,21 +3,19 @@ that several of them share."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import Plan, plan_attention
 from ..backbone import Backbone
 from ..backbone import Config as BackboneConfig
-from ..batch import Batch, Example, Pairs, Routing, Sample, Targets, route
+from ..batch import Batch, Example, Pairs, Reading, Sample, Targets, plan_reading
 from ..config import Plugin
 from ..tokenizers.base import Tokenizer
-from ..tokens import Tokens, concatenate, layout
+from ..tokens import Tokens, concatenate, constant
 
 
 @dataclass
@@ -39,6 +37,11 @@ class Prefix:
     order: int  # of the first token of the modality; the next ones rise one by one
     time: float  # what is added to the time of its tokens
     hidden: list[Tensor | None] = field(default_factory=list)  # of each piece, as in `Example`; empty: nothing
+
+    @staticmethod
+    def before(inputs: list[Tokens], hidden: Sequence[Tensor | None] = ()) -> Prefix:
+        """The prefix of these pieces, after all of which order and time go on."""
+        return Prefix(inputs, next_order(inputs), next_time(inputs[-1]) if inputs else 0.0, list(hidden))
 
 
 @torch.no_grad()
@@ -199,7 +202,7 @@ class Objective(nn.Module):
         """Called after each update of the weights, to keep parameters in bounds."""
 
     @torch.no_grad()
-    def follow(self, skipped: Tensor, gather: Callable[[Tensor], list[Tensor]]) -> None:
+    def update_statistics(self, skipped: Tensor, gather: Callable[[Tensor], list[Tensor]]) -> None:
         """Called after each update, for what learns by counting rather than by a gradient, such as a codebook.
 
         skipped: 1 where the update was left out. gather: every rank's rows (n, ...), in the ranks' order, of a tensor
@@ -212,13 +215,42 @@ def by_modality(setting: Any, modality: str, default: Any) -> Any:
     return setting.get(modality, default) if isinstance(setting, dict) else setting
 
 
-def fuse(tokens: dict[str, Tokens]) -> list[Tokens]:
-    """The pieces of a sample's one sequence, its modalities in order; time goes on from one to the next."""
+def all_values(setting: Any) -> list:
+    """The values of such a setting."""
+    return list(setting.values()) if isinstance(setting, dict) else [setting]
+
+
+def check_modalities(key: str, setting: Any, modalities: list[str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with such a setting in a task over these modalities, as `Objective.problems` says it."""
+    if unknown := [name for name in (setting if isinstance(setting, dict) else ()) if name not in modalities]:
+        yield key, f"names no modality of the task: {', '.join(unknown)} (there are: {', '.join(modalities)})"
+
+
+def fuse(tokens: Iterable[Tokens]) -> list[Tokens]:
+    """The pieces of one sequence, whose time goes on from each to the next."""
     pieces, time = [], 0.0
-    for piece in tokens.values():
-        pieces.append(piece.replace(position=piece.position + torch.tensor([time, 0.0, 0.0])) if time else piece)
-        time = float(pieces[-1].position[:, 0].max()) + 1
+    for piece in tokens:
+        pieces.append(delay(piece, time) if time else piece)
+        time = next_time(pieces[-1])
     return pieces
+
+
+def separate(tokens: Iterable[Tokens]) -> list[Tokens]:
+    """The same, each a sequence of its own."""
+    return [piece.replace(sequence=constant(number, len(piece))) for number, piece in enumerate(tokens)]
+
+
+def delay(tokens: Tokens, time: float) -> Tokens:
+    return tokens.replace(position=tokens.position + torch.tensor([time, 0.0, 0.0]))
+
+
+def next_time(tokens: Tokens) -> float:
+    return float(tokens.position[:, 0].max()) + 1
+
+
+def next_order(pieces: Iterable[Tokens]) -> int:
+    """The order of what may read all of these, and which none of them reads."""
+    return max((int(piece.order.max()) for piece in pieces), default=-1) + 1
 
 
 class DecodingObjective(Objective):
@@ -236,42 +268,32 @@ class DecodingObjective(Objective):
         if not targets.tokens:
             return {}
         plan: DecoderPlan = targets.plan
+        reading = plan.reading
         visible = self.decoder_embed(output.tokens.content.index_select(0, plan.visible))
         masks = [self.mask_tokens[m].to(visible.dtype).expand(len(t), -1) for m, t in targets.tokens.items()]
-        vectors = torch.cat([visible, *masks]).index_select(0, plan.tokens.content)
-        decoded = self.decoder(plan.tokens.replace(content=vectors), plan.attention, plan.routing).content
-        answers = decoded.index_select(0, plan.answers).split([len(tokens) for tokens in targets.tokens.values()])
+        vectors = torch.cat([visible, *masks]).index_select(0, reading.tokens.content)
+        decoded = self.decoder(reading.tokens.replace(content=vectors), reading.attention, reading.routing).content
+        rows = reading.rows[len(visible) :]
+        answers = decoded.index_select(0, rows).split([len(tokens) for tokens in targets.tokens.values()])
         return dict(zip(targets.tokens, answers, strict=True))
 
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """What the decoder reads: V visible tokens and M mask tokens, laid out as attention wants them."""
+    """What the decoder reads: V visible tokens and M mask tokens, end to end."""
 
     visible: Tensor  # (V,): rows of the backbone's output
-    tokens: Tokens  # content (V + M,): a row among the visible and the mask tokens, end to end
-    attention: Plan
-    routing: Routing
-    answers: Tensor  # (M,): rows of the decoder's output, in the order of the targets
+    reading: Reading
 
     def to(self, device) -> DecoderPlan:
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return DecoderPlan(**{name: value.to(device) for name, value in moved.items()})
+        return DecoderPlan(self.visible.to(device), self.reading.to(device))
 
 
 def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:
     masks = concatenate([tokens.replace(content=tokens.sequence) for tokens in targets.tokens.values()])
     visible = torch.isin(batch.tokens.sequence, masks.sequence).nonzero()[:, 0]
     both = concatenate([batch.tokens.select(visible), masks])
-    both = both.replace(content=torch.arange(len(both)))
-    rows = layout(both.sequence, both.order)
-    tokens = both.select(rows)
-    where = torch.empty_like(rows)
-    where[rows] = torch.arange(len(rows))
-    num_modalities = len(batch.by_modality.counts)
-    return DecoderPlan(
-        visible, tokens, plan_attention(tokens), route(tokens.modality, num_modalities), where[len(visible) :]
-    )
+    return DecoderPlan(visible, plan_reading(both, len(batch.by_modality.counts)))
 
 
 class TokenObjective(Objective):
@@ -291,13 +313,14 @@ class TokenObjective(Objective):
         return self.predictors[modality](vectors, targets.tokens[modality].content)
 
 
-def follow(target: Tokens, first_row: int) -> tuple[Tokens, Tokens, Tensor]:
-    """How a target is read and predicted after a source whose orders are all 0: a prefix language model, which is
-    sequence to sequence with the weights of both sides shared (Dong et al. 2019; Raffel et al. 2020, section 3.2.3).
+def shift_right(target: Tokens, source: Sequence[Tokens], first_row: int) -> tuple[Tokens, Tokens, Tensor]:
+    """How a target is read and predicted after a source: a prefix language model, which is sequence to sequence with
+    the weights of both sides shared (Dong et al. 2019; Raffel et al. 2020, section 3.2.3).
 
     target: a sequence (L + 1,) that begins with the token that opens it. Returns what is read of it, all but its last
-    token, with the orders 1 ... L; what is predicted, all but its first token; and the rows (L,) that answer, where
-    the target's first token is the row `first_row` of the example.
+    token, with orders after those of the source, 1 ... L where these are all 0; what is predicted, all but its first
+    token; and the rows (L,) that answer, where the target's first token is the row `first_row` of the example.
     """
     steps = torch.arange(len(target) - 1)
-    return target.select(steps).replace(order=steps + 1), target.select(steps + 1), steps + first_row
+    read = target.select(steps).replace(order=steps + next_order(source))
+    return read, target.select(steps + 1), steps + first_row

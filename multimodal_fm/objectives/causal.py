@@ -53,22 +53,16 @@ class Objective(base.TokenObjective):
     @staticmethod
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """Orders rise token by token; a modality of the prefix shares one order. The row before answers each token."""
-        inputs, targets, answers, order, time, num_rows = [], [], [], 0, 0.0, 0
-        pieces = list(sample.tokens.items())
+        inputs, targets, answers, num_rows = [], [], [], 0
+        read = list(sample.tokens)
         if config.drop_prefix and generator is not None and torch.rand((), generator=generator) < config.drop_prefix:
-            pieces = pieces[-1:]
-        for number, (modality, tokens) in enumerate(pieces):
-            if not config.fuse:
-                order, time = 0, 0.0
+            read = read[-1:]
+        pieces = (base.fuse if config.fuse else base.separate)(sample.tokens[modality] for modality in read)
+        for modality, tokens in zip(read, pieces, strict=True):
             is_prefix = modality in config.prefix
             steps = torch.zeros(len(tokens), dtype=torch.long) if is_prefix else torch.arange(len(tokens))
-            tokens = tokens.replace(
-                position=tokens.position + torch.tensor([time, 0.0, 0.0]),
-                order=steps + order,
-                sequence=tokens.sequence if config.fuse else tokens.sequence + number,
-            )
-            order, time = int(tokens.order[-1]) + 1, float(tokens.position[:, 0].max()) + 1
-            first = 0 if config.fuse and number else 1  # nothing comes before the first token of a sequence
+            tokens = tokens.replace(order=steps + base.next_order(inputs[-1:] if config.fuse else []))
+            first = 0 if config.fuse and inputs else 1  # nothing comes before the first token of a sequence
             predicted = torch.arange(first, first if is_prefix else len(tokens))
             inputs.append(tokens)
             targets.append(tokens.select(predicted))
@@ -82,10 +76,8 @@ class Objective(base.TokenObjective):
 
     def arrange_prefix(self, prefix: dict[str, Tokens], target: str, holes: Tensor | None = None) -> base.Prefix:
         """The prefix in the task's order, as `arrange` lays it out; the target's order and time go on after it."""
-        inputs = self.arrange(self.config, Sample({m: prefix[m] for m in self.modalities if m in prefix})).inputs
-        if not inputs:
-            return base.Prefix([], 0, 0.0)
-        return base.Prefix(inputs, int(inputs[-1].order[-1]) + 1, float(inputs[-1].position[:, 0].max()) + 1)
+        sample = Sample({m: prefix[m] for m in self.modalities if m in prefix})
+        return base.Prefix.before(self.arrange(self.config, sample).inputs)
 
     def has_likelihood(self, modality: str) -> bool:
         return modality in self.predictors

@@ -53,8 +53,7 @@ class Config(base.Config):
             raise ValueError("pairs are weights above 0")
         if self.views not in (1, 2):
             raise ValueError("views is 1 or 2")
-        ratios = self.drop_ratio.values() if isinstance(self.drop_ratio, dict) else [self.drop_ratio]
-        if not all(0 <= ratio < 1 for ratio in ratios):
+        if not all(0 <= ratio < 1 for ratio in base.all_values(self.drop_ratio)):
             raise ValueError("drop_ratio is from 0 to below 1")
 
 
@@ -87,13 +86,7 @@ class Objective(base.Objective):
     def problems(config: Config, modalities: list[str]):
         if len(modalities) < 2 and config.views < 2:
             yield "modalities", "must be at least two, which are brought together, or with `views: 2`"
-        if unknown := [
-            m for m in (config.drop_ratio if isinstance(config.drop_ratio, dict) else ()) if m not in modalities
-        ]:
-            yield (
-                "drop_ratio",
-                f"names no modality of the task: {', '.join(unknown)} (there are: {', '.join(modalities)})",
-            )
+        yield from base.check_modalities("drop_ratio", config.drop_ratio, modalities)
         both = itertools.combinations if config.views < 2 else itertools.combinations_with_replacement
         names = ["_".join(pair) for a, b in both(modalities, 2) for pair in ((a, b), (b, a))]
         if unknown := [name for name in config.pairs if name not in names]:

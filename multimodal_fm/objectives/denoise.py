@@ -1,7 +1,7 @@
 """Restore a sequence, or what was taken out of it, from a noisy version of it: BART, T5 and UL2, by the noise.
 
 The noisy source and the target are one sequence with the weights of both sides shared: the source's tokens read each
-other, the target is opened by a start token and written token by token (`base.follow`). A noise is one of
+other, the target is opened by a start token and written token by token (`base.shift_right`). A noise is one of
 
     infilling  spans of Poisson(3) tokens are each replaced by one mask token, spans of no token insert one, and the
                target is the whole original (BART; Lewis et al. 2019, section 2.2), with `permute_sentences` too
@@ -95,11 +95,11 @@ class Objective(base.TokenObjective):
         drawn = torch.multinomial(weights, 1, generator=generator)
         noise, num_rows = noises[int(drawn)], 0
         inputs, hidden, targets, answers = [], [], [], []
-        for number, (modality, tokens) in enumerate(sample.tokens.items()):
-            tokens = tokens.replace(sequence=constant(number, len(tokens)))
+        separate = base.separate(sample.tokens.values())
+        for modality, tokens in zip(sample.tokens, separate, strict=True):
             pieces, target, start = noisy_pair(noise, tokens, config.tokenizers[modality], generator)
             num_rows += sum(len(piece) for piece, _ in pieces)
-            read, predicted, rows = base.follow(target, num_rows)
+            read, predicted, rows = base.shift_right(target, [piece for piece, _ in pieces], num_rows)
             pieces.append((read, start[:-1]))
             num_rows += len(read)
             inputs += [piece for piece, _ in pieces]
@@ -131,9 +131,10 @@ class Objective(base.TokenObjective):
         pieces, time = render_source(noise, tokens, core, tokenizer)
         if not first:  # the mask token that opens the target is read too
             start, hide = render(tokens, torch.tensor([MASK]), (), time)
-            pieces.append((start.replace(order=torch.ones(1, dtype=torch.long)), hide))
+            pieces.append((start.replace(order=constant(base.next_order(p for p, _ in pieces), 1)), hide))
             time += is_rising(tokens)
-        return base.Prefix([p for p, _ in pieces], 1 if first else 2, time, [h if h.any() else None for _, h in pieces])
+        inputs, hidden = [piece for piece, _ in pieces], [hide if hide.any() else None for _, hide in pieces]
+        return base.Prefix(inputs, base.next_order(inputs), time, hidden)
 
 
 def check_noises(config: Config, modality: str, tokenizer: Tokenizer) -> None:
@@ -189,11 +190,11 @@ def render_source(noise: Noise, tokens: Tokens, rows: Tensor, tokenizer: Tokeniz
         same = {name: constant(int(getattr(tokens, name)[0]), len(prefix)) for name in ("modality", "sequence")}
         prefix = prefix.replace(**same)
         pieces.append((prefix, torch.zeros(len(prefix), dtype=torch.bool)))
-        opening, time = opening[:0], float(prefix.position[:, 0].max()) + 1
+        opening, time = opening[:0], base.next_time(prefix)
     rows = torch.cat([opening, rows, closing if noise.kind != "prefix" else closing[:0]])  # cut off: it has no end
     if len(rows):
         pieces.append(render(tokens, rows, tokenizer.sentinels, time))
-        time = float(pieces[-1][0].position[:, 0].max()) + 1
+        time = base.next_time(pieces[-1][0])
     return pieces, time
 
 

@@ -42,19 +42,16 @@ class Config(base.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if not all(0 <= ratio <= 1 for ratio in _values(self.mask_ratio)):
+        if not all(0 <= ratio <= 1 for ratio in base.all_values(self.mask_ratio)):
             raise ValueError("mask_ratio is from 0 to 1")
-        if min(self.num_masks, *_values(self.mask_block), *_values(self.keep_block)) < 1 or self.average_layers < 0:
+        blocks = (*base.all_values(self.mask_block), *base.all_values(self.keep_block))
+        if min(self.num_masks, *blocks) < 1 or self.average_layers < 0:
             raise ValueError("num_masks, mask_block and keep_block are at least 1, average_layers at least 0")
         if not 0 <= self.loss_beta < float("inf"):
             raise ValueError("loss_beta is a number from 0 up")
 
     def ratio(self, modality: str) -> float:
         return base.by_modality(self.mask_ratio, modality, 0.0)
-
-
-def _values(setting) -> list:
-    return list(setting.values()) if isinstance(setting, dict) else [setting]
 
 
 class Objective(base.DecodingObjective):
@@ -73,9 +70,7 @@ class Objective(base.DecodingObjective):
     @staticmethod
     def problems(config: Config, modalities: list[str]):
         for key in ("mask_ratio", "mask_block", "keep_block", "target_norm"):
-            setting = getattr(config, key)
-            if unknown := [m for m in (setting if isinstance(setting, dict) else ()) if m not in modalities]:
-                yield key, f"names no modality of the task: {', '.join(unknown)} (there are: {', '.join(modalities)})"
+            yield from base.check_modalities(key, getattr(config, key), modalities)
         if not any(config.ratio(modality) > 0 for modality in modalities):
             yield "mask_ratio", "hides nothing"
 
@@ -87,7 +82,7 @@ class Objective(base.DecodingObjective):
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """For each mask a sequence with a random share of each modality's tokens hidden, and the whole for the teacher;
         at least one token stays and, of two or more, one is hidden."""
-        whole = base.fuse(sample.tokens) if config.fuse else list(sample.tokens.values())
+        whole = base.fuse(sample.tokens.values()) if config.fuse else list(sample.tokens.values())
         own = [0 if config.fuse else number for number in range(len(whole))]
         first_rows = torch.tensor([0, *map(len, whole)]).cumsum(0).tolist()  # of each piece, for the teacher
         example, num_rows = Example([], [], group=sample.group), 0

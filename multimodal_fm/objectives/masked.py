@@ -32,12 +32,12 @@ class Config(base.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        ratios = self.mask_ratio.values() if isinstance(self.mask_ratio, dict) else [self.mask_ratio]
-        if not all(0 <= ratio <= 1 for ratio in (*ratios, self.random_ratio + self.keep_ratio)):
+        ratios = (*base.all_values(self.mask_ratio), self.random_ratio + self.keep_ratio)
+        if not all(0 <= ratio <= 1 for ratio in ratios):
             raise ValueError("mask_ratio, and random_ratio and keep_ratio together, are from 0 to 1")
 
     def ratio(self, modality: str) -> float:
-        return self.mask_ratio.get(modality, 0.0) if isinstance(self.mask_ratio, dict) else self.mask_ratio
+        return base.by_modality(self.mask_ratio, modality, 0.0)
 
 
 class Objective(base.DecodingObjective):
@@ -54,12 +54,7 @@ class Objective(base.DecodingObjective):
 
     @staticmethod
     def problems(config: Config, modalities: list[str]):
-        ratios = config.mask_ratio if isinstance(config.mask_ratio, dict) else {}
-        if unknown := [modality for modality in ratios if modality not in modalities]:
-            yield (
-                "mask_ratio",
-                f"names no modality of the task: {', '.join(unknown)} (there are: {', '.join(modalities)})",
-            )
+        yield from base.check_modalities("mask_ratio", config.mask_ratio, modalities)
         if not any(config.ratio(modality) > 0 for modality in modalities):
             yield "mask_ratio", "hides nothing"
 
@@ -70,13 +65,9 @@ class Objective(base.DecodingObjective):
     @staticmethod
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """Hide a random share of each modality's tokens; at least one stays and, of two or more, one is hidden."""
-        inputs, hidden, targets, answers, num_rows, time = [], [], [], [], 0, 0.0
-        for number, (modality, tokens) in enumerate(sample.tokens.items()):
-            if config.fuse:  # one sequence: its time goes on from modality to modality
-                tokens = tokens.replace(position=tokens.position + torch.tensor([time, 0.0, 0.0]))
-                time = float(tokens.position[:, 0].max()) + 1
-            else:
-                tokens = tokens.replace(sequence=tokens.sequence + number)
+        inputs, hidden, targets, answers, num_rows = [], [], [], [], 0
+        pieces = (base.fuse if config.fuse else base.separate)(sample.tokens.values())
+        for modality, tokens in zip(sample.tokens, pieces, strict=True):
             ratio = config.ratio(modality)
             count = min(max(round(ratio * len(tokens)), 1), len(tokens) - 1) if ratio > 0 else 0
             shuffled = torch.randperm(len(tokens), generator=generator)
@@ -100,16 +91,12 @@ class Objective(base.DecodingObjective):
 
     def arrange_holes(self, prefix: dict[str, Tokens], target: str, tokens: Tokens, hidden: Tensor) -> Example:
         """The modalities in the task's order, in one sequence; each hidden token's own row answers it."""
-        given, inputs, num_rows, time = prefix | {target: tokens}, [], 0, 0.0
-        rows = hidden.nonzero()[:, 0]
-        for modality in [m for m in self.modalities if m in given]:
-            piece = given[modality]
-            inputs.append(piece.replace(position=piece.position + torch.tensor([time, 0.0, 0.0])))
-            time = float(inputs[-1].position[:, 0].max()) + 1
-            if modality == target:
-                answers, targets, hide = rows + num_rows, inputs[-1].select(rows), len(inputs) - 1
-            num_rows += len(piece)
-        return Example(inputs, [hidden if i == hide else None for i in range(len(inputs))], [targets], [answers])
+        given, rows = prefix | {target: tokens}, hidden.nonzero()[:, 0]
+        read = [modality for modality in self.modalities if modality in given]
+        inputs, which = base.fuse(given[modality] for modality in read), read.index(target)
+        first_row = sum(map(len, inputs[:which]))
+        hide = [hidden if modality == target else None for modality in read]
+        return Example(inputs, hide, [inputs[which].select(rows)], [rows + first_row])
 
     @staticmethod
     def plan(config: Config, batch: Batch, targets: Targets) -> base.DecoderPlan | None:

@@ -43,6 +43,8 @@ class Objective(base.Objective):
 
     def __init__(self, config: Config, model, modalities: list[str]):
         super().__init__(config, model, modalities)
+        if config.kind == "next_sentence":
+            check_positions(model, config.modality)
         width = model.width
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
 
@@ -106,7 +108,7 @@ class Objective(base.Objective):
     @staticmethod
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """All of it in one sequence, nothing to be predicted but whether it belongs together."""
-        inputs = base.fuse(sample.tokens)
+        inputs = base.fuse(sample.tokens.values())
         return Example(inputs, [None] * len(inputs), group=sample.group)
 
     def loss(self, output, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,6 +123,19 @@ class Objective(base.Objective):
         total = F.cross_entropy(logits, targets.match, ignore_index=NOT_ASKED, reduction="sum")
         right = (logits.argmax(1) == targets.match).sum()
         return total / targets.num_matches, {"accuracy": right.float() / targets.num_matches}
+
+
+def check_positions(model, modality: str) -> None:
+    """Raises ValueError where the backbone learns its positions and has none for the second segment."""
+    backbone, extent = model.config.backbone, model.tokenizers[modality].extent()
+    times, rows, _ = backbone.extent()
+    if backbone.block == "classic" and not (backbone.grid and rows > 1):
+        raise ValueError("pair: the second segment stands in a row of its own: set backbone.grid=[2, 1]")
+    if extent and extent[0] + 1 > times:
+        raise ValueError(
+            f"pair: two segments have up to {extent[0] + 1} tokens, one END more than max_tokens, and the backbone "
+            f"learns {times} times: set backbone.max_positions={extent[0] + 1}"
+        )
 
 
 def find_starts(pieces: list[str]) -> list[int]:
@@ -141,7 +156,7 @@ def find_starts(pieces: list[str]) -> list[int]:
 
 def join_segments(first: Tokens, end: int, second: Tokens, begin: int) -> Tokens:
     """One sequence of `first` up to its token `end`, its last token (END), and `second` from its token `begin` on, at
-    most as many tokens as `first` has from `end` on.
+    most as many tokens as `first` has from `end` on: one END more than `first` in all.
 
     Time goes on; the second segment stands in a row of its own, which rotary embedding reads as BERT's token types tell
     the segments apart.
@@ -154,9 +169,12 @@ def join_segments(first: Tokens, end: int, second: Tokens, begin: int) -> Tokens
     position = torch.zeros(len(joined), 3)
     position[:, 0] = torch.arange(len(joined))
     position[len(a) :, 1] = 1.0
-    order, number = first.order[:1].expand(len(joined)), first.sequence[:1].expand(len(joined))
+    is_causal = bool(first.order.any())
     return joined.replace(
-        position=position, order=order, sequence=number, modality=first.modality[:1].expand(len(joined))
+        position=position,
+        order=torch.arange(len(joined)) if is_causal else first.order[:1].expand(len(joined)),
+        sequence=first.sequence[:1].expand(len(joined)),
+        modality=first.modality[:1].expand(len(joined)),
     )
 
 

@@ -79,7 +79,7 @@ class Objective(base.Objective):
     @staticmethod
     def arrange(config: Bound, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """All of the sample is read, each token by each other one of its sequence; the label is to be predicted."""
-        inputs = base.fuse(sample.tokens) if config.config.fuse else list(sample.tokens.values())
+        inputs = base.fuse(sample.tokens.values()) if config.config.fuse else list(sample.tokens.values())
         if sample.label is None:
             return Example(inputs, [None] * len(inputs), group=sample.group)
         label, rows = sample.label

@@ -76,8 +76,8 @@ class Objective(base.TokenObjective):
     def arrange(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Example:
         """One sequence: the other modalities and the source with order 0, then the target with orders 1, 2, ..."""
         source, target = sample.label
-        *pieces, target = lay_out([*(t for modality, t in sample.tokens.items() if modality != "text"), source, target])
-        read, predicted, rows = base.follow(target, sum(map(len, pieces)))
+        *pieces, target = base.fuse([*(t for m, t in sample.tokens.items() if m != "text"), source, target])
+        read, predicted, rows = base.shift_right(target, pieces, sum(map(len, pieces)))
         return Example([*pieces, read], [None] * (len(pieces) + 1), [predicted], [rows], sample.group)
 
     def writes(self) -> dict[str, list[str]]:
@@ -87,17 +87,7 @@ class Objective(base.TokenObjective):
     def arrange_prefix(self, prefix: dict[str, Tokens], target: str, holes: torch.Tensor | None = None) -> base.Prefix:
         """The other modalities in the task's order, then the source."""
         order = [m for m in (*(m for m in self.modalities if m != "text"), "text") if m in prefix]
-        pieces = lay_out([prefix[modality] for modality in order])
-        return base.Prefix(pieces, 1, float(pieces[-1].position[:, 0].max()) + 1 if pieces else 0.0)
-
-
-def lay_out(pieces: list[Tokens]) -> list[Tokens]:
-    """The pieces of one sequence, whose time goes on from each to the next."""
-    placed, time = [], 0.0
-    for piece in pieces:
-        placed.append(piece.replace(position=piece.position + torch.tensor([time, 0.0, 0.0])))
-        time = float(placed[-1].position[:, 0].max()) + 1
-    return placed
+        return base.Prefix.before(base.fuse(prefix[modality] for modality in order))
 
 
 def read_text(text: str, tokenizer: Tokenizer, modality: int) -> list[Tokens]:

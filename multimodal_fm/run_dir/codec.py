@@ -19,15 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..attention import plan_attention
-from ..batch import Example, count_targets, route
+from ..batch import Example, count_targets, plan_reading
 from ..config import build
 from ..corpus import storage
 from ..errors import UserError
 from ..heads.codes import Head
 from ..model import Model, ModelConfig, load_weights
 from ..tokenizers import image
-from ..tokens import Tokens, constant, join, layout, make_sequence
+from ..tokens import Tokens, constant, join, make_sequence
 from . import checkpoint, trust
 
 FORMAT = "multimodal_fm codec 1"
@@ -129,12 +128,11 @@ class Codec:
         """The raw content (N, ...) that codes (N,) of sequences stand for, whose tokens are at `positions` (n, 3)."""
         number = self.model.modalities.index(self.modality)
         tokens = join([make_sequence(constant(0, len(own)), own, number) for own in positions])
-        rows = layout(tokens.sequence, tokens.order)
-        tokens, device = tokens.select(rows), self.model.device
-        plan, routing = plan_attention(tokens), route(tokens.modality, len(self.model.modalities))
-        vectors = self.head.lookup(codes.index_select(0, rows).to(device))
-        values = self.head.decode(vectors, tokens.to(device), plan.to(device), routing.to(device))
-        return self.head.reconstructor.content(values.index_select(0, torch.argsort(rows).to(device))).cpu()
+        device = self.model.device
+        reading = plan_reading(tokens, len(self.model.modalities)).to(device)
+        vectors = self.head.lookup(codes.to(device)).index_select(0, reading.tokens.content)
+        values = self.head.decode(vectors, reading.tokens, reading.attention, reading.routing)
+        return self.head.reconstructor.content(values.index_select(0, reading.rows)).cpu()
 
     def grid(self, sequences: list[Tokens]) -> tuple[int, ...]:
         """The shape of the array of codes of one input: (rows, columns) of a picture, (frames,) of a sound.

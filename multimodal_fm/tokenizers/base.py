@@ -8,6 +8,8 @@ from random import Random
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -195,3 +197,32 @@ def override_augmentation(tokenizers: dict[str, Tokenizer], augment: dict[str, d
         except (TypeError, ValueError) as error:
             raise UserError(f"{here}: {error}") from None
     return changed
+
+
+class EmbedIds(nn.Embedding):
+    """Ids (N,) -> (N, D)."""
+
+    def __init__(self, num_ids: int, width: int):
+        super().__init__(num_ids, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.weight.index_select(0, content)
+
+
+class PredictIds(nn.Module):
+    """Cross-entropy (M,), in nats, of ids (M,) under vectors (M, D).
+
+    ignored: an id without a logit, which costs nothing, such as one that opens each sequence for sure.
+    """
+
+    def __init__(self, num_ids: int, width: int, ignored: int = -100):
+        super().__init__()
+        self.ignored, self.logits = ignored, nn.Linear(width, num_ids)
+        nn.init.normal_(self.logits.weight, std=0.02)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
+        logits = self.logits(vectors)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, content, ignore_index=self.ignored, reduction="none")

@@ -8,8 +8,6 @@ opens with a begin token, whose id follows those of the codes, so that a model c
 from __future__ import annotations
 
 import functools
-import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..corpus import arrays
 from ..errors import SampleError, UserError
 from ..tokens import Tokens, make_sequence
 from . import base
-
-MAX_HEADER = 4096  # bytes of an array's header
 
 
 @dataclass
@@ -95,14 +92,10 @@ class Tokenizer(base.Tokenizer):
         return make_sequence(F.pad(ids, (1, 0), value=self.begin), _after_begin(position))
 
     def _parse(self, data: bytes) -> np.ndarray:
-        """The array, of which nothing is allocated but what is there. Raises SampleError."""
+        """Raises SampleError."""
         if len(data) > self.config.max_bytes:
             raise SampleError("byte-limit", f"{len(data)} bytes, the limit is {self.config.max_bytes}")
-        shape, order, kind, start = _parse_header(data)
-        count = math.prod(shape)
-        if min(shape, default=0) < 0 or len(data) - start != count * kind.itemsize:
-            raise SampleError("decode", f"{len(data) - start} bytes are no array {shape} of {kind}")
-        return np.frombuffer(data, kind, count, start).reshape(shape, order=order)
+        return arrays.parse(data)
 
     def _check(self, codes: np.ndarray) -> None:
         """Raises SampleError where an array is not one of codes such as the settings name."""
@@ -119,7 +112,7 @@ class Tokenizer(base.Tokenizer):
 
     def measure(self, data: bytes, length: int) -> tuple[int, int]:
         """Rows and columns, or frames and 1."""
-        shape = _parse_header(data)[0]
+        shape = arrays.parse_header(data)[0]
         return shape[0], shape[1] if len(shape) == 2 else 1
 
     def count_tokens(self, length, a, b) -> np.ndarray:
@@ -184,24 +177,10 @@ class Tokenizer(base.Tokenizer):
         return codec.tokenizer.render(content, _line(len(codes)), self.vocoder)
 
     def embedder(self, width: int) -> nn.Module:
-        return Embed(self.config.codebook_size, width)
+        return base.EmbedIds(self.config.codebook_size + 1, width)
 
     def predictor(self, width: int) -> nn.Module:
-        return Predict(self.config.codebook_size, width)
-
-
-def _parse_header(data: bytes) -> tuple[tuple[int, ...], Any, np.dtype, int]:
-    """Shape, order, type and first byte of an array in NumPy's format. Raises SampleError."""
-    file = io.BytesIO(data[: MAX_HEADER + 16])
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, kind = read(file, max_header_size=MAX_HEADER)
-    except Exception as error:  # NumPy parses the header as a Python literal: whatever that raises
-        raise SampleError("decode", f"no array of NumPy's: {error}"[:100]) from None
-    if kind.kind not in "iu" or kind.itemsize > 8:
-        raise SampleError("decode", f"codes are whole numbers, not {kind}"[:100])
-    return shape, "F" if fortran else "C", kind, file.tell()
+        return base.PredictIds(self.config.codebook_size, width, ignored=self.begin)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -222,29 +201,3 @@ def _line(length: int) -> Tensor:
 def _after_begin(position: Tensor) -> Tensor:
     """(N + 1, 3): the begin token's position, then these (N, 3) one step of time later."""
     return torch.cat([torch.zeros(1, 3), position + torch.tensor([1.0, 0.0, 0.0])])
-
-
-class Embed(nn.Embedding):
-    """Ids (N,) -> (N, D)."""
-
-    def __init__(self, codebook_size: int, width: int):
-        super().__init__(codebook_size + 1, width)
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, content: Tensor) -> Tensor:
-        return self.weight.index_select(0, content)
-
-
-class Predict(nn.Module):
-    """Cross-entropy (M,), in nats, of ids (M,) under vectors (M, D); there are logits of codes alone, and the begin
-    token, which opens each sequence for sure, costs nothing."""
-
-    def __init__(self, codebook_size: int, width: int):
-        super().__init__()
-        self.logits = nn.Linear(width, codebook_size)
-        nn.init.normal_(self.logits.weight, std=0.02)
-        nn.init.zeros_(self.logits.bias)
-
-    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
-        logits = self.logits(vectors).float()
-        return F.cross_entropy(logits, content, ignore_index=logits.shape[1], reduction="none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from random import Random
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..corpus import arrays
 from ..errors import SampleError
 from ..tokens import Tokens, make_sequence
 from . import base
@@ -45,9 +45,8 @@ class Tokenizer(base.Tokenizer):
 
     def _array(self, raw) -> np.ndarray:
         try:
-            values = np.load(io.BytesIO(raw), allow_pickle=False) if isinstance(raw, bytes) else np.asarray(raw)
-            values = values.astype(np.float32)
-        except (ValueError, TypeError, EOFError, OSError) as error:
+            values = (arrays.parse(raw) if isinstance(raw, bytes) else np.asarray(raw)).astype(np.float32)
+        except (ValueError, TypeError) as error:
             raise SampleError("decode", f"not an array of numbers: {error}") from None
         columns = self.config.dims + self.config.weighted
         values = values[:, None] if values.ndim == 1 and columns == 1 else values

@@ -41,6 +41,7 @@ class Config:
     file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: the run learns one and keeps it in its folder
     train_bytes: int = 20_000_000  # how much training text the merges are learned from
     sentinels: int = 0  # ids at the top of the vocabulary that mark where the objective `denoise` took spans out
+    end_cuts: bool = True  # END also where a longer text is cut; false: only where it ends, so that `causal` writes on
     causal: bool = False  # each token reads only those before it, whatever the objective (GPT-2, CLIP's texts)
 
     def __post_init__(self):
@@ -59,7 +60,8 @@ class Tokenizer(base.Tokenizer):
     Config, extensions = Config, ("txt", "json")
 
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
-        """Sequences BEGIN ids END of at most `max_tokens` tokens: content (N,) int64, position (index, 0, 0).
+        """Sequences BEGIN ids END of at most `max_tokens` tokens: content (N,) int64, position (index, 0, 0). Without
+        `end_cuts` a window that ends within its text has no END.
 
         `raw` is the sample's members by ending, or a string. With a generator one of the texts is drawn, and of a long
         one a window; otherwise the first text is cut into at most `MAX_WINDOWS` windows. Between the documents of a
@@ -71,15 +73,22 @@ class Tokenizer(base.Tokenizer):
         room = self.config.max_tokens - 2
         if generator is None:
             ids = self._encode_documents(next(iter(texts.values()))[0], room * MAX_WINDOWS)
-            return [_sequence(ids[start : start + room], self.config.causal) for start in range(0, len(ids), room)]
+            whole = len(ids) < room * MAX_WINDOWS
+            return [self._window(ids, start, whole) for start in range(0, len(ids), room)]
         draws = [generator.random() for _ in range(4)]
         text = self._draw(texts, draws[0], draws[1])
         reach = room * 8  # characters: nearly any text has fewer in `room` tokens
         length = len(text) if isinstance(text, str) else sum(map(len, text))
-        start = _index(draws[2], max(length - reach, 0) + 1)
-        ids = self._encode_documents(_crop(text, start, start + reach))
+        first = _index(draws[2], max(length - reach, 0) + 1)
+        ids = self._encode_documents(_crop(text, first, first + reach))
         start = _index(draws[3], max(len(ids) - room, 0) + 1)
-        return [_sequence(ids[start : start + room], self.config.causal)]
+        return [self._window(ids, start, first + reach >= length)]
+
+    def _window(self, ids: np.ndarray, start: int, whole: bool) -> Tokens:
+        """The sequence of the ids from `start` on; whole: whether the text ends with the last of all ids."""
+        stop = start + self.config.max_tokens - 2
+        ended = self.config.end_cuts or (whole and stop >= len(ids))
+        return _sequence(ids[start:stop], self.config.causal, ended)
 
     def split_inputs(self, raw) -> list[str]:
         """Each text of the first field that the sample has, the documents of a block one by one. Raises SampleError."""
@@ -246,10 +255,10 @@ class Tokenizer(base.Tokenizer):
         return self.replace(max_tokens=max_tokens, train_bytes=train_bytes, **smaller)
 
     def embedder(self, width: int) -> nn.Module:
-        return Embed(self.config.vocab_size, width)
+        return base.EmbedIds(self.config.vocab_size, width)
 
     def predictor(self, width: int) -> nn.Module:
-        return Predict(self.config.vocab_size, width)
+        return base.PredictIds(self.config.vocab_size, width)
 
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -349,10 +358,10 @@ def _crop(text: Text, start: int, stop: int) -> Text:
     return tuple(kept)
 
 
-def _sequence(ids: np.ndarray, causal: bool) -> Tokens:
-    content = np.empty(len(ids) + 2, dtype=np.int64)
-    content[0], content[-1] = BEGIN, END
-    np.add(ids, 2, out=content[1:-1])
+def _sequence(ids: np.ndarray, causal: bool, ended: bool) -> Tokens:
+    content = np.full(len(ids) + 1 + ended, END, dtype=np.int64)
+    content[0] = BEGIN
+    np.add(ids, 2, out=content[1 : len(ids) + 1])
     tokens = make_sequence(torch.from_numpy(content), _positions(len(content)))
     return tokens.replace(order=torch.arange(len(tokens))) if causal else tokens
 
@@ -366,28 +375,3 @@ def _positions(count: int) -> Tensor:
 @functools.cache
 def _longer_positions(count: int) -> Tensor:
     return F.pad(torch.arange(count, dtype=torch.float32)[:, None], (0, 2))
-
-
-class Embed(nn.Embedding):
-    """Ids (N,) -> (N, D)."""
-
-    def __init__(self, vocab_size: int, width: int):
-        super().__init__(vocab_size, width)
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, content: Tensor) -> Tensor:
-        return self.weight.index_select(0, content)
-
-
-class Predict(nn.Module):
-    """Cross-entropy (M,), in nats, of ids (M,) under vectors (M, D)."""
-
-    def __init__(self, vocab_size: int, width: int):
-        super().__init__()
-        self.logits = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.logits.weight, std=0.02)
-        nn.init.zeros_(self.logits.bias)
-
-    def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
-        logits = self.logits(vectors)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), content, reduction="none")

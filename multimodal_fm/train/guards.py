@@ -34,7 +34,7 @@ LEAST_DEVIATION = 1e-3  # of the median, so that rounding of a constant figure i
 class Config:
     """One monitor: which figures it looks at, when they are out of bounds, and what is done then."""
 
-    figure: str  # of a training step in metrics.jsonl: a name, or a pattern as in loss/*/latent/target_std
+    figure: str  # of a training step in metrics.jsonl: a name, or a pattern as in loss/*/latent/*_target_std
     above: float | None = None  # a larger value is out of bounds
     below: float | None = None  # a smaller value is out of bounds
     factor: float | None = None  # a value above so many times the running median is out of bounds

@@ -156,7 +156,7 @@ class TrainStep:
         objective: Any
         for objective in self.objectives.values():
             objective.after_update()
-            objective.follow(skipped, self.ranks.all_gather)
+            objective.update_statistics(skipped, self.ranks.all_gather)
         ema.update(self.ema, self.trained, step, self.config.ema_decay, skipped)
 
     def _now(self) -> Any:
