@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2
 from test_config import mmfm
 
-from multimodal_fm import cli
+from multimodal_fm.cli import evaluation
 from multimodal_fm.errors import UserError
 from multimodal_fm.evals import compare
 from multimodal_fm.run_dir import evaluations, predictions
@@ -205,8 +205,8 @@ def test_the_command(runs, capsys):
     evaluated(b, {"knn/image/accuracy": figure(0.52)}, name="e\x1bvil")
     done = mmfm("compare", a, b)
     assert done.returncode == 0 and "McNemar" in done.stdout and "B - A" in done.stdout and "\x1b" not in done.stdout
-    cli.compare(str(a), str(b), json=True)
+    evaluation.compare(str(a), str(b), json=True)
     (one,) = json.loads(capsys.readouterr().out)["paired"].values()
     assert one["mcnemar"]["only_b"] == 20
-    cli.compare(str(a), str(b), forgetting=True)
+    evaluation.compare(str(a), str(b), forgetting=True)
     assert "by modality" in capsys.readouterr().out
