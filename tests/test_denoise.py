@@ -693,3 +693,50 @@ def test_mmfm_inspect_prints_the_order_table(tmp_path, corpus, capsys):
     target = [order for order in orders if order]
     assert orders == [0] * (len(orders) - len(target)) + target and target == list(range(1, len(target) + 1))
     assert any("<299>" in line for line in lines), "a sentinel is seen"
+
+
+@pytest.mark.parametrize("noise", [Noise("infilling", 0.3), UL2["r"], UL2["s"]], ids=["bart", "t5", "rest"])
+def test_what_a_denoiser_writes_is_measured(tokenizer, tmp_path, noise):
+    from multimodal_fm.evals.denoise import Evaluator, copy_source, restore
+    from multimodal_fm.evals.embed_corpus import EmbeddedCorpus
+
+    torch.manual_seed(0)
+    model = Model(ModelConfig({"text": tokenizer}, BackboneConfig(width=24, depth=1, num_heads=2))).eval()
+    objective = Objective(Config(noises={"own": noise}), model, ["text"])
+    torch.nn.init.normal_(objective.predictors["text"].logits.weight)
+    bound = Bound(objective.config, objective.tokenizers)
+    written = ["The red fox ran.", "It saw a hen! Was it a good hen?"]
+    examples = [Objective.arrange(bound, Sample({"text": read(tokenizer, one)}), seeded(3)) for one in written]
+
+    def likeliest(example):  # all is read anew for each token
+        *source, target = example.inputs
+        ids = [int(target.content[0])]
+        while len(ids) < tokenizer.generation().length and ids[-1] != tokenizer.generation().end:
+            position = torch.zeros(len(ids), 3)
+            position[:, 0] = torch.arange(len(ids)) + target.position[0, 0]
+            own = make_sequence(torch.tensor(ids), position, 0).replace(order=torch.arange(len(ids)) + target.order[0])
+            row = sum(map(len, source)) + len(ids) - 1
+            read_so_far = type(example)([*source, own], [*example.hidden[:-1], None])
+            batch = collate({"a": [(0, read_so_far)]}, ["text"], {"a": {}})
+            logits = objective.predictors["text"].logits(model(batch).tokens.content[row])
+            logits[list(tokenizer.generation().first)] = -math.inf
+            ids.append(int(logits.argmax()))
+        return ids[1:]
+
+    with torch.no_grad():
+        assert restore(model, objective, examples) == [likeliest(example) for example in examples]
+    kept = [i for one in examples[0].inputs[:-1] for i in one.content.tolist()]
+    assert set(copy_source(model, examples[0])) <= {*kept, tokenizer.generation().end}
+    assert not {*tokenizer.sentinels, *tokenizer.generation().first} & set(copy_source(model, examples[0]))
+
+    shards.write(tmp_path / "a.tar", [{"__key__": str(n), "txt": one} for n, one in enumerate(written)])
+    embedded = embed_corpus(model, Corpus(Source(str(tmp_path / "a.tar")), "a"))
+    assert isinstance(embedded, EmbeddedCorpus)
+    figures = Evaluator().run(embedded, Evaluator.Config(), model, {"own/denoise": objective})
+    exact = figures["denoise/own/exact"]
+    assert (exact["value"], exact["chance"], exact["n"]) == (0.0, 0.0, 2)
+    nothing = Objective(Config(noises={"own": Noise("infilling", 0.0)}), model, ["text"])  # to copy is right then
+    nothing.predictors.load_state_dict(objective.predictors.state_dict())
+    figures = Evaluator().run(embedded, Evaluator.Config(), model, {"own/denoise": nothing})
+    assert figures["denoise/own/exact"]["chance"] == 1.0 and figures["denoise/own/chrf"]["chance"] == 100.0
+    assert figures["denoise/own/bits_per_token"]["value"] > 0

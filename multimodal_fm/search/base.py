@@ -51,9 +51,7 @@ class Index(Protocol):
         """How many items of each modality there are."""
         ...
 
-    def search(
-        self, vectors: np.ndarray, top: int, modality: str = "", where: Where | None = None
-    ) -> list[list[Hit]]:
+    def search(self, vectors: np.ndarray, top: int, modality: str = "", where: Where | None = None) -> list[list[Hit]]:
         """The `top` nearest items of each query, the nearest first: of one modality, or of all.
 
         vectors: (Q, E) float32. A filter is exact: where `top` items fit it, `top` are returned.
