@@ -17,6 +17,7 @@ from multimodal_fm import config
 from multimodal_fm.backbone import Config as BackboneConfig
 from multimodal_fm.batch import Example, Sample, collate, count_targets, with_counts
 from multimodal_fm.corpus import shards
+from multimodal_fm.errors import UserError
 from multimodal_fm.model import Model, ModelConfig
 from multimodal_fm.objectives import latent
 from multimodal_fm.run_dir import checkpoint
@@ -291,6 +292,11 @@ def test_a_representation_without_its_guard_collapses_and_the_figure_shows_it(tm
             steps=50, save_every=50, ema_decay=0.0, optim={"lr": 0.01, "warmup_steps": 3},
         )  # fmt: skip
         loop.pretrain(build(data))
+        if norm == "layer":  # a monitor ends the same run while its targets still differ
+            monitor = {"figure": "loss/*/latent/*_target_std", "below": 0.3, "patience": 2, "action": "stop"}
+            with pytest.raises(UserError, match=r"monitor collapse: .*text_target_std .* is below 0.3.*checkpoint: "):
+                loop.pretrain(build({**data, "run_dir": str(tmp_path / "watched"), "monitors": {"collapse": monitor}}))
+            assert len(losses(tmp_path / "watched")) < 45
         rows = losses(tmp_path / norm)
         last[norm] = [rows[step]["loss/t/latent/text_target_std"] for step in (1, 50)]
     assert last["layer"][0] > 0.5 and last["layer"][1] < 0.2 < 0.8 < min(last["instance"])
