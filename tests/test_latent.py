@@ -302,6 +302,18 @@ def test_a_representation_without_its_guard_collapses_and_the_figure_shows_it(tm
     assert last["layer"][0] > 0.5 and last["layer"][1] < 0.2 < 0.8 < min(last["instance"])
 
 
+def test_more_blocks_than_there_are_cannot_be_averaged(tmp_path, corpus):
+    task = {
+        "objectives": {"latent": {"average_layers": 3}},
+        "modalities": ["text"],
+        "batch_size": 4,
+        "sources": ["all"],
+    }
+    backbone = {"width": 16, "depth": 2, "num_heads": 2}
+    with pytest.raises(UserError, match="average_layers=3 of a backbone of 2 blocks"):
+        loop.pretrain(build(text_only(corpus, tmp_path, tasks={"t": task}, backbone=backbone)))
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_same_losses(tmp_path, corpus):
     data = latent_config(corpus, tmp_path, microbatches=2, log_samples=True)

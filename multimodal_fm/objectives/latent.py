@@ -64,7 +64,10 @@ class Objective(base.DecodingObjective):
         if config.hide == "drop":
             width = config.decoder.width
             self.add_decoder(config.decoder, model, predicted)
-        self.teacher_layers = config.average_layers or model.config.backbone.depth
+        depth = model.config.backbone.depth
+        if config.average_layers > depth:
+            raise ValueError(f"latent: average_layers={config.average_layers} of a backbone of {depth} blocks")
+        self.teacher_layers = config.average_layers or depth
         self.predictors = nn.ModuleDict({m: nn.Linear(width, model.width) for m in predicted})
 
     @staticmethod
