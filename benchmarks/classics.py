@@ -188,6 +188,10 @@ class Bench:
                 if key not in self.results["tunes"]:
                     self.results["tunes"][key] = self.tune(base, task, key.replace("/", "-"), like, row.steps)
                     self.save()
+            runs = (f"runs/tuned-{name}-{task}-{way}" for way in ("none", "pretrained"))
+            paired = json.loads(self.command("compare", *runs, "--json"))["paired"]["test"]
+            self.results["tunes"][f"{name}/{task}/difference"] = paired
+            self.save()
 
     def tune(self, base: str, task: str, folder: str, like: tuple[str, ...], steps: int) -> dict:
         """The figure of the test part after `steps` steps of labels; the best of four checkpoints on a part of them."""
@@ -243,8 +247,13 @@ def tables(results: dict) -> dict[str, list[list]]:
             rows.append([*start, figure.says, *compare(results, figure, ours)])
         for task, said in row.tune.items():
             ours, none = (results["tunes"].get(f"{name}/{task}/{way}") for way in ("pretrained", "none"))
-            if ours and none and "value" in ours:
-                rows.append([*start, f"{said}; unpretrained", *compare_values(ours, none["value"])])
+            paired = results["tunes"].get(f"{name}/{task}/difference")
+            if ours and none and paired:
+                said_of = "yes" if paired["low"] > 0 else "within the interval" if paired["difference"] > 0 else "no"
+                interval = f"difference {paired['low']:+.3f} to {paired['high']:+.3f}"
+                rows.append(
+                    [*start, f"{said}; unpretrained", f"{ours['value']:.3f}", interval, f"{none['value']:.3f}", said_of]
+                )
     found = {"Every classic against its baseline": rows}
     if nano := results.get("nanogpt"):
         found["nanoGPT's own code beside it"] = [
