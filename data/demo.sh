@@ -30,3 +30,6 @@ set -f  # the patterns are the program's to expand
 # shellcheck disable=SC2086
 say mmfm pretrain configs/demo.yaml $settings --resume auto
 say mmfm report "$run"
+say mmfm embed "$run" "$shards/validation-*.tar" --out "$run/collection"
+say mmfm index "$run/collection"
+echo "to search what the run never saw, in a browser: mmfm serve $run/collection"

@@ -10,7 +10,8 @@ from pathlib import Path
 import toy_corpus
 
 import multimodal_fm as mmfm
-from multimodal_fm.search.query import render, search
+from multimodal_fm.corpus.shards import Config, Corpus
+from multimodal_fm.search.memory import CorpusIndex
 from multimodal_fm.train import config, loop
 
 
@@ -22,8 +23,8 @@ def main(folder: Path) -> None:
     loop.pretrain(config.load(Path(__file__).with_name("squares.yaml"), overrides))  # as `mmfm pretrain` does
 
     model = mmfm.load(folder / "run")  # the newest whole checkpoint, averaged weights
-    hits, _ = search(model, {"text": "a small shiny red square"}, [str(held_out)], {}, top=3)  # as `mmfm search` does
-    print(render(hits))
+    index = CorpusIndex(model, Corpus(Config([str(held_out)])))  # in memory, as `mmfm search RUN --in SHARDS` does
+    print(mmfm.search(index, "a small shiny red square", model=model, top=3, fold=False))
 
     vectors = model.embed(text=["a small shiny red square"], image=[toy_corpus.image("red"), toy_corpus.image("blue")])
     red, blue = (vectors["text"] @ vectors["image"].T)[0].tolist()

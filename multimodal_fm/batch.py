@@ -61,7 +61,7 @@ class Example:
 class SequenceTable:
     """A row for each sequence of a task. It stays on the CPU: pairs are worked out from it there."""
 
-    modality: Tensor  # (S,) of the sequence's first token
+    modality: Tensor  # (S,) of the sequence's first token behind the learned ones (`Tokenizer.prompt`)
     sample: Tensor  # (S,) numbered over the whole step
     group: Tensor  # (S,)
 
@@ -314,6 +314,7 @@ def collate(
     tokens, moved_to = _lay_out([piece for _, piece, _ in pieces], size, modality, sequence)
     row_in_layout = _shifted_rows(size, moved_to - begin)  # (N,) for each row, example by example
     numbers, which = np.unique(sequence, return_index=True)  # and each sequence's first piece
+    first_read = modality[which + (prompt is not None)]  # which is that behind the learned tokens
     facts = zip(*((name, number, e.group, e.match) for name, number, e in examples), strict=True)
     names, *facts = (np.array(column)[owner[which]] for column in facts)
     by_modality = {modalities[k]: [pieces[p] for p in np.flatnonzero(modality == k)] for k in np.unique(modality)}
@@ -330,7 +331,7 @@ def collate(
     )
     for name in tasks:
         mine = [(i, example) for i, (task, _, example) in enumerate(examples) if task == name]
-        columns = (torch.from_numpy(column[names == name]) for column in (numbers, modality[which], *facts))
+        columns = (torch.from_numpy(column[names == name]) for column in (numbers, first_read, *facts))
         ids, of_modality, sample, group, match = columns
         targets = Targets(
             *_targets(mine, modalities, first_row, first_sequence, row_in_layout),

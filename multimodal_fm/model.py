@@ -75,6 +75,14 @@ class Output:
         """A loss of nothing that still reaches every parameter below."""
         return self.tokens.content.sum() * 0.0
 
+    def pool(self, kind: str) -> Tensor:
+        """One vector (S, D) for each sequence: its tokens' mean, or that of its first or last token."""
+        if kind == "mean":
+            return self.mean_pool()
+        rows = self.first_rows() if kind == "first" else self.last_rows()
+        padded = nn.functional.pad(full(self.tokens.content), (0, 0, 0, 1))  # a sequence of none is zeros
+        return padded.index_select(0, rows)
+
     def mean_pool(self) -> Tensor:
         """The mean over each sequence's tokens (S, D)."""
         content = full(self.tokens.content)
@@ -105,6 +113,14 @@ class Output:
         first = torch.full((self.num_sequences + 1,), len(owner), device=owner.device, dtype=torch.long)
         return first.scatter_reduce(0, owner, rows, "amin").narrow(0, 0, self.num_sequences)
 
+    def last_rows(self) -> Tensor:
+        """The row of each sequence's last token (S,)."""
+        owner = self._owner()
+        rows = torch.arange(len(owner), device=owner.device)
+        last = torch.full((self.num_sequences + 1,), -1, device=owner.device, dtype=torch.long)
+        last = last.scatter_reduce(0, owner, rows, "amax").narrow(0, 0, self.num_sequences)
+        return torch.where(last < 0, len(owner), last)
+
     def instance_norm(self, values: Tensor, eps: float = 1e-5) -> Tensor:
         """Values (N, D) with zero mean and unit variance, in each of the D, over the tokens of each sequence."""
         owner = self._owner()
@@ -122,7 +138,8 @@ class Output:
 
     def embedding(self, sequence: Tensor, modality: Tensor, head: str = "retrieval") -> Tensor:
         """What a head makes of the named sequences (M,), whose modalities are (M,)."""
-        return self.heads[head](self.mean_pool().index_select(0, sequence), modality)
+        adapter: Any = self.heads[head]
+        return adapter(self.pool(adapter.pooling).index_select(0, sequence), modality)
 
 
 class Model(nn.Module):
@@ -280,10 +297,12 @@ class Model(nn.Module):
             examples = [(i, Example([sequence], [None])) for i, sequence in enumerate(sequences)]
             batch = self.collate({"embed": examples}, {"embed": {}})
             with cast:
-                pooled = self(batch).mean_pool()
+                output = self(batch)
+                pooled = output.mean_pool()
             targets = batch.tasks["embed"]
             pooled = pooled.index_select(0, targets.sequence)
-            outputs.append((self.heads[head](pooled, targets.modality), pooled) if head else (pooled,))
+            vectors = (output.embedding(targets.sequence, targets.modality, head),) if head else ()
+            outputs.append((*vectors, pooled))
         owner = torch.tensor([i for i, _ in flat], device=self.device)
         length = torch.tensor([float(len(s)) for _, s in flat], device=self.device)[:, None]
         total = torch.zeros(len(inputs), 1, device=self.device).index_add(0, owner, length)
@@ -380,8 +399,10 @@ def without_adapter(model: Model) -> Model:
     return plain.to(model.device).train(model.training)
 
 
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Load a checkpoint's tensors by name. Raises UserError that names what is missing, unknown or of another shape."""
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path, assign: bool = False) -> None:
+    """Load a checkpoint's tensors by name. Raises UserError that names what is missing, unknown or of another shape.
+
+    assign: take the tensors themselves, as a module on the meta device must."""
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     wrong += [f"{name} is not of this model" for name in tensors.keys() - own.keys()]
@@ -393,7 +414,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) ->
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{folder}: its weights do not fit: {'; '.join(sorted(wrong)[:3])}{more}")
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)
 
 
 def read_config(folder: Path, plugins: bool = False) -> ModelConfig:

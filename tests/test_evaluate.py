@@ -1,4 +1,4 @@
-"""What users call: embed, evaluate, search. Their figures against what can be worked out by hand."""
+"""What users call: embed and evaluate. Their figures against what can be worked out by hand."""
 
 import dataclasses
 import json
@@ -28,7 +28,6 @@ from multimodal_fm.evals.embed_corpus import EmbeddedCorpus, Inputs, embed_corpu
 from multimodal_fm.evals.metrics import estimate, find_nearest, rank_first
 from multimodal_fm.evals.run import evaluate, find_trained_on, load_evaluations, table
 from multimodal_fm.run_dir import checkpoint, evaluations
-from multimodal_fm.search.query import render, search, split_query
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build
 
@@ -500,25 +499,11 @@ def test_the_commands(run, corpus, tmp_path):
     assert {"retrieval/audio_to_image/median_rank", "text/bits_per_byte"} <= figures.keys()
     done = mmfm("evaluate", run, "--on", shard, "--where", "language=en", "--modalities", "text", "image")
     assert "text → image" in done.stdout and "audio" not in done.stdout
-    (tmp_path / "red.jpg").write_bytes(jpeg("red"))
-    for words in (
-        ["a red square", "--in", shard],
-        ["--in", shard, "a red square"],
-        ["--image", tmp_path / "red.jpg", "--in", shard],
-    ):
-        done = mmfm("search", run, *words, "--top", "3")
-        assert done.returncode == 0, done.stderr
-        assert (
-            all(modality in done.stdout for modality in ("text", "image", "audio"))
-            and done.stdout.count("sample01") == 9
-        )
     for words in (
         ("evaluate", run, "--on", shard, "--group", "nothing"),
         ("evaluate", run, "--on", shard, "--where", "x"),
         ("evaluate", run),
         ("evaluate", run, "--on", shard, "--modalities", "smell"),
-        ("search", run, "--in", shard),
-        ("search", run, "a", "--in", "nothing.tar"),
     ):
         done = mmfm(*words)
         assert done.returncode == 2 and done.stderr.strip().count("\n") == 0, (words, done.stderr)
@@ -663,44 +648,3 @@ ESCAPE = "a \x1b[31mred\x1b[0m \x9b2J square\u202e \r\u200d"
 def test_printable():
     assert printable(ESCAPE) == r"a \x1b[31mred\x1b[0m \x9b2J square\u202e \r" + "\u200d"
     assert printable("שלום, 日本 😀\n") == "שלום, 日本 😀\\n" and printable("\ud800") == "\\ud800"
-
-
-def test_search_shows_where_what_and_which_part(model, tmp_path):
-    """The shard, the key, the label and the text of each hit; of several captions and windows the one that matched."""
-    made = samples(8)
-    made[2] |= {"txt": ESCAPE + " " + "and a very long story " * 20}
-    made[5] = {"__key__": "two", "json": {"captions": ["a green square", "a yellow square"], "label": "named"}}
-    shards.write(tmp_path / "a.tar", made)
-    hits, skipped = search(model, {"text": "a yellow square"}, [str(tmp_path / "a.tar")], {}, top=8)
-    assert not skipped and list(hits) == ["text", "image", "audio"]
-    assert len(hits["text"]) == 8 and len(hits["image"]) == 7 and len(hits["audio"]) == 4
-    scores = [hit.score for hit in hits["text"]]
-    assert scores == sorted(scores, reverse=True)
-    (best,) = [hit for hit in hits["text"] if hit.text == "a yellow square"]
-    assert best is hits["text"][0] and best.score == pytest.approx(1, abs=1e-4)
-    assert (best.key, best.label, best.number, best.of, best.members) == ("two", "named", 2, 2, ["json"])
-    assert "two.json  [named]  a yellow square  (text 2 of 2)" in best.line() and str(tmp_path / "a.tar") in best.line()
-    (long,) = [hit for hit in hits["text"] if hit.windows > 1]
-    assert 1 <= long.window <= long.windows and f"window {long.window} of {long.windows}" in long.line()
-    assert "\x1b" not in render(hits) and "\\x1b[31mred" in long.line()
-    image = hits["image"][0]
-    assert image.members == ["jpg"] and image.label in "0123" and image.text.startswith("a ")
-    assert sorted(hit.samples for hit in hits["audio"]) == [1, 2, 2, 2]
-    rows = [json.loads(line) for line in render(hits, as_json=True).splitlines()]
-    assert next(row["key"] for row in rows if row["modality"] == "text") == "two"
-
-
-def test_the_query_may_stand_behind_the_shards(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    assert split_query(["a.tar", "b.jsonl", "a", "dog"]) == (["a.tar", "b.jsonl"], "a dog")
-    assert split_query([str(folder), "dog"]) == ([str(folder)], "dog")
-    assert split_query(["no/such/folder", "dog"]) == (["no/such/folder"], "dog")
-    assert split_query(["s3://bucket/x-*", "dog"]) == (["s3://bucket/x-*"], "dog")
-    assert split_query(["a.tar"]) == (["a.tar"], "") and split_query([]) == ([], "")
-
-
-def test_a_folder_to_search_in_is_no_query(run, tmp_path):
-    for words in ([tmp_path, "dog"], [tmp_path / "none", "dog"]):
-        done = mmfm("search", run, "--in", *words)
-        assert done.returncode == 2 and str(words[0]) in done.stderr and "dog" not in done.stderr

@@ -79,8 +79,7 @@ def run(words, monkeypatch, capfd) -> str:
     "words, said",
     [
         (["evaluate"], "mmfm: evaluate: RUN is missing (see mmfm evaluate --help)"),
-        (["search"], "mmfm: search: RUN is missing (see mmfm search --help)"),
-        (["search", "runs/x", "dog"], "mmfm: search: --in is missing (see mmfm search --help)"),
+        (["search"], "mmfm: search: INDEX is missing (see mmfm search --help)"),
         (["pack", "photos", "--to"], "mmfm: pack: --to needs a value (see mmfm pack --help)"),
         (["pretrain"], "mmfm: pretrain: CONFIG is missing (see mmfm pretrain --help)"),
         (["pretrain", "a.yaml", "--steps", "5"], "written without dashes, as in steps=50"),

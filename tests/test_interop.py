@@ -248,20 +248,20 @@ def test_what_cannot_be_expressed_is_refused_by_name(hf, tmp_path):
         from_hugging_face(folder(hf.BertModel(bert), "kind", model_type="nothing"))
     with pytest.raises(UserError, match="activation 'silu'"):
         from_hugging_face(folder(hf.BertModel(bert), "activation", hidden_act="silu"))
-    with pytest.raises(UserError, match="num_hidden_layers is a whole number from 1 up, not 'two'"):
+    with pytest.raises(UserError, match="num_hidden_layers is a whole number from 1 to 16777216, not 'two'"):
         settings = json.loads((tmp_path / "kind/config.json").read_text()) | {"model_type": "bert"}
         (tmp_path / "kind/config.json").write_text(json.dumps({**settings, "num_hidden_layers": "two"}))
         from_hugging_face(tmp_path / "kind")
     with pytest.raises(UserError, match="no place for encoder.layer.1.attention.output.LayerNorm.bias"):
         (tmp_path / "kind/config.json").write_text(json.dumps({**settings, "num_hidden_layers": 1}))
         from_hugging_face(tmp_path / "kind")
-    with pytest.raises(UserError, match="no place for encoder.layer.0.crossattention"):
+    with pytest.raises(UserError, match="is_decoder is True, which cannot be expressed"):
         decoder = hf.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
         from_hugging_face(folder(hf.BertModel(decoder), "decoder"))
-    with pytest.raises(UserError, match="its tokenizer is not the byte-level BPE"):
+    with pytest.raises(UserError, match="has no tokenizer.json"):
         from_hugging_face(folder(hf.BertModel(bert), "bert"), tokenizer_file=tmp_path / "x.json")
     gpt2 = hf.GPT2Config(**TEXT, bos_token_id=0, eos_token_id=0, scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(UserError, match="scales attention otherwise"):
+    with pytest.raises(UserError, match="scale_attn_by_inverse_layer_idx is True"):
         from_hugging_face(folder(hf.GPT2Model(gpt2), "scaled"))
     vit = folder(hf.ViTModel(hf.ViTConfig(**PICTURE)), "vit")
     (vit / "preprocessor_config.json").unlink()
@@ -269,7 +269,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(hf, tmp_path):
         from_hugging_face(vit)
     (vit / "model.safetensors").unlink()
     torch.save({}, vit / "pytorch_model.bin")
-    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+    with pytest.raises(UserError, match="pytorch_model.bin is a pickle"):
         from_hugging_face(vit)
 
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError
 
 from ..errors import UserError, printable
-from . import corpora, evaluation, generation, searching, training  # noqa: F401  their commands; the help's order
+from . import corpora, evaluation, generation, searching, serving, sharing, training  # noqa: F401  for their commands
 from .app import app
 
 SECONDS_FOR_THE_FIRST = 10  # that a process waits for the first to fail, before it prints why it failed itself

@@ -84,6 +84,15 @@ def write_atomic(path: str | Path, data: bytes | Iterable[bytes], sync: bool = T
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(path: str | Path) -> None:
+    """Waits until the names in a folder are on the disk, as after `write_atomic`, so that they outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def list_files(pattern: str) -> list[str]:
     """The files that a path, a glob pattern or a URL names, sorted. Raises UserError for a scheme that is not read."""
     scheme, colon, _ = pattern.partition(":")

@@ -118,9 +118,10 @@ def _configured_sources(embedded: EmbeddedCorpus, folder: Path, seen: set[Path])
         return {}
     seen.add(folder.resolve())
     config, sources = checkpoint.read_data(folder, "config"), {}
-    if config.get("init"):
+    given = config.get("init") or {}
+    for init in dict.fromkeys(given.values() if isinstance(given, dict) else (str(given),)):
         try:
-            start = checkpoint.newest(config["init"])
+            start = checkpoint.newest(init)
         except UserError as error:
             embedded.note(
                 f"leakage: what {folder} was started from is not there, nor what that was trained on ({error})"
@@ -128,7 +129,7 @@ def _configured_sources(embedded: EmbeddedCorpus, folder: Path, seen: set[Path])
         else:
             if start.resolve() not in seen:
                 found = _configured_sources(embedded, start, seen)
-                sources |= {f"{name} of {config['init']}": source for name, source in found.items()}
+                sources |= {f"{name} of {init}": source for name, source in found.items()}
     for name, own in config["sources"].items():
         settings = {key: own[key] for key in ("shards", "where", "piece_bytes") if key in own}
         sources[name] = Source(**settings)

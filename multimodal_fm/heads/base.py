@@ -29,6 +29,7 @@ class Head(nn.Module):
     """
 
     Config: Any
+    pooling: str = "mean"  # which vector of a sequence is its pooled output: `mean`, `first` or `last` of its tokens
 
     def __init__(self, config: Any, width: int, modalities: list[str]):
         super().__init__()
@@ -78,11 +79,11 @@ class TextView:
     """A sample's text and where its tokens lie in it, worked out when a head asks for it.
 
     read: gives the text. ids: of the sequence's tokens of that text (T,). offset: how many tokens precede them in the
-    sequence. lengths: gives the bytes that each of some ids stands for. row: the sample's JSON.
+    sequence. spans: gives the bytes of a text that each of its ids stands for (T, 2). row: the sample's JSON.
     """
 
-    def __init__(self, read, ids, offset: int = 0, lengths=None, row: dict | None = None):
-        self._read, self._ids, self.offset, self._lengths, self.row = read, ids, offset, lengths, row or {}
+    def __init__(self, read, ids, offset: int = 0, spans=None, row: dict | None = None):
+        self._read, self._ids, self.offset, self._spans, self.row = read, ids, offset, spans, row or {}
 
     @property
     def text(self) -> str:
@@ -90,10 +91,8 @@ class TextView:
 
     def spans(self) -> np.ndarray:
         """The first byte and the one after the last of each token (T, 2) in the UTF-8 of the text."""
-        assert self._lengths is not None
-        lengths = np.array(self._lengths(self._ids.tolist()))
-        ends = lengths.cumsum()
-        return np.stack([ends - lengths, ends], 1)
+        assert self._spans is not None
+        return self._spans(self.text, self._ids.tolist())
 
 
 class Pool(nn.Module):

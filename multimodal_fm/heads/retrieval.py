@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from . import base
 @dataclass
 class Config:
     embed_dim: int = 256  # the length of the vectors
+    pool: Literal["mean", "first", "last"] = "mean"
+    """Of a sequence's tokens; first is the class token of a model that has one, or the begin token of a text (BERT's
+    [CLS]), last the end token of a text (CLIP)."""
 
     def __post_init__(self):
         if self.embed_dim < 1:
@@ -27,6 +31,7 @@ class Head(base.Head):
 
     def __init__(self, config: Config, width: int, modalities: list[str]):
         super().__init__(config, width, modalities)
+        self.pooling = config.pool
         self.projection = nn.ParameterDict(
             {m: nn.Parameter(torch.randn(width, config.embed_dim) * width**-0.5) for m in modalities}
         )

@@ -1,1 +1,1 @@
-"""Our models in other libraries, a file a library."""
+"""Models of other libraries as ours, and ours in theirs: a file a library."""

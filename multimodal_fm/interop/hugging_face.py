@@ -1,34 +1,32 @@
-"""Weights of Hugging Face's BERT, RoBERTa, GPT-2, ViT, ViT-MAE and CLIP as a model with `block: classic`.
+"""Weights of Hugging Face's BERT, RoBERTa, GPT-2, ViT, AST, CLIP and the like as a model with `block: classic`.
 
     from multimodal_fm.interop.base import save
     from multimodal_fm.interop.hugging_face import from_hugging_face
 
-    model = from_hugging_face("folders/roberta-base", tokenizer_file="runs/roberta/tokenizer.json")
+    model = from_hugging_face("folders/bert-base-uncased", tokenizer_file="runs/bert/tokenizer.json")
     model.features(text=["a red bus"])
-    save(model, "runs/roberta")  # a run as any other: mmfm tune runs/roberta ...
+    save(model, "runs/bert")  # a run as any other: mmfm tune runs/bert ...
 
-A folder is what `save_pretrained` writes or the Hub holds: config.json and model.safetensors (for pictures also
-preprocessor_config.json), which are read as data. Nothing is downloaded, unpickled or executed, and `transformers` is
-not needed. The hidden states are those of the original (Devlin et al. 2019, Liu et al. 2019, Radford et al. 2019,
-Dosovitskiy et al. 2021, He et al. 2022, Radford et al. 2021).
+A folder is what `save_pretrained` writes or the Hub holds: config.json and model.safetensors (for pictures and sounds
+also preprocessor_config.json), which are read as data, by the names on disk. Nothing is unpickled or executed, and
+`transformers` is needed for the certificate alone. The hidden states are those of the original (Devlin et al. 2019, Liu
+et al. 2019, Radford et al. 2019, Dosovitskiy et al. 2021, He et al. 2022, Gong et al. 2021, Radford et al. 2021).
 
-What is not imported: heads (poolers, decoders of masked words and of pixels, CLIP's projections and temperature; but
-`causal_objective` has GPT-2's); BERT's token type 1; tokenizers other than byte-level BPE. T5 is refused:
-`MISSING_FOR_T5` says what it would need.
+What is not imported: poolers, decoders of masked words and of pixels, classifiers (but `causal_objective` has GPT-2's
+decoder); BERT's token type 1. What has attention of another kind is refused: `REFUSED` says why.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..backbone import Config as BackboneConfig
@@ -37,8 +35,25 @@ from ..corpus.storage import write_atomic
 from ..errors import UserError
 from ..model import Model
 from ..objectives import causal
-from ..tokenizers import text
-from .base import Linear, Names, Tensors, make_model, named, patch_embedding, picture_tokenizers, read_blocks
+from ..objectives.base import Objective
+from ..tokenizers import audio, text
+from ..tokenizers.base import Tokenizer
+from .base import (
+    Imported,
+    Names,
+    Tensors,
+    make_model,
+    picture_tokenizers,
+    read_blocks,
+    read_json,
+    read_patches,
+    read_tensors,
+    retrieval_head,
+    weight_files,
+    whole_number,
+    with_prompt,
+)
+from .strings import find_mask, import_strings
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -52,10 +67,179 @@ MISSING_FOR_T5 = (
     "RMSNorm in a block without rotary embedding",
     "a decoder that reads the encoder by cross attention (here a prefix language model has the weights of both sides)",
 )
-NO_BYTE_LEVEL = "its tokenizer is not the byte-level BPE of GPT-2, so that it reads ids only: leave out tokenizer_file"
+REFUSED = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), f"T5 cannot be expressed; missing: {'; '.join(MISSING_FOR_T5)}"),
+    "mpnet": "MPNet cannot be expressed; missing: attention with a bias by relative position",
+    "deberta-v2": "DeBERTa cannot be expressed; missing: attention that reads content and relative position apart",
+}
 HEADS = (r"pooler\..*", r"cls\..*", r"lm_head\..*", r"classifier\..*", r"qa_outputs\..*", r"decoder\..*", r"score\..*")
+HEADS += (r"vocab_\w+\..*", r"pre_classifier\..*", r"distillation_classifier\..*", r"cls_classifier\..*")
 BUFFERS = (r".*\.position_ids", r"h\.\d+\.attn\.(?:masked_)?bias", r"embeddings\.token_type_ids")
-UNUSED = (r"logit_scale", r"(?:text|visual)_projection\.weight", *HEADS, *BUFFERS)
+PREFIXES = "bert|roberta|distilbert|transformer|vit|deit|audio_spectrogram_transformer|text_model|vision_model"
+POOLING = {"cls": "first", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' names and ours
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the tensors and the settings of a model_type are called, and what is special about it."""
+
+    cls: str  # in transformers
+    block: Names
+    embedding: str  # the vectors of ids, or the convolution over patches
+    positions: str
+    norms: dict[str, str]  # ours -> theirs
+    modality: Literal["text", "image", "audio"] = "text"
+    post: bool = False  # LayerNorm after the sum of each branch
+    causal: bool = False
+    padding_first: bool = False  # the table of positions begins behind the padding's id, as RoBERTa's
+    tokens: tuple[str, ...] = ()  # learned tokens before the patches, which have the first positions
+    token_type: str = ""  # the vectors of token types
+    mask_token: str = ""
+    projection: str = ""  # of the vector that is compared, as our head `retrieval` has it
+    pool: str = "mean"  # the token that it projects
+    settings: dict[str, str] = field(default_factory=dict)  # ours -> theirs, where they differ
+    defaults: dict[str, Any] = field(default_factory=dict)  # of what a configuration may leave out
+    expected: dict[str, Any] = field(default_factory=dict)  # settings that change what is computed -> what they must be
+
+
+BERT_BLOCK = Names(
+    "encoder.layer.{}.",
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "intermediate.dense",
+    "output.dense",
+    "output.LayerNorm",
+)
+DISTILBERT_BLOCK = Names(
+    "layer.{}.",  # behind `transformer.`, a prefix of GPT-2's too
+    ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    "attention.out_lin",
+    "sa_layer_norm",
+    "ffn.lin1",
+    "ffn.lin2",
+    "output_layer_norm",
+)
+GPT2_BLOCK = Names("h.{}.", ("attn.c_attn",), "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2", transposed=True)
+VIT_BLOCK = Names(
+    "encoder.layer.{}.",
+    ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attention.output.dense",
+    "layernorm_before",
+    "intermediate.dense",
+    "output.dense",
+    "layernorm_after",
+)
+CLIP_BLOCK = Names(
+    "encoder.layers.{}.",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.out_proj",
+    "layer_norm1",
+    "mlp.fc1",
+    "mlp.fc2",
+    "layer_norm2",
+)
+NORM_IN = {"backbone.norm_in": "embeddings.LayerNorm"}
+SIZES = ("width", "hidden_size"), ("depth", "num_hidden_layers"), ("num_heads", "num_attention_heads")
+SIZES += (("hidden", "intermediate_size"),)
+ENCODER = {"is_decoder": False, "position_embedding_type": "absolute"}
+CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+BERT = Architecture(
+    "BertModel",
+    BERT_BLOCK,
+    "embeddings.word_embeddings.weight",
+    "embeddings.position_embeddings.weight",
+    NORM_IN,
+    post=True,
+    token_type="embeddings.token_type_embeddings.weight",
+    expected=ENCODER,
+)
+ROBERTA = Architecture(
+    "RobertaModel",
+    BERT_BLOCK,
+    BERT.embedding,
+    BERT.positions,
+    NORM_IN,
+    post=True,
+    padding_first=True,
+    token_type=BERT.token_type,
+    expected=ENCODER,
+)
+VIT = Architecture(
+    "ViTModel",
+    VIT_BLOCK,
+    "embeddings.patch_embeddings.projection",
+    "embeddings.position_embeddings",
+    {"backbone.norm_out": "layernorm"},
+    "image",
+    tokens=("embeddings.cls_token",),
+    mask_token="embeddings.mask_token",
+)
+DISTILLED = ("embeddings.cls_token", "embeddings.distillation_token")
+ARCHITECTURES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "distilbert": Architecture(
+        "DistilBertModel",
+        DISTILBERT_BLOCK,
+        BERT.embedding,
+        BERT.positions,
+        NORM_IN,
+        post=True,
+        settings={"width": "dim", "depth": "n_layers", "num_heads": "n_heads", "hidden": "hidden_dim"}
+        | {"activation": "activation"},
+        defaults={"layer_norm_eps": 1e-12},
+    ),
+    "gpt2": Architecture(
+        "GPT2Model",
+        GPT2_BLOCK,
+        "wte.weight",
+        "wpe.weight",
+        {"backbone.norm_out": "ln_f"},
+        causal=True,
+        settings={"width": "n_embd", "depth": "n_layer", "num_heads": "n_head", "hidden": "n_inner"}
+        | {"activation": "activation_function", "norm_eps": "layer_norm_epsilon", "max_positions": "n_positions"},
+        expected={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    ),
+    "vit": VIT,
+    "vit_mae": Architecture(
+        "ViTMAEModel", VIT_BLOCK, VIT.embedding, VIT.positions, VIT.norms, "image", tokens=VIT.tokens
+    ),
+    "deit": Architecture(
+        "DeiTModel", VIT_BLOCK, VIT.embedding, VIT.positions, VIT.norms, "image", tokens=DISTILLED,
+        mask_token=VIT.mask_token,
+    ),
+    "audio-spectrogram-transformer": Architecture(
+        "ASTModel", VIT_BLOCK, VIT.embedding, VIT.positions, VIT.norms, "audio", tokens=DISTILLED
+    ),
+    "clip_text_model": Architecture(
+        "CLIPTextModel",
+        CLIP_BLOCK,
+        "embeddings.token_embedding.weight",
+        "embeddings.position_embedding.weight",
+        {"backbone.norm_out": "final_layer_norm"},
+        causal=True,
+        projection="text_projection.weight",
+        pool="last",
+        defaults=CLIP_DEFAULTS | {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
+    ),
+    "clip_vision_model": Architecture(
+        "CLIPVisionModel",
+        CLIP_BLOCK,
+        "embeddings.patch_embedding",
+        "embeddings.position_embedding.weight",
+        {"backbone.norm_in": "pre_layrnorm", "backbone.norm_out": "post_layernorm"},
+        "image",
+        tokens=("embeddings.class_embedding",),
+        projection="visual_projection.weight",
+        pool="first",
+        defaults=CLIP_DEFAULTS
+        | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+        | {"image_size": 224, "patch_size": 32},
+    ),
+}  # fmt: skip
 
 
 def from_hugging_face(
@@ -63,39 +247,51 @@ def from_hugging_face(
 ) -> Model:
     """The model of a folder, in float32, to be evaluated or tuned; see above for what is imported.
 
-    tower: which one of a CLIP checkpoint that has both. tokenizer_file: where to write the byte-level BPE of a RoBERTa
-    or GPT-2 as a file of our text tokenizer. With it the model reads strings, as BEGIN ids END: RoBERTa's `<s>` and
-    `</s>`, GPT-2's `<|endoftext|>` on both sides (which the original puts between documents alone); ids are numbered
-    anew, in the order of the merges. Without it the ids of `Tokens` are those of the original, and strings cannot be
-    read. A mask token that the folder names becomes `mask_tokens.text`. GPT-2 and CLIP's reader of texts are causal:
-    `Tokens` for them have the orders 0, 1, 2, ..., which the text tokenizer gives them (`causal: true`).
+    tower: which one of a CLIP checkpoint that has both. tokenizer_file: where to write the tokenizer of texts as a file
+    of our text tokenizer. With it the model reads strings, as BEGIN ids END, and ids are numbered anew. Without it the
+    ids of `Tokens` are those of the original, and strings cannot be read. A mask token that the folder names becomes
+    `mask_tokens.text`. GPT-2 and CLIP's reader of texts are causal: `Tokens` for them have the orders 0, 1, 2, ...,
+    which the text tokenizer gives them (`causal: true`).
 
     Raises UserError for what cannot be expressed or read.
     """
-    folder = Path(folder)
-    settings = _read_json(folder / "config.json")
+    return import_folder(Path(folder), tower, str(tokenizer_file)).model
+
+
+def import_folder(folder: Path, tower: str = "", tokenizer_file: str = "", optional: bool = False) -> Imported:
+    """As `from_hugging_face`, with where each tensor comes from. optional: a model without a tokenizer that can be
+    taken over reads ids; otherwise that is an error."""
+    inner = _transformer_folder(folder)
+    settings = read_json(inner / "config.json")
     kind = str(settings.get("model_type"))
     if kind == "clip":
         if tower not in ("text", "image"):
-            raise UserError(f"{folder}: holds two towers; say tower='text' or tower='image'")
+            raise UserError(
+                f"{folder}: holds two towers, which do not share a trunk; take one: tower 'text' or 'image'"
+            )
         name = "text" if tower == "text" else "vision"
         settings, kind = settings.get(f"{name}_config") or {}, f"clip_{name}_model"
-    if kind in ("t5", "mt5", "umt5"):
-        raise UserError(f"{folder}: T5 cannot be expressed; missing: {'; '.join(MISSING_FOR_T5)}")
-    if kind not in READERS:
-        raise UserError(f"{folder}: model_type {kind!r} is none of {', '.join(READERS)}, clip")
-    tensors = Tensors(_read_tensors(folder), str(folder))
+    elif tower:
+        raise UserError(f"{folder}: model_type {kind!r} is one model; only CLIP has towers")
+    if kind in REFUSED:
+        raise UserError(f"{folder}: {REFUSED[kind]}")
+    if kind not in ARCHITECTURES or not isinstance(settings, dict):
+        raise UserError(f"{folder}: model_type {kind[:60]!r} is none of {', '.join(ARCHITECTURES)}, clip")
+    tensors = Tensors(read_tensors(weight_files(inner)), str(folder))
     if tower:
-        tensors.drop(r"vision_model\..*" if tower == "text" else r"text_model\..*")
-    for name in ("bert.", "roberta.", "transformer.", "vit.", "text_model.", "vision_model."):
-        tensors.strip(name)
-    tensors.drop(*UNUSED)
-    model = READERS[kind](_Source(folder, settings, tensors, str(tokenizer_file)))
-    tensors.finish()
-    return model
+        tensors.drop("of the other tower", r"vision_model\..*" if tower == "text" else r"text_model\..*")
+        other = "visual" if tower == "text" else "text"
+        tensors.drop("of the other tower", rf"{other}_projection\.weight")
+    for _ in range(2 if kind == "distilbert" else 1):
+        tensors.rename(rf"^(?:{PREFIXES})\.", "")
+    tensors.rename(r"\.gamma$", ".weight")  # as the oldest checkpoints have it
+    tensors.rename(r"\.beta$", ".bias")
+    tensors.drop("a buffer", *BUFFERS)
+    source = _Source(inner, folder, kind, ARCHITECTURES[kind], settings, tensors)
+    return source.read(tokenizer_file, optional)
 
 
-def causal_objective(model: Model) -> dict[str, causal.Objective]:
+def causal_objective(model: Model) -> dict[str, Objective]:
     """What GPT-2 was trained by, to score and continue texts: its decoder is the table of its ids' vectors, of which
     this is a copy. The name is that of `objectives.load`: {"text/causal": ...}."""
     objective = causal.Objective(causal.Config(), model, ["text"])
@@ -108,293 +304,343 @@ def causal_objective(model: Model) -> dict[str, causal.Objective]:
     return {"text/causal": objective.to(model.device).eval()}
 
 
+def _transformer_folder(folder: Path) -> Path:
+    """Where config.json is: in old folders of sentence-transformers one folder deeper."""
+    deeper = folder / "0_Transformer"
+    return deeper if not (folder / "config.json").exists() and (deeper / "config.json").exists() else folder
+
+
 @dataclass
 class _Source:
-    """What is read, and what the user asked for."""
+    """A folder that is read."""
 
     folder: Path
+    outer: Path  # the same, but for old folders of sentence-transformers
+    kind: str
+    architecture: Architecture
     settings: dict[str, Any]
     tensors: Tensors
-    tokenizer_file: str
 
-    def backbone(self, **own: Any) -> BackboneConfig:
+    def __post_init__(self):
+        own = self.architecture
+        self.settings = own.defaults | self.settings
+        for name, value in own.expected.items():
+            if self.settings.get(name, value) != value:
+                raise UserError(
+                    f"{self.folder}: {name} is {self.settings[name]!r}, which cannot be expressed: only {value!r}"
+                )
+
+    def read(self, tokenizer_file: str, optional: bool) -> Imported:
+        own, tensors = self.architecture, self.tensors
+        result: dict[str, Any] = {"tokenizer": {}, "ids": None, "differences": []}
+        if own.modality == "text":
+            backbone, tokenizers = self._read_texts(tokenizer_file, optional, result)
+        else:
+            backbone, tokenizers = self._read_patches(result["differences"])
+        for ours, theirs in own.norms.items():
+            tensors.norm(ours, theirs)
+        read_blocks(tensors, own.block, backbone.depth)
+        heads = self._read_head(tokenizers, backbone.width, result["differences"])
+        tensors.drop("a head or decoder, not needed for the hidden states", *HEADS)
+        tensors.drop("the temperature, which training alone needs", "logit_scale")
+        tensors.finish()
+        model = make_model(backbone, tokenizers, tensors, heads)
+        objectives = causal_objective(model) if self.kind == "gpt2" and tokenizers["text"].file else {}
+        library = "transformers"
+        return Imported(model, tensors, library, self.kind, objectives=objectives, reference=self._reference, **result)
+
+    def _backbone(self, **more: Any) -> BackboneConfig:
         """Width, depth and the like, and what is special about a model. Raises UserError."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        width, depth, num_heads, hidden = map(self.whole_number, names)
-        activation = self.settings.get("hidden_act")
+        own, where = self.architecture, self.folder / "config.json"
+        if self.kind == "gpt2" and self.settings.get("n_inner") is None:
+            self.settings["n_inner"] = 4 * whole_number(self.settings, "n_embd", where)
+        width, depth, num_heads, hidden = (
+            whole_number(self.settings, own.settings.get(ours, theirs), where) for ours, theirs in SIZES
+        )
+        activation = str(self.settings.get(own.settings.get("activation", "hidden_act")))
         if activation not in ACTIVATIONS:
-            raise UserError(f"{self.folder}: its activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+            raise UserError(f"{self.folder}: its activation {activation[:60]!r} is none of {', '.join(ACTIVATIONS)}")
         settings = {
             "width": width,
             "depth": depth,
             "num_heads": num_heads,
             "mlp_ratio": hidden / width,
             "block": "classic",
-            "norm_eps": self.settings.get("layer_norm_eps"),
+            "norm": "post" if own.post else "pre",
+            "norm_in": "backbone.norm_in" in own.norms,
+            "norm_eps": self.settings.get(own.settings.get("norm_eps", "layer_norm_eps")),
             "activation": ACTIVATIONS[activation],
         }
-        return build(BackboneConfig, settings | own, f"{self.folder / 'config.json'}")
+        return build(BackboneConfig, settings | more, str(where))
 
-    def whole_number(self, name: str) -> int:
-        value = self.settings.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.folder / 'config.json'}: {name} is a whole number from 1 up, not {value!r}")
-        return value
+    def _read_texts(
+        self, file: str, optional: bool, result: dict[str, Any]
+    ) -> tuple[BackboneConfig, dict[str, Tokenizer]]:
+        own, tensors, where = self.architecture, self.tensors, self.folder / "config.json"
+        first = 0
+        if own.padding_first:
+            padding = self.settings.get("pad_token_id", 1)
+            first = 1 + padding if type(padding) is int and 0 <= padding < 100 else 1
+        times = tensors.put(
+            "backbone.positions.time.weight",
+            own.positions,
+            make=lambda table: table[first:],
+            how=f"rows from {first} on",
+        )
+        backbone = self._backbone(max_positions=len(times))
+        if own.token_type:
+            row = "row 0, the token type that all tokens of one text have"
+            tensors.put("modality_vectors.text", own.token_type, make=lambda table: table[0], how=row)
+            if len(tensors.take(own.token_type)) > 1:
+                tensors.leave(own.token_type, "rows from 1 on: the token types of a second text")
+        size = len(tensors.take(own.embedding))
+        rows = {"vocab_size": size, own.settings.get("max_positions", "max_position_embeddings"): len(times) + first}
+        rows |= {"type_vocab_size": len(tensors.take(own.token_type))} if own.token_type else {}
+        for name, found in rows.items():
+            if self.settings.get(name, found) != found:
+                raise UserError(f"{where}: {name} is {str(self.settings[name])[:40]}, its table has {found} rows")
+        if (mask := find_mask(self.folder)) is not None and 0 <= mask < size:
+            tensors.put("mask_tokens.text", own.embedding, make=lambda table: table[mask], how=f"row {mask}, [MASK]")
+        form, saved = "bytes", ""
+        if file:
+            try:
+                ends = self.settings.get("bos_token_id"), self.settings.get("eos_token_id")
+                strings = import_strings(self.folder, self.kind, ends, size)
+                write_atomic(file, strings.saved.encode())
+                form, saved, result["ids"] = strings.format, file, strings.ids
+                result["tokenizer"] = {"taken": True, "ids": strings.how, "original_ids_of_0_and_1": strings.ids[:2]}
+            except UserError as error:
+                if not optional:
+                    raise
+                result["tokenizer"] = {"taken": False, "why": str(error)}
+        ids = result["ids"]
+        how = "as it is" if ids is None else "rows in the order of our ids"
+        make = None if ids is None else lambda table: table[ids]
+        table = tensors.put("embedders.text.weight", own.embedding, make=make, how=how)
+        config = {"vocab_size": len(table), "max_tokens": self._max_tokens(backbone), "file": saved, "format": form}
+        if saved:
+            result["differences"].append("a special token that stands in a text is read as plain text")
+        result["differences"].append("a longer text is read in windows whose vectors are averaged, not cut off")
+        return backbone, {"text": text.Tokenizer(build(text.Config, config | {"causal": own.causal}, str(where)))}
+
+    def _max_tokens(self, backbone: BackboneConfig) -> int:
+        """Tokens that a text is cut to, as sentence-transformers' own setting or the tokenizer's has it."""
+        most = backbone.max_positions
+        for name, key in (
+            ("sentence_bert_config.json", "max_seq_length"),
+            ("tokenizer_config.json", "model_max_length"),
+        ):
+            file = self.folder / name
+            given = read_json(file).get(key) if file.exists() else None
+            if type(given) is int and given >= 3:
+                return min(given, most)
+        return most
+
+    def _read_patches(self, differences: list[str]) -> tuple[BackboneConfig, dict[str, Tokenizer]]:
+        own, tensors, where = self.architecture, self.tensors, self.folder / "config.json"
+        patch, count = whole_number(self.settings, "patch_size", where), len(own.tokens)
+        if own.modality == "image":
+            side = whole_number(self.settings, "image_size", where) // patch
+            grid = [side, side]
+            read_patches(tensors, own.embedding, *_normalization(self.folder))
+            differences.append(
+                "pictures are squeezed into the square, whatever crop the original's own processor makes"
+            )
+        else:
+            grid, config = self._sounds(patch)
+            tokenizers: dict[str, Tokenizer] = {"audio": audio.Tokenizer(config)}
+        tensors.put(
+            "backbone.positions.cell.weight",
+            own.positions,
+            make=lambda table: _rows(table)[count:],
+            how=f"rows from {count} on",
+        )
+        tensors.put(
+            "embedders.prompt.weight", *own.tokens, own.positions, make=_prefix, how="each with its position added"
+        )
+        if own.mask_token and own.mask_token in tensors:
+            tensors.put(f"mask_tokens.{own.modality}", own.mask_token, make=torch.flatten, how="flat")
+        backbone = self._backbone(grid=grid)
+        if own.modality == "image":
+            return backbone, picture_tokenizers(patch, grid[0], count)
+        return backbone, with_prompt(tokenizers, count)
+
+    def _sounds(self, patch: int) -> tuple[list[int], audio.Config]:
+        """The grid of bands and times, and the tokenizer that reads sounds as the original's feature extractor."""
+        where = self.folder / "config.json"
+        mels, frames, mel_stride, stride = (
+            whole_number(self.settings, name, where)
+            for name in ("num_mel_bins", "max_length", "frequency_stride", "time_stride")
+        )
+        file = self.folder / "preprocessor_config.json"
+        if not file.exists():
+            raise UserError(f"{self.folder}: has no preprocessor_config.json, which says how sounds are normalized")
+        of = read_json(file)
+        mean, std = (of.get("mean"), of.get("std")) if of.get("do_normalize", True) else (0.0, 0.5)
+        if not _is_number(mean) or not _is_number(std) or not std:
+            raise UserError(f"{file}: mean and std are numbers, std not 0")
+        grid = [(mels - patch) // mel_stride + 1, (frames - patch) // stride + 1]
+        if min(grid) < 1:
+            raise UserError(f"{where}: a patch of {patch} is larger than the spectrogram")
+        config = {
+            "features": "fbank",
+            "sample_rate": of.get("sampling_rate", 16_000),
+            "n_mels": mels,
+            "patch_mels": patch,
+            "patch_frames": patch,
+            "stride_mels": mel_stride,
+            "stride_frames": stride,
+            "max_tokens": grid[0] * grid[1],
+        }
+        how = f"flat, with the normalization (mean {mean}, std {std}) worked in"
+        name = self.architecture.embedding
+        self.tensors.put(
+            "embedders.audio.project.weight", f"{name}.weight", make=lambda w: w.flatten(1) / (2 * std), how=how
+        )
+        self.tensors.put(
+            "embedders.audio.project.bias",
+            *(f"{name}.{own}" for own in ("weight", "bias")),
+            make=lambda w, b: (b.double() - w.double().flatten(1).sum(1) * (mean / (2 * std))).float(),
+            how=how,
+        )
+        return grid, build(audio.Config, config, str(file))
+
+    def _read_head(self, tokenizers: dict[str, Tokenizer], width: int, differences: list[str]) -> dict[str, Any]:
+        """CLIP's projection, or what sentence-transformers does with the hidden states, as the head `retrieval`."""
+        own, tensors = self.architecture, self.tensors
+        name = f"heads.retrieval.projection.{own.modality}"
+        if own.projection and own.projection in tensors:
+            tensors.put(name, own.projection, make=torch.t, how="transposed")
+            return retrieval_head(tensors, tokenizers, own.pool, width)
+        pool = self._sentence_pooling(differences) if (self.outer / "modules.json").exists() else ""
+        if not pool:
+            return {}
+        tensors.found[name] = torch.eye(width)
+        tensors.mapping.append(
+            {"ours": name, "shape": [width, width], "theirs": {}, "how": f"identity: {pool} pooling"}
+        )
+        return retrieval_head(tensors, tokenizers, pool, width)
+
+    def _sentence_pooling(self, differences: list[str]) -> str:
+        """How a folder of sentence-transformers pools, in our words; empty, and said, where it does more than that."""
+        try:
+            modules = json.loads((self.outer / "modules.json").read_text(encoding="utf-8"))
+            steps = [(str(one["type"]).rpartition(".")[2], Path(str(one["path"])).name) for one in modules]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(f"{self.outer / 'modules.json'} cannot be read: {error}") from None
+        names = [name for name, _ in steps]
+        if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            differences.append(f"no retrieval head: modules.json does more than pool: {', '.join(names)[:200]}")
+            return ""
+        of = read_json(self.outer / steps[1][1] / "config.json")
+        modes = [
+            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for name in of
+            if name.startswith("pooling_mode_") and of[name] is True
+        ]
+        modes = modes or [str(of.get("pooling_mode"))]
+        if len(modes) != 1 or modes[0] not in POOLING:
+            differences.append(
+                f"no retrieval head: its pooling ({', '.join(modes)[:80]}) is none of {', '.join(POOLING)}"
+            )
+            return ""
+        return POOLING[modes[0]]
+
+    def _reference(self) -> Callable[[Tensor], Tensor]:
+        """The original, loaded from its weights and from no more settings than were understood here."""
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        cls = getattr(transformers, self.architecture.cls)
+        with tempfile.TemporaryDirectory() as folder:
+            for file in weight_files(self.folder):
+                (Path(folder) / file.name).symlink_to(file.resolve())
+            index = self.folder / "model.safetensors.index.json"
+            if index.exists():
+                files = {name: Path(str(file)).name for name, file in read_json(index).get("weight_map", {}).items()}
+                (Path(folder) / index.name).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+            known = {name: self.settings[name] for name in UNDERSTOOD if name in self.settings}
+            config = cls.config_class(**{k: v for k, v in known.items() if isinstance(v, (int, float, str))})
+            original = cls.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+            ).eval()
+        if self.architecture.modality == "image":
+            mean, std, scale = _normalization(self.folder)
+            own: dict[str, Tensor] = {}
+            if self.kind == "vit_mae":  # which shuffles its patches by noise and drops a share of them
+                original.config.mask_ratio = 0.0
+                own["noise"] = torch.arange(original.embeddings.position_embeddings.shape[1] - 1.0)[None]
+
+            def picture(pixels: Tensor) -> Tensor:
+                values = (pixels.double() * scale - torch.tensor(mean)) / torch.tensor(std)
+                hidden = original(values.permute(0, 3, 1, 2).float(), **own).last_hidden_state[0]
+                return original.post_layernorm(hidden) if self.kind == "clip_vision_model" else hidden
+
+            return picture
+        if self.architecture.modality == "audio":
+            extractor = transformers.ASTFeatureExtractor(
+                **{k: v for k, v in read_json(self.folder / "preprocessor_config.json").items() if k in EXTRACTOR}
+            )
+
+            def sound(wave: Tensor) -> Tensor:
+                values = extractor(wave[0].numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt")
+                return original(**values).last_hidden_state[0]
+
+            return sound
+        return lambda ids: original(ids).last_hidden_state[0]
 
 
-BERT = Names(
-    "encoder.layer.{}.",
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention.output.dense",
-    "attention.output.LayerNorm",
-    "intermediate.dense",
-    "output.dense",
-    "output.LayerNorm",
+UNDERSTOOD = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
+    *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "n_embd", "n_layer", "n_head"),
+    *(
+        "n_inner",
+        "n_positions",
+        "activation_function",
+        "layer_norm_epsilon",
+        "dim",
+        "hidden_dim",
+        "n_heads",
+        "n_layers",
+    ),
+    *("activation", "image_size", "patch_size", "qkv_bias", "num_mel_bins", "max_length", "frequency_stride"),
+    "time_stride",
 )
-GPT2 = Names("h.{}.", ("attn.c_attn",), "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2")
-VIT = Names(
-    "encoder.layer.{}.",
-    ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-    "attention.output.dense",
-    "layernorm_before",
-    "intermediate.dense",
-    "output.dense",
-    "layernorm_after",
-)
-CLIP = Names(
-    "encoder.layers.{}.",
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.out_proj",
-    "layer_norm1",
-    "mlp.fc1",
-    "mlp.fc2",
-    "layer_norm2",
-)
-CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
-CLIP_TEXT = {**CLIP_DEFAULTS, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
-CLIP_VISION = {**CLIP_DEFAULTS, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-CLIP_VISION |= {"image_size": 224, "patch_size": 32}
-"""What a configuration of CLIP may leave out."""
+EXTRACTOR = ("sampling_rate", "num_mel_bins", "max_length", "do_normalize", "mean", "std")
 
 
-def _bert(source: _Source) -> Model:
-    """BERT and RoBERTa. The vector of token type 0, which all tokens get, is that of the modality."""
-    tensors, settings = source.tensors, source.settings
-    # as the oldest checkpoints have it
-    tensors.left = {n.replace(".gamma", ".weight").replace(".beta", ".bias"): v for n, v in tensors.left.items()}
-    roberta = settings["model_type"] == "roberta"
-    first = int(settings.get("pad_token_id") or 0) + 1 if roberta else 0  # RoBERTa counts from behind its padding
-    times = tensors.take("embeddings.position_embeddings.weight")[first:]
-    backbone = source.backbone(norm="post", norm_in=True, max_positions=len(times))
-    found = {
-        "modality_vectors.text": tensors.take("embeddings.token_type_embeddings.weight")[0],
-        "backbone.positions.time.weight": times,
-        **named("backbone.norm_in", tensors.norm("embeddings.LayerNorm")),
-        **read_blocks(tensors, BERT, backbone.depth),
-    }
-    return _text_model(source, backbone, found, tensors.take("embeddings.word_embeddings.weight"))
+def _rows(table: Tensor) -> Tensor:
+    """(N, D) of (1, N, D) or (N, D)."""
+    return table[0] if table.ndim == 3 else table
 
 
-def _gpt2(source: _Source) -> Model:
-    tensors, of = source.tensors, source.settings
-    if not of.get("scale_attn_weights", True) or of.get("scale_attn_by_inverse_layer_idx", False):
-        raise UserError(f"{source.folder}: scales attention otherwise than by the root of a head's width")
-    tensors.left = {n: v.T if re.fullmatch(r"h\.\d+\.\w+\.c_\w+\.weight", n) else v for n, v in tensors.left.items()}
-    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-    names |= {"activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}
-    of |= {name: of[theirs] for theirs, name in names.items() if theirs in of}
-    of["intermediate_size"] = of.get("n_inner") or 4 * source.whole_number("hidden_size")
-    times = tensors.take("wpe.weight")
-    backbone = source.backbone(max_positions=len(times))
-    found = {
-        "backbone.positions.time.weight": times,
-        **read_blocks(tensors, GPT2, backbone.depth),
-        **named("backbone.norm_out", tensors.norm("ln_f")),
-    }
-    return _text_model(source, backbone, found, tensors.take("wte.weight"), causal=True)
+def _prefix(*parts: Tensor) -> Tensor:
+    """Learned tokens with their positions (C, D); the last of the parts is the table of positions."""
+    *tokens, table = parts
+    return torch.stack([token.flatten() for token in tokens]) + _rows(table)[: len(tokens)]
 
 
-def _clip_text(source: _Source) -> Model:
-    tensors, source.settings = source.tensors, CLIP_TEXT | source.settings
-    times = tensors.take("embeddings.position_embedding.weight")
-    backbone = source.backbone(max_positions=len(times))
-    found = {
-        "backbone.positions.time.weight": times,
-        **read_blocks(tensors, CLIP, backbone.depth),
-        **named("backbone.norm_out", tensors.norm("final_layer_norm")),
-    }
-    return _text_model(source, backbone, found, tensors.take("embeddings.token_embedding.weight"), causal=True)
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _clip_vision(source: _Source) -> Model:
-    """Its output is what `post_layernorm` makes of each token: of the class token that is the original's pooled one."""
-    tensors, source.settings = source.tensors, CLIP_VISION | source.settings
-    found = {
-        **named("backbone.norm_in", tensors.norm("pre_layrnorm")),
-        **named("backbone.norm_out", tensors.norm("post_layernorm")),
-    }
-    return _picture_model(
-        source,
-        CLIP,
-        found,
-        tensors.take("embeddings.class_embedding"),
-        tensors.take("embeddings.position_embedding.weight"),
-        tensors.linear("embeddings.patch_embedding"),
-        norm_in=True,
-    )
-
-
-def _vit(source: _Source) -> Model:
-    """ViT and the encoder of ViT-MAE."""
-    tensors = source.tensors
-    found = named("backbone.norm_out", tensors.norm("layernorm"))
-    if "embeddings.mask_token" in tensors:
-        found["mask_tokens.image"] = tensors.take("embeddings.mask_token").flatten()
-    return _picture_model(
-        source,
-        VIT,
-        found,
-        tensors.take("embeddings.cls_token").flatten(),
-        tensors.take("embeddings.position_embeddings")[0],
-        tensors.linear("embeddings.patch_embeddings.projection"),
-    )
-
-
-READERS: dict[str, Callable[[_Source], Model]] = {
-    "bert": _bert,
-    "roberta": _bert,
-    "gpt2": _gpt2,
-    "vit": _vit,
-    "vit_mae": _vit,
-    "clip_text_model": _clip_text,
-    "clip_vision_model": _clip_vision,
-}
-
-
-def _picture_model(
-    source: _Source,
-    names: Names,
-    found: dict[str, Tensor],
-    class_token: Tensor,
-    positions: Tensor,
-    convolution: Linear,
-    **own: Any,
-) -> Model:
-    """class_token (D,), positions (1 + rows * columns, D), of which the first is the class token's."""
-    patch = source.whole_number("patch_size")
-    side = source.whole_number("image_size") // patch
-    backbone = source.backbone(grid=[side, side], **own)
-    found |= {
-        "embedders.prompt.weight": (class_token + positions[0])[None],
-        "backbone.positions.cell.weight": positions[1:],
-        **named("embedders.image.project", patch_embedding(convolution, *_normalization(source.folder))),
-        **read_blocks(source.tensors, names, backbone.depth),
-    }
-    return make_model(backbone, picture_tokenizers(patch, side, 1), found, str(source.folder))
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _normalization(folder: Path) -> tuple[list[float], list[float], float]:
     """Mean and standard deviation of each color, and what pixels are multiplied by before. Raises UserError."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
-            of = _read_json(folder / name)
+            of = read_json(folder / name)
             of = of.get("image_processor", of)
-            scale = float(of.get("rescale_factor", 1 / 255)) if of.get("do_rescale", True) else 1.0
+            of = of if isinstance(of, dict) else {}
+            scale = of.get("rescale_factor", 1 / 255) if of.get("do_rescale", True) else 1.0
             if not of.get("do_normalize", True):
                 return [0.0] * 3, [1.0] * 3, scale
-            mean, std = of.get("image_mean"), of.get("image_std")
-            if not all(isinstance(one, list) and len(one) == 3 for one in (mean, std)):
-                raise UserError(f"{folder / name}: image_mean and image_std are three numbers each")
+            mean, std = (_list(of.get(key)) for key in ("image_mean", "image_std"))
+            if len(mean) != 3 or len(std) != 3 or not all(map(_is_number, (*mean, *std, scale))) or 0 in std:
+                raise UserError(f"{folder / name}: image_mean and image_std are three numbers each, image_std not 0")
             return mean, std, scale
     raise UserError(f"{folder}: has no preprocessor_config.json, which says how pixels are normalized")
-
-
-def _text_model(
-    source: _Source, backbone: BackboneConfig, found: dict[str, Tensor], table: Tensor, causal: bool = False
-) -> Model:
-    """table (V, D): the vectors of the original's ids."""
-    folder, file = source.folder, source.tokenizer_file
-    mask = _mask_id(folder)
-    if mask is not None and mask < len(table):
-        found["mask_tokens.text"] = table[mask]
-    if file:
-        if source.settings.get("model_type") not in ("roberta", "gpt2"):
-            raise UserError(f"{folder}: {NO_BYTE_LEVEL}")
-        saved, ids = _byte_level(folder)
-        ends = [source.settings.get(f"{end}_token_id") for end in ("bos", "eos")]
-        if not all(isinstance(end, int) and 0 <= end < len(table) for end in ends) or max(ids) >= len(table):
-            raise UserError(f"{folder}: the ids of its tokenizer do not fit its {len(table)} vectors")
-        write_atomic(file, json.dumps(saved, ensure_ascii=False).encode())
-        table = table[[*ends, *ids]]
-    try:
-        config = text.Config(vocab_size=len(table), max_tokens=backbone.max_positions, file=file, causal=causal)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from None
-    found["embedders.text.weight"] = table
-    return make_model(backbone, {"text": text.Tokenizer(config)}, found, str(folder))
-
-
-def _byte_level(folder: Path) -> tuple[dict, list[int]]:
-    """A file of `tokenizers` with the bytes in the order of their values and then the merges in theirs, and the
-    original's id of each of its tokens. Raises UserError where the original is no byte-level BPE as GPT-2 has it."""
-    wrong = f"{folder}: {NO_BYTE_LEVEL}"
-    if (folder / "tokenizer.json").exists():
-        saved = _read_json(folder / "tokenizer.json")
-        model, step = saved.get("model", {}), saved.get("pre_tokenizer") or {}
-        plain = step.get("type") == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space")
-        if model.get("type", "BPE") != "BPE" or not plain or saved.get("normalizer"):
-            raise UserError(wrong)
-        vocab, merges = model.get("vocab", {}), model.get("merges", [])
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocab = _read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    else:
-        raise UserError(wrong)
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    tokens = [*text.letters(), *("".join(pair) for pair in pairs)]
-    if len(set(tokens)) < len(tokens) or not all(isinstance(vocab.get(token), int) for token in tokens):
-        raise UserError(wrong)
-    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [" ".join(p) for p in pairs]}
-    saved = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": step, "decoder": step}
-    return {**saved, "model": model}, [vocab[token] for token in tokens]
-
-
-def _mask_id(folder: Path) -> int | None:
-    """The id of [MASK] or <mask>, where a file of the tokenizer names it."""
-    found: dict[str, Any] = {}
-    if (folder / "tokenizer.json").exists():
-        added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-        found = {str(token.get("content")): token.get("id") for token in added}
-    elif (folder / "vocab.json").exists():
-        found = _read_json(folder / "vocab.json")
-    elif (folder / "vocab.txt").exists():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        found = {line: number for number, line in enumerate(lines)}
-    return next((found[name] for name in ("[MASK]", "<mask>") if isinstance(found.get(name), int)), None)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', '') or error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file} holds no map of keys")
-    return data
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of the files that its index names. Raises UserError."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted({Path(str(name)).name for name in _read_json(index).get("weight_map", {}).values()})
-    tensors = {}
-    for name in names:
-        try:
-            tensors |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / name} cannot be read: {error}") from None
-    return tensors

@@ -15,9 +15,11 @@ blocks, pooling by attention where a classifier is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
 from timm.layers import Attention, Mlp, PatchEmbed  # pyright: ignore[reportPrivateImportUsage]
@@ -29,22 +31,89 @@ from ..backbone import Config as BackboneConfig
 from ..config import Plugin
 from ..errors import UserError
 from ..heads import classify
-from ..model import HEADS, Model
-from .base import Names, Tensors, make_model, named, patch_embedding, picture_tokenizers, read_blocks
+from ..model import HEADS, Model, load_weights
+from .base import (
+    Imported,
+    Names,
+    Tensors,
+    make_model,
+    picture_tokenizers,
+    read_blocks,
+    read_json,
+    read_patches,
+    read_tensors,
+    weight_files,
+)
 
-BLOCK = Names("blocks.{}.", ("attn.qkv",), "attn.proj", "norm1", "mlp.fc1", "mlp.fc2", "norm2")
+BLOCK = Names(
+    "blocks.{}.", ("attn.qkv",), "attn.proj", "norm1", "mlp.fc1", "mlp.fc2", "norm2", "ls1.gamma", "ls2.gamma"
+)
 UNUSED = (r"head\..*", r"attn_pool\..*", r"fc_norm\..*")
+SHAPES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "reg_tokens")
+SWITCHES = (
+    "class_token",
+    "no_embed_class",
+    "pre_norm",
+    "qkv_bias",
+    "proj_bias",
+    "fc_norm",
+    "final_norm",
+    "init_values",
+)
+SWITCHES += ("global_pool", "act_layer", "dynamic_img_size")
+"""Arguments of `timm.create_model` that a folder may give; none of them opens a file or imports anything."""
+
+
+def import_folder(folder: Path) -> Imported:
+    """The model of a folder as timm pushes it to the Hub: config.json, which names one of timm's own architectures, and
+    model.safetensors. Nothing is allocated before all shapes have been compared. Raises UserError."""
+    settings = read_json(folder / "config.json")
+    name, given = str(settings.get("architecture")), settings.get("model_args") or {}
+    tensors = read_tensors(weight_files(folder))
+    if not timm.is_model(name):
+        raise UserError(f"{folder}: timm has no architecture {name[:60]!r}")
+    if not isinstance(given, dict) or (unknown := [one for one in given if one not in (*SHAPES, *SWITCHES)]):
+        raise UserError(
+            f"{folder}: model_args may give {', '.join((*SHAPES, *SWITCHES))}, not {', '.join(unknown)[:80]}"
+        )
+    given = {"num_classes": settings.get("num_classes"), "global_pool": settings.get("global_pool")} | given
+    given = {key: value for key, value in given.items() if value is not None}
+    depth = len({one.split(".")[1] for one in tensors if one.startswith("blocks.")})
+    largest = {"depth": depth, "img_size": 1 << 14}
+    for key in SHAPES:
+        value, most = given.get(key, 0), largest.get(key, 1 << 20)
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise UserError(f"{folder}: model_args.{key} is a number up to {most}, not {str(value)[:40]!r}")
+    try:
+        with torch.device("meta"):
+            vit: Any = timm.create_model(name, pretrained=False, **given)
+    except Exception as error:  # timm asserts and raises nearly anything
+        raise UserError(f"{folder}: timm cannot make {name}: {type(error).__name__}: {error}"[:200]) from None
+    load_weights(vit, {key: value.float() for key, value in tensors.items()}, folder, assign=True)
+    own = settings.get("pretrained_cfg")
+    vit.pretrained_cfg = {
+        **vit.pretrained_cfg,
+        **{k: v for k, v in (own or {}).items() if k in ("mean", "std", "input_size")},
+    }
+    names = settings.get("label_names")
+    named = isinstance(names, list) and len(names) == vit.num_classes and all(isinstance(one, str) for one in names)
+    return import_model(vit.eval(), names if named and names else [], str(folder))
 
 
 def from_timm(vit: VisionTransformer, classes: Sequence[str] = ()) -> Model:
     """The model, in float32, to be evaluated or tuned. classes: names of the classifier's classes, which becomes the
     head `classify`; empty: no head. Raises UserError for what cannot be expressed."""
-    where = f"timm's {type(vit).__name__}"
+    return import_model(vit, classes).model
+
+
+def import_model(vit: VisionTransformer, classes: Sequence[str] = (), where: str = "") -> Imported:
+    """As `from_timm`, with where each tensor comes from."""
+    where = where or f"timm's {type(vit).__name__}"
     _check(vit, where)
     first: Any = vit.blocks[0]
     embed: Any = vit.patch_embed
     side, patch, prefix = embed.grid_size[0], embed.patch_size[0], vit.num_prefix_tokens
-    tensors = Tensors(_fold_layer_scale(vit.state_dict()), where)
+    tensors = Tensors(vit.state_dict(), where)
     pre_norm = isinstance(vit.norm_pre, nn.LayerNorm)
     try:
         backbone = BackboneConfig(
@@ -61,17 +130,29 @@ def from_timm(vit: VisionTransformer, classes: Sequence[str] = ()) -> Model:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     pixels = resolve_model_data_config(vit)
-    heads, found = _classifier(vit, list(classes), tensors, where)
-    found |= named("backbone.norm_out", tensors.norm("norm"))
-    found |= named("backbone.norm_in", tensors.norm("norm_pre")) if pre_norm else {}
-    convolution = tensors.linear("patch_embed.proj")
+    heads = _classifier(vit, list(classes), tensors, where)
+    tensors.norm("backbone.norm_out", "norm")
+    if pre_norm:
+        tensors.norm("backbone.norm_in", "norm_pre")
     mean, std = list(pixels["mean"]), list(pixels["std"])
-    found |= named("embedders.image.project", patch_embedding(convolution, mean, std))
-    found |= _positions(vit, tensors, prefix, side**2)
-    found |= read_blocks(tensors, BLOCK, backbone.depth)
-    tensors.drop(*UNUSED)
+    read_patches(tensors, "patch_embed.proj", mean, std)
+    _positions(vit, tensors, prefix, side**2)
+    read_blocks(tensors, BLOCK, backbone.depth)
+    tensors.drop(
+        "a head, not needed for the hidden states; its classes have no names" if not classes else "a head", *UNUSED
+    )
     tensors.finish()
-    return make_model(backbone, picture_tokenizers(patch, side, prefix), found, where, **heads)
+    model = make_model(backbone, picture_tokenizers(patch, side, prefix), tensors, heads)
+    squeezed = "pictures are squeezed into the square, where timm crops them"
+
+    def reference() -> Callable[[Tensor], Tensor]:
+        def hidden(values: Tensor) -> Tensor:
+            values = (values.double() / 255 - torch.tensor(mean)) / torch.tensor(std)
+            return vit.forward_features(values.permute(0, 3, 1, 2).float())[0]
+
+        return hidden
+
+    return Imported(model, tensors, "timm", type(vit).__name__, [squeezed], reference=reference)
 
 
 def _check(vit: VisionTransformer, where: str) -> None:
@@ -110,37 +191,30 @@ def _activation(layer: nn.Module, where: str) -> str:
     raise UserError(f"{where}: its activation {type(layer).__name__} is none of {', '.join(ACTIVATIONS)}")
 
 
-def _fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """gamma * (W x + b) as (gamma W) x + gamma b."""
-    folded = dict(tensors)
-    for name in tensors:
-        block, dot, scale = name.removesuffix(".gamma").rpartition(".")
-        if name.endswith(".gamma") and scale in ("ls1", "ls2"):
-            gamma, layer = folded.pop(name), f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
-            folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * gamma[:, None]
-            if f"{layer}.bias" in folded:
-                folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * gamma
-    return folded
-
-
-def _positions(vit: VisionTransformer, tensors: Tensors, prefix: int, cells: int) -> dict[str, Tensor]:
+def _positions(vit: VisionTransformer, tensors: Tensors, prefix: int, cells: int) -> None:
     """The table of positions, and class and register tokens with the positions that they have."""
-    width = vit.embed_dim
-    table = tensors.take("pos_embed")[0] if "pos_embed" in tensors else torch.zeros(cells, width)
-    own = table[: len(table) - cells]  # of the tokens before the patches; none with no_embed_class
-    found = {"backbone.positions.cell.weight": table[len(own) :]}
+    learned = [name for name in ("cls_token", "reg_token") if name in tensors]
+    if "pos_embed" not in tensors:
+        tensors.zeros("backbone.positions.cell.weight", cells, vit.embed_dim)
+        own = 0
+    else:
+        own = tensors.take("pos_embed").shape[1] - cells  # of the tokens before the patches; none with no_embed_class
+        how = f"rows from {own} on"
+        tensors.put("backbone.positions.cell.weight", "pos_embed", make=lambda table: table[0, own:], how=how)
+
+    def tokens(*parts: Tensor) -> Tensor:
+        rows = torch.cat([one[0] for one in parts[: len(learned)]])
+        return rows + parts[-1][0, :own] if own else rows
+
     if prefix:
-        learned = [tensors.take(name)[0] for name in ("cls_token", "reg_token") if name in tensors]
-        found["embedders.prompt.weight"] = torch.cat(learned) + (own if len(own) else 0.0)
-    return found
+        how = "each with its position added" if own else "as it is"
+        tensors.put("embedders.prompt.weight", *learned, *["pos_embed"] * bool(own), make=tokens, how=how)
 
 
-def _classifier(
-    vit: VisionTransformer, classes: list[str], tensors: Tensors, where: str
-) -> tuple[dict[str, Plugin], dict[str, Tensor]]:
+def _classifier(vit: VisionTransformer, classes: list[str], tensors: Tensors, where: str) -> dict[str, Plugin]:
     """The linear classifier as a head; nothing where no classes are given."""
     if not classes:
-        return {}, {}
+        return {}
     pools = {"token": "first"} if vit.num_prefix_tokens else {"avg": "mean"}
     if vit.global_pool not in pools or vit.num_classes != len(classes):
         raise UserError(
@@ -151,5 +225,5 @@ def _classifier(
         config = classify.Config(classes, pool=pools[vit.global_pool])  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    head = Plugin(HEADS, "classify", classify.Head, config)
-    return {"classify": head}, named("heads.classify.logits", tensors.linear("head"))
+    tensors.linear("heads.classify.logits", "head")
+    return {"classify": Plugin(HEADS, "classify", classify.Head, config)}

@@ -132,5 +132,5 @@ def view_text(raw: dict[str, bytes], tokens: dict[str, Tokens], tokenizers, fuse
         return inputs[0]
 
     ids = tokens["text"].content if "text" in tokens else torch.zeros(0, dtype=torch.long)
-    lengths = tokenizers["text"].token_bytes if "text" in tokenizers else None
-    return TextView(read, ids, offset, lengths, parse_map(raw.get("json")))
+    spans = tokenizers["text"].spans if "text" in tokenizers else None
+    return TextView(read, ids, offset, spans, parse_map(raw.get("json")))

@@ -169,7 +169,12 @@ def _refusal(key: str, part: str, error: SampleError) -> dict:
 
 
 def _shard_path(source: Source, base: str) -> str:
-    """The unpacked tar, or a link to the shard, so that its index is written beside the link, not beside the shard."""
+    """The unpacked tar, or a link to the shard, so that its index is written beside the link, not beside the shard.
+
+    Without a `base` the shard itself.
+    """
+    if source.kind == "shard" and not base:
+        return source.path
     extension = ".tar" if source.kind == "compressed" else os.path.splitext(source.path)[1].lower()
     if source.kind != "compressed" and not os.path.lexists(base + extension):
         os.symlink(source.path, base + extension)

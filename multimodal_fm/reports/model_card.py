@@ -80,6 +80,19 @@ def look_up(file: Path, path: Sequence) -> Any:
     return value
 
 
+def _bases(base: dict, of: str = "") -> list[str]:
+    """A line for each base that base.json names, nearest first; of: the part of the model that it is a base of."""
+    lines = []
+    while base:
+        for part, own in base.get("parts", {}).items():
+            lines += _bases(own, f" of {escape(part)}")
+        if "manifest_sha256" in base:
+            place = f"`{escape(base['init'])}`, `{escape(base['checkpoint'])}`"
+            lines.append(f"Base{of}: {place}, manifest SHA-256 `{escape(base['manifest_sha256'])}` (base.json).")
+        base = base.get("base", {})
+    return lines
+
+
 def _left_out(file: Path) -> Counter[str]:
     """How many different parts were left out, by reason."""
     names = ("source", "shard", "key", "part", "reason")
@@ -369,11 +382,9 @@ class Card:
         """The bases, nearest first, and what a flaw in them would reach."""
         base, lines = self._json("base.json"), []
         if not base and (init := self.config.get("init")):
+            init = ", ".join(init.values()) if isinstance(init, dict) else init
             lines.append(f"Weights start from `{escape(init)}`; its hash was not recorded: the run has no base.json.")
-        while base:
-            place = f"`{escape(base['init'])}`, `{escape(base['checkpoint'])}`"
-            lines.append(f"Base: {place}, manifest SHA-256 `{escape(base['manifest_sha256'])}` (base.json).")
-            base = base.get("base")
+        lines += _bases(base)
         if tune := self._json("tune.json"):
             said = f"Tuned for {escape(tune['task'])} by `{escape(tune['how'])}`, from `{escape(tune['base'])}`"
             lines.append(f"{said}, whose weights have the hash `{escape(tune['base_hash'] or 'none')}` (tune.json).")

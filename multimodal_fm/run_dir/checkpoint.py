@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..corpus import storage
 from ..errors import UserError
-from . import trust
+from . import hub, trust
 
 MANIFEST = "MANIFEST.json"
 
@@ -65,8 +65,7 @@ def _save(
             (work / f"{name}.json").write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
         for modality, file in files.items():
             shutil.copyfile(file, tokenizer_file(work, modality, file))
-        listing = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps(listing, indent=1), encoding="utf-8")
+        write_manifest(work)
         (work / trust.SIGNATURE).write_text(trust.sign((work / MANIFEST).read_bytes()))
         for path in (*work.iterdir(), work):
             _sync(path)
@@ -78,6 +77,12 @@ def _save(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and the hash of each file of a folder into its manifest."""
+    listing = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(listing, indent=1), encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
@@ -118,10 +123,15 @@ def _warn(text: str) -> None:
 
 
 def newest(run: str | Path, warn=_warn) -> Path:
-    """The newest checkpoint that is whole; damaged ones are named and passed over. Raises UserError."""
-    run = Path(run)
+    """The newest checkpoint that is whole; damaged ones are named and passed over. `hf:user/name` names one on the Hub.
+
+    Raises UserError.
+    """
+    run = hub.fetch(str(run)) if hub.is_hub(run) else Path(run)
     try:
         found = [run] if (run / MANIFEST).exists() else steps(run)  # a checkpoint's own folder, or a run's
+        if not found:
+            hub.refuse_pickle(run)
         if not run.is_dir():
             raise UserError(f"{run}: no such run folder")
     except (OSError, ValueError) as error:

@@ -39,7 +39,7 @@ class Index(Protocol):
     """A collection that can be searched. Vectors are float32 of length one; every method raises UserError where the
     files or the server are not to be had or are damaged."""
 
-    model: str  # the hash of the weights that made the vectors (`lora.base_hash`); queries of others are refused
+    model: str  # the hash of the model that made the vectors (`collection.model_hash`); queries of others are refused
     run: str  # where that model was when the collection was made
     dim: int  # E
 
@@ -60,6 +60,11 @@ class Index(Protocol):
 
     def get(self, ids: Sequence[str]) -> list[tuple[Item, np.ndarray]]:
         """The items of these ids and their vectors (E,); those that are not there are left out."""
+        ...
+
+    def sample(self, modality: str, count: int) -> np.ndarray:
+        """The vectors (N, E) of `count` items of a modality, or of all where there are fewer: drawn at random, the same
+        ones as long as the collection stays as it is."""
         ...
 
     def add(self, items: Iterable[Item], vectors: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from ..errors import SampleError
 from ..tokens import Tokens, make_sequence
 from . import base
 
+MAY_BE_ZERO = ("spec_augment", "speed_jitter", "stride_frames", "stride_mels")
+
 
 @dataclass
 class Config:
@@ -28,6 +30,12 @@ class Config:
     win_length: int = 400  # samples that a frame's spectrum is computed of
     patch_frames: int = 16  # frames a patch
     patch_mels: int = 64  # mel bands a patch; equal to `n_mels`, a patch has them all
+    features: Literal["log_mel", "fbank"] = "log_mel"
+    """log_mel: decibels, normalized over the window, in as many columns as the sound is long. fbank: Kaldi's log-mel
+    filter bank as AST reads it (Gong et al. 2021), not normalized, with zeros up to `max_tokens` patches; a patch lies
+    at (band, time) of a grid, as that of a picture."""
+    stride_frames: int = 0  # fbank: frames from a patch to the next; 0: `patch_frames`, so that they do not overlap
+    stride_mels: int = 0  # fbank: mel bands from a patch to the next; 0: `patch_mels`
     max_tokens: int = 128  # patches a sequence; longer sound is cropped in training and cut into windows in evaluation
     spec_augment: float = 0.0  # training: the most of the mel bands, and of the frames, that is blanked, as a share
     speed_jitter: float = 0.0  # training: played faster or slower by at most this share
@@ -37,13 +45,20 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, int) and name not in ("spec_augment", "speed_jitter") and value < 1:
+            if isinstance(value, int) and name not in MAY_BE_ZERO and value < 1:
                 raise ValueError(f"{name} is at least 1")
         if not self.max_seconds > 0:
             raise ValueError("max_seconds is above 0")
         if not 0 <= self.spec_augment <= 1 or not 0 <= self.speed_jitter < 1:
             raise ValueError("spec_augment and speed_jitter are shares from 0 to 1")
-        if self.n_mels % self.patch_mels:
+        strides = self.stride_frames, self.stride_mels
+        if min(strides) < 0 or (self.features == "log_mel" and max(strides)):
+            raise ValueError("stride_frames and stride_mels are settings of features: fbank, from 1 up")
+        if self.features == "fbank" and not self.patch_mels <= self.n_mels:
+            raise ValueError(f"patch_mels ({self.patch_mels}) is at most n_mels ({self.n_mels})")
+        if self.features == "fbank" and self.max_tokens % self.rows:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must fill whole columns of {self.rows} patches")
+        if self.features == "log_mel" and self.n_mels % self.patch_mels:
             raise ValueError(f"n_mels ({self.n_mels}) must be a multiple of patch_mels ({self.patch_mels})")
         if self.max_tokens < self.rows:
             raise ValueError(f"max_tokens ({self.max_tokens}) must hold one column of patches ({self.rows})")
@@ -51,16 +66,23 @@ class Config:
     @property
     def rows(self) -> int:
         """Patches in frequency."""
-        return self.n_mels // self.patch_mels
+        return (self.n_mels - self.patch_mels) // (self.stride_mels or self.patch_mels) + 1
 
     @property
     def patch_samples(self) -> int:
-        """Samples that a patch covers."""
-        return self.patch_frames * self.hop_length
+        """Samples from a patch to the next in time."""
+        return (self.stride_frames or self.patch_frames) * self.hop_length
+
+    @property
+    def fbank_frames(self) -> int:
+        """Frames that `max_tokens` patches cover with features: fbank."""
+        return (self.max_tokens // self.rows - 1) * (self.stride_frames or self.patch_frames) + self.patch_frames
 
     @property
     def window_samples(self) -> int:
         """Samples that `max_tokens` patches cover."""
+        if self.features == "fbank":
+            return (self.fbank_frames - 1) * self.hop_length + self.win_length
         return self.max_tokens // self.rows * self.patch_samples
 
 
@@ -163,6 +185,8 @@ class Tokenizer(base.Tokenizer):
     def _patchify(self, wave: Tensor, generator: Random | None = None) -> Tokens:
         """log-mel of a window (T,), at most `max_tokens` patches, normalized over the window."""
         config = self.config
+        if config.features == "fbank":
+            return self._patchify_fbank(wave, generator)
         columns = max(1, min(round(len(wave) / config.patch_samples), config.max_tokens // config.rows))
         length = columns * config.patch_samples
         wave = F.pad(wave[:length], (0, max(0, length - len(wave))))
@@ -182,6 +206,30 @@ class Tokenizer(base.Tokenizer):
         content = content.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # (columns * rows, patch_mels * patch_frames)
         return make_sequence(content.contiguous(), _positions(columns, config.rows))
 
+    def _patchify_fbank(self, wave: Tensor, generator: Random | None) -> Tokens:
+        """Kaldi's log-mel filter bank of a window (T,) in patches, band by band: position (0, band, time)."""
+        from torchaudio.compliance import kaldi
+
+        config = self.config
+        wave = F.pad(wave, (0, max(0, config.win_length - len(wave))))
+        milliseconds = 1000 / config.sample_rate
+        mel = kaldi.fbank(
+            wave[None],
+            sample_frequency=config.sample_rate,
+            window_type="hanning",
+            num_mel_bins=config.n_mels,
+            frame_length=config.win_length * milliseconds,
+            frame_shift=config.hop_length * milliseconds,
+        ).T[:, : config.fbank_frames]
+        if not torch.isfinite(mel).all():
+            raise SampleError("not-finite", "too loud: its spectrum overflows")
+        if generator is not None and config.spec_augment:
+            mel = _spec_augment(mel, config.spec_augment, generator)
+        mel = F.pad(mel, (0, config.fbank_frames - mel.shape[1]))
+        patches = mel.unfold(0, config.patch_mels, config.stride_mels or config.patch_mels)
+        patches = patches.unfold(1, config.patch_frames, config.stride_frames or config.patch_frames)
+        return make_sequence(patches.flatten(2).flatten(0, 1).contiguous(), _cells(*patches.shape[:2]))
+
     def measure(self, data: bytes, length: int) -> tuple[int, int]:
         """Milliseconds and samples a second, from the header."""
         import soundfile
@@ -194,10 +242,13 @@ class Tokenizer(base.Tokenizer):
         config = self.config
         columns = np.maximum(milliseconds * config.sample_rate // (1000 * config.patch_samples), 1)
         most = config.max_tokens // config.rows * config.rows
+        if config.features == "fbank":
+            return np.full(len(length), most)
         return np.where(rate > 0, np.minimum(columns * config.rows, most), most)
 
     def extent(self) -> tuple[int, int, int]:
-        return self.config.max_tokens // self.config.rows, self.config.rows, 1
+        times, bands = self.config.max_tokens // self.config.rows, self.config.rows
+        return (1, bands, times) if self.config.features == "fbank" else (times, bands, 1)
 
     def describe(self, raw: dict) -> dict | None:
         """Channels, seconds and sample rate, after all of the sound has been decoded. Raises SampleError."""
@@ -215,6 +266,8 @@ class Tokenizer(base.Tokenizer):
         return {"channels": channels, "seconds": round(sound.length / sound.rate, 3), "rate": sound.rate}
 
     def toy(self) -> Tokenizer:
+        if self.config.features == "fbank":
+            return self
         return self.replace(max_tokens=max(min(self.config.max_tokens, 32), self.config.rows))
 
     def embedder(self, width: int) -> nn.Module:
@@ -226,13 +279,16 @@ class Tokenizer(base.Tokenizer):
     def reconstructor(self, width: int) -> base.Reconstructor:
         return Reconstruct(self.config.patch_frames * self.config.patch_mels, width)
 
-    def render(self, content: Tensor, position: Tensor, vocoder: Vocoder | None = None) -> tuple[Tensor, int]:
-        """(waveform (T,), sample rate) of log-mel patches that fill a grid, in any order; its peak is `PEAK`.
+    def render(self, content: Tensor, position: Tensor, vocoder: Vocoder | None = None) -> Any:
+        """(waveform (T,), sample rate) of log-mel patches that fill a grid, in any order; its peak is `PEAK`. None of
+        the overlapping patches of `features: fbank`.
 
         vocoder: from the power in mel bands (n_mels, frames) and the sample rate to a waveform; else `griffin_lim`.
         Loudness and contrast are not in the patches, which are normalized: usual ones are taken.
         """
         config = self.config
+        if config.features == "fbank":
+            return None
         column, row = position[:, :2].long().unbind(1)
         grid = torch.zeros(int(column.max()) + 1, config.rows, config.patch_mels, config.patch_frames)
         grid[column, row] = content.detach().cpu().float().unflatten(1, (config.patch_mels, config.patch_frames))
@@ -335,6 +391,15 @@ def _positions(columns: int, rows: int) -> Tensor:
     position = torch.zeros(columns, rows, 3)
     position[..., 0] = torch.arange(columns)[:, None]
     position[..., 1] = torch.arange(rows)
+    return position.flatten(0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _cells(rows: int, columns: int) -> Tensor:
+    """(rows * columns, 3). It is cached and shared: do not write to it."""
+    position = torch.zeros(rows, columns, 3)
+    position[..., 1] = torch.arange(rows)[:, None]
+    position[..., 2] = torch.arange(columns)
     return position.flatten(0, 1)
 
 

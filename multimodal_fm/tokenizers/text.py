@@ -1,6 +1,7 @@
 """Text as byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2), learned from the run's own training text.
 
-Hugging Face `tokenizers` learns the merges and writes the file; `tiktoken`, several times faster, applies them.
+Hugging Face `tokenizers` learns the merges and writes the file; `tiktoken`, several times faster, applies them. The
+tokenizer of an imported model may be of any kind that `tokenizers` reads, such as WordPiece.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,15 +41,19 @@ class Config:
     string, a list or a map of strings). A list: the first that the sample has. A map: training draws by weight. Where
     a sample has none of them, the list `documents` is read as one text."""
     file: str = ""  # a trained tokenizer.json of byte-level BPE; empty: the run learns one and keeps it in its folder
+    format: Literal["bytes", "hugging_face"] = "bytes"
+    """bytes: the file is byte-level BPE, which loses nothing. hugging_face: any tokenizer.json, of WordPiece (BERT) or
+    another kind that may change a text; ids are those of the file and 2, special tokens in a text are plain text."""
     train_bytes: int = 20_000_000  # how much training text the merges are learned from
     sentinels: int = 0  # ids at the top of the vocabulary that mark where the objective `denoise` took spans out
     end_cuts: bool = True  # END also where a longer text is cut; false: only where it ends, so that `causal` writes on
     causal: bool = False  # each token reads only those before it, whatever the objective (GPT-2, CLIP's texts)
 
     def __post_init__(self):
-        if self.sentinels < 0 or self.vocab_size < 258 + self.sentinels or self.max_tokens < 3:
+        least = 258 if self.format == "bytes" else 3  # the bytes, where text is made of them, and two marks
+        if self.sentinels < 0 or self.vocab_size < least + self.sentinels or self.max_tokens < 3:
             raise ValueError(
-                "vocab_size is at least 258 (the bytes and two marks) and the sentinels, max_tokens at least 3"
+                f"vocab_size is at least {least} (the bytes and two marks) and the sentinels, max_tokens at least 3"
             )
         weights = self.fields.values() if isinstance(self.fields, dict) else [1.0]
         if not self.fields or not all(0 <= weight < float("inf") for weight in weights):
@@ -145,13 +151,20 @@ class Tokenizer(base.Tokenizer):
         """Ids of `text`, without BEGIN and END; only as much of it is encoded as `limit` ids need."""
         return (self._encode(_replace_surrogates(text), limit) + 2).tolist()
 
+    def _merges(self):
+        """What turns texts into ids and back, from `file`. Raises UserError."""
+        return (load_vocabulary if self.config.format == "hugging_face" else load_merges)(self.config.file)
+
     def _encode(self, text: str, limit: int | None = None) -> np.ndarray:
         """The merges' own ids of a text without lone surrogates."""
-        ids, merges = [], load_merges(self.config.file)
-        for start in range(0, len(text), CHUNK):
-            ids += merges.encode_ordinary(text[start : start + CHUNK])
-            if limit is not None and len(ids) >= limit:
-                break
+        ids, merges, start = [], self._merges(), 0
+        while start < len(text) and (limit is None or len(ids) < limit):
+            stop = start + CHUNK
+            if isinstance(merges, Vocabulary) and stop < len(text):  # no word is cut
+                space = text.rfind(" ", start + 1, stop)
+                stop = space if space > 0 else stop
+            ids += merges.encode_ordinary(text[start:stop])
+            start = stop
         ids = ids[:limit]
         return np.fromiter(ids, np.int64, len(ids))
 
@@ -166,21 +179,35 @@ class Tokenizer(base.Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         """The text that `encode` gave `ids` for; BEGIN, END and sentinels stand for nothing."""
-        merges = load_merges(self.config.file)
+        merges = self._merges()
         return merges.decode([i - 2 for i in ids if END < i < merges.n_vocab + 2])
 
     def generation(self) -> base.Generation:
         return base.Generation((BEGIN,), END, self.config.max_tokens, _positions(self.config.max_tokens))
 
     def token_bytes(self, ids: list[int]) -> list[int]:
-        """How many bytes of text each of `ids` stands for; BEGIN, END and sentinels stand for none."""
-        merges = load_merges(self.config.file)
+        """How many bytes of text each of `ids` stands for; BEGIN, END and sentinels stand for none.
+
+        Raises UserError where the tokenizer may change a text.
+        """
+        merges = self._merges()
+        if isinstance(merges, Vocabulary):
+            raise UserError(f"{self.config.file}: its ids stand for no certain number of bytes (format: hugging_face)")
         most = merges.n_vocab + 2
         return [len(merges.decode_single_token_bytes(i - 2)) if END < i < most else 0 for i in ids]
 
     def count_bytes(self, ids: list[int]) -> int:
         """How many bytes of text `ids` stand for."""
         return sum(self.token_bytes(ids))
+
+    def spans(self, text: str, ids: list[int]) -> np.ndarray:
+        """The first byte and the one after the last (T, 2), in the UTF-8 of a text, of the first ids that it has."""
+        merges = self._merges()
+        if isinstance(merges, Vocabulary):
+            return merges.spans(text, ids)
+        lengths = np.array(self.token_bytes(ids), dtype=np.int64)
+        ends = lengths.cumsum()
+        return np.stack([ends - lengths, ends], 1)
 
     @property
     def sentinels(self) -> range:
@@ -189,7 +216,7 @@ class Tokenizer(base.Tokenizer):
 
     def sentence_ends(self, ids: Tensor) -> Tensor:
         """Those with a full stop, a question mark or an exclamation mark at their end, and END."""
-        table = _sentence_ends(self.config.file)
+        table = _sentence_ends(self._merges())
         return table[ids.clamp(max=len(table) - 1)]
 
     @property
@@ -235,7 +262,7 @@ class Tokenizer(base.Tokenizer):
 
     def check(self) -> None:
         """Raises UserError where the trained file is missing or holds more ids than the model has."""
-        ids, most = load_merges(self.config.file).n_vocab + 2 + self.config.sentinels, self.config.vocab_size
+        ids, most = self._merges().n_vocab + 2 + self.config.sentinels, self.config.vocab_size
         if ids > most:
             among = f" with {self.config.sentinels} sentinels" if self.config.sentinels else ""
             raise UserError(
@@ -277,7 +304,10 @@ def load_merges(file: str):
             ranks, split = _parse_merges(json.load(opened))
         return tiktoken.Encoding(file, pat_str=split, mergeable_ranks=ranks, special_tokens={})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__})") from None
+        raise UserError(
+            f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__}); for another kind set "
+            "tokenizers.text.format: hugging_face"
+        ) from None
 
 
 def _parse_merges(saved: dict) -> tuple[dict[bytes, int], str]:
@@ -303,10 +333,54 @@ def _parse_merges(saved: dict) -> tuple[dict[bytes, int], str]:
     return ranks, split
 
 
+class Vocabulary:
+    """A tokenizer.json of any kind, with the methods of `tiktoken.Encoding` that are used here."""
+
+    def __init__(self, saved: str):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(saved)
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
+        self.n_vocab = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decode_single_token_bytes(self, number: int) -> bytes:
+        """How a token is spelled in the file."""
+        return (self.tokenizer.id_to_token(number) or "").removesuffix("</w>").encode()
+
+    def spans(self, text: str, ids: list[int]) -> np.ndarray:
+        """As `Tokenizer.spans`; BEGIN and END stand for no byte, at the start and at the end of the text's part."""
+        text = _replace_surrogates(text)
+        inner = sum(one > END for one in ids)
+        places = self.tokenizer.encode(text, add_special_tokens=False).offsets[:inner]
+        starts = np.cumsum([0, *(len(letter.encode()) for letter in text)])  # of each character
+        spans, last, rest = [], 0, iter(places)
+        for one in ids:
+            first, last = (int(starts[place]) for place in next(rest)) if one > END else (last, last)
+            spans.append((first, last))
+        return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
 @functools.cache
-def _sentence_ends(file: str) -> Tensor:
+def load_vocabulary(file: str) -> Vocabulary:
+    """A file of Hugging Face's `tokenizers`, of any kind. Raises UserError where it is none."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return Vocabulary(opened.read())
+    except Exception as error:  # `tokenizers` raises plain ones
+        raise UserError(f"{file}: not a tokenizer of Hugging Face's format ({error or type(error).__name__})") from None
+
+
+@functools.cache
+def _sentence_ends(merges) -> Tensor:
     """Whether each id ends a sentence (V + 1,); the last row stands for all higher ids."""
-    merges = load_merges(file)
     spelled = [merges.decode_single_token_bytes(i).rstrip(b" \n\"')") for i in range(merges.n_vocab)]
     return torch.tensor([False, True, *(text.endswith((b".", b"?", b"!")) for text in spelled), False])
 

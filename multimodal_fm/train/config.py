@@ -33,7 +33,10 @@ class TrainConfig:
     """Patterns of parameters that learn, as in heads.* or backbone.blocks.3.*; the others keep their values. Empty: all
     learn."""
     run_dir: str = ""  # empty: runs/NAME for NAME.yaml
-    init: str = ""  # a run or checkpoint whose weights a new run starts from
+    init: str | dict[str, str] = ""
+    """A run or checkpoint whose weights a new run starts from. A map takes parts of the model from several: a modality
+    (its embedder and learned vectors), or the beginning of the tensors' names, as in `backbone`, of which the longest
+    counts."""
     steps: int = 1000  # updates of the weights
     microbatches: int = 1  # each step's samples are dealt into so many; memory falls, results stay
     seed: int = 0  # of the weights, of the order of the samples and of every random view of them

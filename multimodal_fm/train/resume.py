@@ -44,10 +44,10 @@ MAY_CHANGE = (
     ),
     *("optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.betas", "optim.grad_clip", "optim.warmup_steps"),
     *("optim.schedule", "optim.decay_fraction", "optim.final_lr_fraction", "ema_decay", "threads", "compile"),
-    *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init"),
+    *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init", "init.*"),
     *("monitors", "monitors.*", "sources.*.validation", "model.tokenizers.*.file", "country", "card", "card.*"),
 )
-NOT_RECORDED = ("run_dir", "init", "model.tokenizers.*.file")
+NOT_RECORDED = ("run_dir", "init", "init.*", "model.tokenizers.*.file")
 MIXTURE = ("tasks.*.sources", "tasks.*.sources.*", "tasks.*.weigh_by", "tasks.*.temperature")  # begins a new phase
 
 

@@ -63,19 +63,26 @@ def prepare_tokenizers(
 
 def _with_inherited_tokenizers(config: TrainConfig) -> TrainConfig:
     """With `init`, a tokenizer that would have to learn takes the file of the run that the weights come from."""
-    if not config.init:
-        return config
-    before = read_config(checkpoint.newest(config.init)).tokenizers
-    learning = [m for m, tokenizer in config.model.tokenizers.items() if tokenizer.learns and m in before]
-    return keep_tokenizers(config, {m: Path(before[m].file) for m in learning if before[m].file})
+    files, parts = {}, {"": config.init} if isinstance(config.init, str) else config.init
+    for init in filter(None, parts.values()):
+        checkpoint.newest(init)  # raises before anything is written
+    for modality, tokenizer in config.model.tokenizers.items():
+        init = parts.get(modality) or parts.get("", "")
+        if init and tokenizer.learns:
+            before = read_config(checkpoint.newest(init)).tokenizers
+            if modality in before and before[modality].file:
+                files[modality] = Path(before[modality].file)
+    return keep_tokenizers(config, files) if files else config
 
 
-def init_weights(trained: nn.ModuleDict, init: str) -> list[str]:
-    """Copy the averaged weights of another run into a model and its objectives by name; what does not fit stays.
+def init_weights(trained: nn.ModuleDict, init: str | dict[str, str]) -> list[str]:
+    """Copy the averaged weights of other runs into a model and its objectives by name; what does not fit stays.
 
     Returns lines that name what was taken, what has another shape and so starts anew, and what is new. Raises UserError
-    where there is no such run.
+    where there is no such run, and where a part that `init` names by itself does not fit.
     """
+    if not isinstance(init, str):
+        return [_init_part(trained, init, part) for part in init]
     folder, lines = checkpoint.newest(init), []
     for name, file in (("model", "ema"), ("objectives", "ema_objectives")):
         tensors, own = checkpoint.read_tensors(folder, file), trained[name].state_dict()
@@ -90,11 +97,45 @@ def init_weights(trained: nn.ModuleDict, init: str) -> list[str]:
     return lines
 
 
-def record_base(run_dir: Path, init: str) -> None:
-    """Write RUN/base.json: which checkpoint, by the hash of its manifest, the weights come from, and its own base."""
+def _init_part(trained: nn.ModuleDict, init: dict[str, str], part: str) -> str:
+    """Copy one part of the model from the run that `init` names for it; returns the line that says so."""
+    folder, own = checkpoint.newest(init[part]), trained["model"].state_dict()
+    tensors = checkpoint.read_tensors(folder, "ema")
+    names = [name for name in own if _part_of(name, init) == part]
+    known = {name: tensors[plain_name(name)] for name in names if plain_name(name) in tensors}
+    here = f"init.{part}"
+    if not known:
+        mend = "name a modality, or the beginning of tensors' names as in backbone"
+        raise UserError(f"{here}: {folder} and this model share no tensors of it: {mend}")
+    for name, value in known.items():
+        if value.shape != own[name].shape:
+            mend = "parts go together only at one width, and a text's only with its vocab_size"
+            shapes = f"is {tuple(value.shape)} in {folder}, this model has {tuple(own[name].shape)}"
+            raise UserError(f"{here}: {name} {shapes}: {mend}")
+    trained["model"].load_state_dict(known, strict=False)
+    return f"init: {len(known)} of {len(names)} tensors of {part} taken from {folder}"
+
+
+def _part_of(name: str, init: dict[str, str]) -> str:
+    """The part of `init` that a tensor belongs to: the longest beginning of its name, where a modality stands for its
+    embedder and its two learned vectors; empty where there is none."""
+    group, _, rest = name.partition(".")
+    modality = rest.partition(".")[0] if group in ("embedders", "modality_vectors", "mask_tokens") else ""
+    fitting = [part for part in init if part == modality or f"{name}.".startswith(f"{part}.")]
+    return max(fitting, key=lambda part: len(name) if part == modality else len(part), default="")
+
+
+def record_base(run_dir: Path, init: str | dict[str, str]) -> None:
+    """Write RUN/base.json: which checkpoint, by the hash of its manifest, the weights come from, and its own base; of
+    several by the part of the model."""
+    base = _base(init) if isinstance(init, str) else {"init": init, "parts": {k: _base(v) for k, v in init.items()}}
+    write_atomic(run_dir / "base.json", json.dumps(base, indent=1).encode())
+
+
+def _base(init: str) -> dict:
     folder = checkpoint.newest(init)
     digest = hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
     base = {"init": init, "checkpoint": folder.name, "manifest_sha256": digest}
     with contextlib.suppress(OSError, ValueError):
         base["base"] = json.loads((folder.parent.parent / "base.json").read_text(encoding="utf-8"))
-    write_atomic(run_dir / "base.json", json.dumps(base, indent=1).encode())
+    return base
