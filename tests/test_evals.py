@@ -363,7 +363,7 @@ def test_a_model_without_vectors_is_measured_by_its_features(headless, corpus):
     assert any(note.startswith("no retrieval: this model has no retrieval head") for note in embedded.notes)
     with pytest.raises(UserError, match="evaluate.x.measure there is no evaluator kn"):
         build(tiny(corpus, evaluate={"x": {"on": "x.tar", "measure": ["kn"]}}))
-    with pytest.raises(UserError, match="no evaluator 'kn'; there are bits_per_byte, captions, denoise, embedding_space"):
+    with pytest.raises(UserError, match="no evaluator 'kn'; there are bits_per_byte, captions, denoise"):
         evaluate(load_model(headless), {}, Evaluation(f"{corpus}/validation-*.tar", measure=["kn"]))
 
 
