@@ -140,7 +140,8 @@ class LocalIndex:
     def _current(self) -> _State:
         """What the files hold now; they are read again only where they have changed."""
         with self._lock:
-            for attempt in itertools.count():
+            attempt = 0
+            while True:
                 stamps = self._stamps()
                 if stamps == self._stamp:
                     return self._state
@@ -148,6 +149,7 @@ class LocalIndex:
                     self._state, self._stamp = self._load(stamps[1]), stamps
                 except (UserError, OSError, KeyError, ValueError, TypeError) as error:
                     if attempt < RETRIES and self._stamps() != stamps:  # another process replaced what was being read
+                        attempt += 1
                         continue
                     if isinstance(error, UserError):
                         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -109,13 +110,14 @@ async def read_form(
         raise
     except HTTPException as error:  # Starlette's own, of a form that cannot be parsed
         raise wrong(str(error.detail)) from None
-    for name, check, limit in (
-        ("image", check_picture, limits.max_pixels),
-        ("audio", check_sound, limits.max_seconds),
-    ):
+    checks: dict[str, Callable[[bytes], None]] = {
+        "image": lambda data: check_picture(data, limits.max_pixels),
+        "audio": lambda data: check_sound(data, limits.max_seconds),
+    }
+    for name, check in checks.items():
         for number, data in enumerate(files[name]):
             try:
-                await run_in_threadpool(check, data, limit)
+                await run_in_threadpool(check, data)
             except SampleError as error:
                 raise refuse_sample(error, f"{name}[{number}]: ") from None
     return values, files
