@@ -138,7 +138,12 @@ class Bench:
         )
 
     def save(self) -> None:
+        """What another process has measured meanwhile is kept."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        there = json.loads(self.file.read_text()) if self.file.exists() else {}
+        for part, own in self.results.items():
+            if isinstance(own, dict):
+                own |= {name: one for name, one in there.get(part, {}).items() if name not in own}
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
         part.rename(self.file)

@@ -629,7 +629,7 @@ def test_workers_that_cannot_be_started_are_said(tmp_path, monkeypatch, error, w
     others = set(multiprocessing.active_children())
     monkeypatch.setattr(os, "fork", fork)
     with pytest.raises(UserError, match=r"worker processes cannot be started: (Res|no).*; use fewer workers, or 0"):
-        for _ in Loader(steps, 0, 5, 2):
+        for _ in Loader(steps, 0, 100, 2):  # more than can have been read before the kill
             os.kill(started[0], signal.SIGKILL)
     assert set(multiprocessing.active_children()) == others  # the first one, which ignores interrupts, was ended
 
