@@ -264,6 +264,11 @@ def tables(results: dict) -> dict[str, list[list]]:
         found["nanoGPT's own code beside it"] = [
             ["", "nats a character on held-out text", "seconds"],
             ["nanoGPT", nano["losses"][-1][2], f"{nano['seconds']:.0f}"],
+            [
+                "`gpt`",
+                f"{results['figures']['gpt'][ROWS['gpt'].figures[0].name]['value'] * math.log(2):.4f}",
+                f"{nano['ours']['seconds']:.0f}",
+            ],
         ]
     return found
 
@@ -308,6 +313,9 @@ def main() -> None:
             bench.measure(name)
     if options.nanogpt:
         bench.results["nanogpt"] = run_nanogpt(options.nanogpt, torch.get_num_threads())
+        began = time.monotonic()
+        bench.command("pretrain", "configs/gpt.yaml", f"run_dir={options.nanogpt / 'ours'}")
+        bench.results["nanogpt"]["ours"] = {"seconds": time.monotonic() - began}
         bench.save()
     found = tables(bench.results)
     text = "\n\n".join(f"### {title}\n\n{markdown(rows)}" for title, rows in found.items())
