@@ -121,6 +121,7 @@ def start(path, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup would have it ignore
     )
 
 
@@ -138,7 +139,7 @@ def wait_for_step(run: Path, step: int, process) -> None:
 def uninterrupted(tmp_path_factory, corpus):
     """The configuration of a run that is long enough to be stopped on a busy machine, and what such a run loses."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    data = tiny(corpus, run_dir=str(folder / "run"), steps=200, save_every=5, num_workers=1)
+    data = tiny(corpus, run_dir=str(folder / "run"), steps=100, save_every=5, num_workers=1)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     loop.pretrain(build(data))
     return folder / "tiny.yaml", losses(folder / "run")
