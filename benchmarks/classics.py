@@ -111,7 +111,7 @@ ROWS = {
         Figure("all/reconstruction/image/codebook_use", "codes used by all held-out pictures; the aim", "0.9"),
     )),
     "audio_codes": Row((
-        Figure("spoken/reconstruction/audio/psnr", "PSNR of log-mel spectrograms of held-out words, dB; their mean"),
+        Figure("spoken/reconstruction/audio/snr", "signal to noise of words' log-mel spectrograms, dB; their mean"),
         Figure("spoken/reconstruction/audio/codebook_use", "codes used by held-out words; the aim", "0.9"),
     )),
     "scene_codes": Row((
@@ -247,9 +247,8 @@ def tables(results: dict) -> dict[str, list[list]]:
         start = [f"`{name}`", run["steps"], f"{run['minutes']:.0f}"]
         for figure in row.figures:
             ours = results["figures"].get(name, {}).get(figure.name)
-            if ours is None:
-                continue
-            rows.append([*start, figure.says, *compare(results, figure, ours)])
+            own = ["not measured", "", "", ""] if ours is None else compare(results, figure, ours)
+            rows.append([*start, figure.says, *own])
         for task, said in row.tune.items():
             ours, none = (results["tunes"].get(f"{name}/{task}/{way}") for way in ("pretrained", "none"))
             paired = results["tunes"].get(f"{name}/{task}/difference")

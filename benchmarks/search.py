@@ -404,6 +404,7 @@ def write(out: Path, given: argparse.Namespace, results: dict[str, dict]) -> Non
     data = {"about": about, "ratios": ratios, "results": results}
     (out / "search.json").write_text(json.dumps(data, indent=1) + "\n")
     said = "; ".join(f"{kind}: {one['ratio']:.2f} of {one['best_peer']}" for kind, one in ratios.items())
+    said = said or "none, for want of two that reach the recall"
     text = (f"# Search: {given.n:,} vectors of {given.dim} dimensions, {cores()} cores\n\n"
             f"{__doc__}\n{markdown(rows)}\n\nOurs, of the best other at the same recall: {said}.\n")  # fmt: skip
     (out / "search.md").write_text(text)
