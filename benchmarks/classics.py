@@ -117,11 +117,36 @@ ROWS = {
     "scene_codes": Row((
         Figure("scenes/reconstruction/image/psnr", "PSNR of held-out scenes, dB; their mean color"),
     )),
-    "foundation": Row((
-        *RETRIEVAL,
-        *probes("foundation", "cifar10")[:1],
-        Figure("captions/captions/chrf", "captions of Flickr8k, chrF; those of other pictures"),
-    )),
+}  # fmt: skip
+
+FOUNDATION = "foundation"
+REMEDIES = {  # what is changed in configs/foundation.yaml
+    "foundation_balance": (
+        "loss balance",
+        "monitors.balance={figure: grad_share/*, below: 0.08, every: 10, after: 20, action: reweigh}",
+    ),
+    "foundation_experts": ("experts", "model.backbone.experts=true"),
+    "foundation_shares": (
+        "shares",
+        "tasks.words.batch_size=72", "tasks.next.batch_size=8", "tasks.restore.batch_size=8",
+        "tasks.captions.batch_size=8", "tasks.patches.batch_size=64", "tasks.sounds.batch_size=40",
+        "tasks.latents.batch_size=12", "tasks.views.batch_size=16", "tasks.pairs.batch_size=48",
+    ),
+}  # fmt: skip
+SPECIALISTS = {  # what configs/foundation.yaml is compared with, figure by figure
+    "mae": probes("mae", "cifar10"),
+    "views": probes("views", "cifar10"),
+    "audio_mae": probes("audio_mae", "esc10", "digits"),
+    "clip": RETRIEVAL,
+}
+ROWS |= {
+    name: Row(
+        (*RETRIEVAL, *probes(FOUNDATION, "cifar10", "esc10", "digits"),
+         Figure("captions/captions/chrf", "captions of Flickr8k, chrF; those of other pictures")),
+        config=FOUNDATION, run=name, overrides=tuple(overrides[1:]),
+        tune={} if overrides else {"trec": TUNED["trec"]},
+    )
+    for name, overrides in {FOUNDATION: (), **REMEDIES}.items()
 }  # fmt: skip
 
 
@@ -167,6 +192,7 @@ class Bench:
         self.results["runs"][run] = {
             "steps": steps[-1]["step"],
             "minutes": sum(row["seconds"] for row in steps) / 60,
+            "tokens": sum(row["tokens"] for row in steps),
         }
         self.save()
 
@@ -242,7 +268,7 @@ def tables(results: dict) -> dict[str, list[list]]:
     rows: list[list] = [["configuration", "steps", "minutes", "figure; baseline", "ours", "95 %", "baseline", "better"]]
     for name, row in ROWS.items():
         run = results["runs"].get(row.run or name)
-        if run is None:
+        if run is None or name in REMEDIES:
             continue
         start = [f"`{name}`", run["steps"], f"{run['minutes']:.0f}"]
         for figure in row.figures:
@@ -259,6 +285,8 @@ def tables(results: dict) -> dict[str, list[list]]:
                     [*start, f"{said}; unpretrained", f"{ours['value']:.3f}", interval, f"{none['value']:.3f}", said_of]
                 )
     found = {"Every classic against its baseline": rows}
+    if FOUNDATION in results["figures"]:
+        found["One model of all objectives against each specialist"] = against_specialists(results)
     if nano := results.get("nanogpt"):
         found["nanoGPT's own code beside it"] = [
             ["", "nats a character on held-out text", "seconds"],
@@ -270,6 +298,29 @@ def tables(results: dict) -> dict[str, list[list]]:
             ],
         ]
     return found
+
+
+def against_specialists(results: dict) -> list[list]:
+    """Each specialist's figures beside those of `foundation` and its remedies; in brackets the share of its own."""
+    runs = {FOUNDATION: ("as it is",), **REMEDIES}
+    runs = {name: said[0] for name, said in runs.items() if name in results["figures"]}
+    rows: list[list] = [["specialist", "figure", "its own", *runs.values()]]
+    minutes = [f"{results['runs'][name]['minutes']:.0f}" for name in runs]
+    for specialist, figures in SPECIALISTS.items():
+        if specialist not in results["figures"]:
+            continue
+        rows.append([f"`{specialist}`", "minutes", f"{results['runs'][specialist]['minutes']:.0f}", *minutes])
+        for figure in figures:
+            own = results["figures"][specialist][figure.name]["value"]
+            theirs = [results["figures"][name][figure.name]["value"] for name in runs]
+            cells = [f"{value:.3f} ({value / own:.0%})" for value in theirs]
+            rows.append([f"`{specialist}`", figure.says, f"{own:.3f}", *cells])
+    own = results["tunes"].get("bert/trec/pretrained")
+    theirs = [results["tunes"].get(f"{name}/trec/pretrained") for name in runs]
+    if own and any(theirs):
+        cells = [f"{one['value']:.3f} ({one['value'] / own['value']:.0%})" if one else "" for one in theirs]
+        rows.append(["`bert`", TUNED["trec"], f"{own['value']:.3f}", *cells])
+    return rows
 
 
 def compare(results: dict, figure: Figure, ours: dict) -> list:
