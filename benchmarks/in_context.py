@@ -146,7 +146,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=["recall", "chain", "regression"])
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--set", nargs="*", default=[], help="further key=value settings of the runs")
-    parser.add_argument("--to", type=Path, default=Path("runs/in_context"))
+    parser.add_argument("--to", type=Path, default=Path("runs/in_context"), help="the folder of the runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder of the tables")
     return parser.parse_args()
 
 
@@ -172,8 +173,8 @@ def main() -> None:
     for width in options.widths:
         run, config, seconds = train(options, width)
         results["runs"][str(width)] = {"seconds": seconds, "figures": measure(run, config)}
-    options.to.mkdir(parents=True, exist_ok=True)
-    (options.to / "in_context.json").write_text(json.dumps(results, indent=1))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "in_context.json").write_text(json.dumps(results, indent=1))
     lines = [f"# In context: depth {options.depth}, {options.steps} steps, {results['cores']} cores", ""]
     for rule in options.rules:
         figures = {width: own["figures"][rule] for width, own in results["runs"].items()}
@@ -181,7 +182,7 @@ def main() -> None:
         rows = [[rule, *(f"width {width}" for width in figures)]]
         rows += [[name, *(cell(own[name]) for own in figures.values())] for name in names]
         lines += [f"## {rule}", "", markdown(rows), ""]
-    (options.to / "in_context.md").write_text("\n".join(lines))
+    (options.out / "in_context.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 

@@ -28,8 +28,15 @@ def write(folder: str | Path, result: dict) -> Path:
 
 
 def sentence(result: dict) -> str:
-    law = {name: f"{one['value']:.3g} ({one['low']:.3g} to {one['high']:.3g})" for name, one in result["law"].items()}
+    law = {
+        name: f"{_short(one['value'])} ({_short(one['low'])} to {_short(one['high'])})"
+        for name, one in result["law"].items()
+    }
     return f"L(N) = E + A / N^alpha with E {law['E']}, A {law['A']}, alpha {law['alpha']}"
+
+
+def _short(value: float) -> str:
+    return f"{value if abs(value) > 1e-6 else 0.0:.3g}"  # a loss that may as well end at nothing is fitted as 1e-15
 
 
 def _row(run: dict) -> list[str]:
