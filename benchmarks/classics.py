@@ -123,7 +123,7 @@ FOUNDATION = "foundation"
 REMEDIES = {  # what is changed in configs/foundation.yaml
     "foundation_balance": (
         "loss balance",
-        "monitors.balance={figure: grad_share/*, below: 0.08, every: 10, after: 20, action: reweigh}",
+        "monitors.balance={figure: grad_share/*/*, below: 0.08, every: 10, after: 20, action: reweigh}",
     ),
     "foundation_experts": ("experts", "model.backbone.experts=true"),
     "foundation_shares": (
