@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +26,16 @@ def synchronise() -> None:
 
 def seconds(call: Callable) -> float:
     """Wall time of one call, the device's work included."""
+    return timed(call)[0]
+
+
+def timed(call: Callable) -> tuple[float, float]:
+    """Wall time of one call, the device's work included, and the CPU time that this process's threads had meanwhile."""
     synchronise()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     call()
     synchronise()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def alternate(calls: dict[str, Callable], repeats: int, warm: int = 3) -> dict[str, dict]:
@@ -72,3 +81,23 @@ def save(out: Path, name: str, results: dict, tables: dict[str, list[list]]) -> 
 def markdown(rows: list[list]) -> str:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
+
+
+def about(*packages: str) -> dict[str, str]:
+    """The machine, the versions of torch, Python and these packages, and the commit, for a file of results."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from multimodal_fm.train.compute import cpu_name
+
+    found = {"machine": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores", "python": platform.python_version()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    found["load"] = f"{os.getloadavg()[0]:.1f} at the end, as Linux counts it"
+    found |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    return found

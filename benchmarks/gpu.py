@@ -1,4 +1,4 @@
-"""What this package does on a GPU: python benchmarks/gpu.py attention|step|pretrain|all --out DIR [--small].
+"""What this package does on a GPU: python benchmarks/gpu.py attention|step|peers|pretrain|all --out DIR [--small].
 
 `--small` takes shapes that a CPU finishes in about a minute. The exit code is 1 where a check fails.
 """
@@ -11,10 +11,10 @@ import traceback
 from pathlib import Path
 
 import attention
+import gpu_step
 import pretrain
-import step
 
-STAGES = {"attention": attention.run, "step": step.run, "pretrain": pretrain.run}
+STAGES = {"attention": attention.run, "step": gpu_step.run, "peers": gpu_step.run_peers, "pretrain": pretrain.run}
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ LIMIT=${LIMIT:-570}
 PYTHON=${PYTHON:-python3}
 SMALL=(${2:+"$2"})
 mkdir -p "$OUT"
-rm -f "$OUT"/{report.md,profile.txt,metrics.jsonl,curve.png} "$OUT"/{attention,step,pretrain}.json
+rm -f "$OUT"/{report.md,profile.txt,metrics.jsonl,curve.png} "$OUT"/{attention,step,peers,pretrain}.json
 exec > >(tee "$OUT/log.txt") 2>&1
 
 left() { echo $((LIMIT - SECONDS)); }
@@ -42,7 +42,14 @@ about() {
     "$PYTHON" -c 'import multimodal_fm.cli, multimodal_fm.train.loop, soundfile, torchaudio, torchvision, webdataset'
 }
 
-export -f install about
+corpora() {  # scenes, JPEG and FLAC, for the stages that train, where nothing was carried
+    find -L carry -name 'train-*.tar' 2>/dev/null | grep -q . && return
+    "$PYTHON" -m data.scenes --seed 0 --train "$SCENES" --validation 400 --to carry/scenes >/dev/null
+}
+
+export -f install about corpora
+SCENES=$([ ${#SMALL[@]} -gt 0 ] && echo 60 || echo 4000)
+export SCENES
 export PYTHON PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if compgen -G '.whl/*.whl' >/dev/null; then
     site=$(mktemp -d)
@@ -51,9 +58,11 @@ if compgen -G '.whl/*.whl' >/dev/null; then
     PYTHONPATH="$site:$PYTHONPATH"
 fi
 stage about 60 bash -c 'set -e; about'
-CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
-stage attention 120 "$PYTHON" benchmarks/gpu.py attention --out "$OUT" "${SMALL[@]}"
+stage corpora 60 bash -c corpora
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} stage tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+stage attention 60 "$PYTHON" benchmarks/gpu.py attention --out "$OUT" "${SMALL[@]}"
 stage step 150 "$PYTHON" benchmarks/gpu.py step --out "$OUT" "${SMALL[@]}"
+stage peers 150 "$PYTHON" benchmarks/gpu.py peers --out "$OUT" "${SMALL[@]}"
 spare=$(($(left) - 40))
 seconds=$((spare < 240 ? spare : 240))
 stage pretrain $((seconds + 35)) "$PYTHON" benchmarks/gpu.py pretrain --out "$OUT" --seconds $seconds "${SMALL[@]}"

@@ -31,6 +31,7 @@ NAMES = ("loader-256-w1", "loader-256-w2", "loader-640-w1", "loader-640-w2", "au
 PICTURES = {256: 768, 640: 256}  # how many of so many pixels a side
 RATE, SECONDS, WANTED = 44_100, 30, 10  # of the sounds
 CLIPS, TEXTS = 24, 2048
+UNITS = {"audio": "clips/s", "text": "tokens/s"}
 CALLS = ("tokenizer", "tiktoken")  # Hugging Face's batched call, and that of the library that applies our merges
 TOKENIZERS = {
     "text": {"vocab_size": 4096, "max_tokens": 1024},
@@ -72,7 +73,9 @@ def row(name: str, peer: str, commands: dict[str, list[str]], rounds: int, secon
         if not isinstance(one, float):
             rates[who] = one
     ratio = found[0] / found[1] if None not in found else None
-    return {"name": name, "ours": found[0], "theirs": found[1], "peer": peer, "ratio": ratio, "others": rates}
+    counted = {"unit": UNITS.get(name, "samples/s"), "runs": rounds}
+    sides = {"peer": peer, "ours": found[0], "theirs": found[1], "ratio": ratio}
+    return {"name": name, **sides, **counted, "others": rates}
 
 
 def contest(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict[str, float | str]:

@@ -43,7 +43,10 @@ def run(out: Path, small: bool, seconds: int = 240) -> bool:
         figures = {name: evaluate(work / "run", on) for name, on in measured(sources).items()}
     curve(rows, out)
     tokens, pace = sum(row["tokens"] for row in rows), [row["tokens_per_second"] for row in rows[len(rows) // 5 :]]
+    later = rows[len(rows) // 5 :]
+    waiting = sum(row["data_wait"] for row in later) / sum(row["seconds"] for row in later)
     results = {"config": data, "seconds": trained, "tokens": tokens, "tokens per second": statistics.median(pace)}
+    results["waiting for data"] = waiting
     losses = [rows[0]["loss"], statistics.mean(row["loss"] for row in rows[-10:])]
     chosen = [
         [name, key.removeprefix("retrieval/"), f"{one['value']:.3f}", f"{one['chance'] or 0:.3f}", one["n"]]
@@ -53,8 +56,15 @@ def run(out: Path, small: bool, seconds: int = 240) -> bool:
     ]
     tables = {
         "The run": [
-            ["steps", "seconds", "tokens", "tokens/s, median", "first loss", "last loss"],
-            [steps, f"{trained:.0f}", f"{tokens:,}", f"{statistics.median(pace):,.0f}", *(f"{v:.3f}" for v in losses)],
+            ["steps", "seconds", "tokens", "tokens/s, median", "waiting for data", "first loss", "last loss"],
+            [
+                steps,
+                f"{trained:.0f}",
+                f"{tokens:,}",
+                f"{statistics.median(pace):,.0f}",
+                f"{waiting:.1%}",
+                *(f"{v:.3f}" for v in losses),
+            ],
         ],
         "Validation shards": [["data", "figure", "value", "chance (0: none known)", "n"], *chosen],
     }

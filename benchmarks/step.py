@@ -1,323 +1,277 @@
-"""How fast is a training step of configs/base.yaml, and how does it compare with BERT's and ViT's own?
+"""A training step of ours against that of a peer: BERT, GPT-2, OpenCLIP, AST and ViT-MAE of equal width and depth.
 
-Batches are synthetic: random tokens of realistic lengths, arranged by the objectives and collated as in training.
-As a program it says what the parts of a step take: python benchmarks/step.py [CONFIG] [STEPS].
+    PYTHONPATH=. python benchmarks/step.py [--only masked-128 ...] [--quick] [--json]
+
+Both take the same samples through a whole step (forward, backward, clipping, AdamW; ours keeps averaged weights
+besides), each in a process of its own, in turns; figures are medians. The machine's rate is that of a matrix product
+after each step.
+`--parts CONFIG` says what the parts of one of our own steps take instead.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
+import argparse
+import json
+import multiprocessing
+import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import alternate, device, first_line, save, seconds
-from torch import nn
+from common import about, device, first_line, markdown, timed
+from contests import CONTESTS, Contest, count_real, draw_step, make_batches, make_config
+from flops import counted, product_rate
+from peers import BUILDERS, make_step
 
-from multimodal_fm.backbone import Backbone
-from multimodal_fm.batch import Batch, Sample, collate, count_targets
-from multimodal_fm.config import to_data
-from multimodal_fm.tokens import RISING, Tokens, make_sequence, patterns
-from multimodal_fm.train import ema
-from multimodal_fm.train.config import TrainConfig, build, load
-from multimodal_fm.train.grad_cache import forward_backward
-from multimodal_fm.train.train_step import TrainStep
-
-PEAK = 989e12  # FLOP/s: bfloat16, dense, of an H100 or H200 (SXM)
-CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
-TOY = {"width": 64, "depth": 2, "num_heads": 2}
-BERT_VOCABULARY = 30_522
+UTILISATION = 0.85  # of the matrix product's rate, asked of ours
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
 
 
-def run(out: Path, small: bool) -> bool:
-    torch.manual_seed(0)
-    data = to_data(load(CONFIG)) | {"compile": False}
-    if small:
-        data |= {"model": {**data["model"], "backbone": TOY}, "microbatches": 2, "precision": "float32"}
-        data["tasks"] = {n: {**s, "batch_size": 8} for n, s in data["tasks"].items()}
-        data["tasks"]["patches"]["objectives"]["masked"]["decoder"] = TOY
-    config = build(data, str(CONFIG))
-    repeats = 3 if small else 10
-    steps, results = ours(config, repeats, out)
-    peers = {"masked text": text_peer(data, small, repeats), "pictures": picture_peer(data, small, repeats)}
-    size = f"{steps['tokens']:,.0f} tokens, {steps['flops'] / 1e12:.2f} TFLOP of the model"
-    columns = ["seconds", "tokens/s", "model FLOP utilisation", "GiB of a step", "GiB of weights and optimizer"]
-    tables = {
-        f"A training step of configs/base.yaml: {size}": [
-            ["", *columns],
-            *([name, *describe_step(one, steps)] for name, one in results.items()),
-        ],
-        "Against other implementations, in turn with ours": [
-            ["", "who", "seconds a step", "a second", "what", "against the peer"],
-            *([what, *row] for what, peer in peers.items() for row in describe_peer(peer)),
-        ],
-    }
-    save(out, "step", {"steps": results, "peers": peers, "shape": steps}, tables)
-    return all("error" not in one for one in results.values())
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTS), default=list(CONTESTS), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="small steps, three turns; within ten minutes")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--turns", type=int, help="in place of 5, or 3 with --quick")
+    parser.add_argument("--classic", action="store_true", help="ours with the peers' own kind of block")
+    parser.add_argument("--save", action="store_true", help="write results/step.json and step.md")
+    parser.add_argument("--parts", metavar="CONFIG", help="the parts of a step of this configuration, and nothing else")
+    given = parser.parse_args()
+    if given.parts:
+        import parts
 
-
-def ours(config: TrainConfig, repeats: int, out: Path) -> tuple[dict, dict]:
-    """What a step holds, and each variant's time and memory."""
-    steps = [[batch.to(device()) for batch in synthetic(config, seed)] for seed in range(4)]
-    shape = {"tokens": sum(len(b.tokens) for step in steps for b in step) / len(steps)}
-    results = {}
-    for name in ("uncompiled", "compiled"):
-        before = memory()
-        trainer = Trainer(config)
-        if name == "uncompiled":
-            with counted(trainer.trained) as flops:
-                trainer.step(steps[0])
-            shape["flops"] = flops[0] / sum(len(b.tokens) for b in steps[0]) * shape["tokens"]
-            profile(lambda t=trainer: t.step(steps[0]), out / "profile.txt")
-        else:
-            trainer.model.backbone.compile(dynamic=True)
-        turns = itertools.cycle(steps)
-        found = alternate({name: lambda t=trainer, s=turns: t.step(next(s))}, repeats, warm=4)[name]
-        kept = memory()
-        if device().type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            trainer.step(steps[0])
-            found |= {"peak": torch.cuda.max_memory_allocated() - kept}
-        results[name] = found | {"kept": kept - before}
-        del trainer
-        torch.cuda.empty_cache()
-    return shape, results
-
-
-class Trainer(TrainStep):
-    """The step of `mmfm pretrain`, whole or part by part."""
-
-    def __init__(self, config: TrainConfig):
-        super().__init__(config, device())
-
-    def step(self, batches: list[Batch]) -> None:
-        self(0, batches)
-
-    def parts(self, batches: list[Batch]) -> dict[str, Callable]:
-        """What a step does, in order."""
-        zero_grad = [lambda o=o: o.zero_grad(set_to_none=False) for o in self.optimizers]
-        return {
-            "zero_grad": lambda: [call() for call in zero_grad],
-            "forward and backward": lambda: forward_backward(
-                self.model, self.objectives, self.weights, batches, self.config.precision
-            ),
-            "clip": lambda: nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip),
-            **{type(optimizer).__name__: optimizer.step for optimizer in self.optimizers},
-            "ema": lambda: ema.update(self.ema, self.trained, step=10_000, decay=0.999),
-        }
-
-
-def print_parts(path: str = "configs/demo.yaml", steps: str = "10") -> None:
-    """Prints the median wall and CPU milliseconds of each part of a step, and its share of the wall time."""
-    torch.manual_seed(0)
-    trainer = Trainer(config := load(path))
-    batches = [[batch.to(device()) for batch in synthetic(config, seed, pairs=True)] for seed in range(4)]
-    times: dict[str, list[tuple[float, float]]] = {}
-    for number in range(-2, int(steps)):
-        for name, part in trainer.parts(batches[number % 4]).items():
-            cpu = time.process_time()
-            wall = seconds(part)
-            if number >= 0:
-                times.setdefault(name, []).append((wall * 1e3, (time.process_time() - cpu) * 1e3))
-    medians = {name: [statistics.median(column) for column in zip(*own, strict=True)] for name, own in times.items()}
-    total = sum(wall for wall, _ in medians.values())
-    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {path}")
-    for name, (wall, cpu) in medians.items():
-        print(f"{name:22}{wall:9.1f} ms {cpu:9.1f} ms of CPU {wall / total:7.1%}")
-
-
-def synthetic(config: TrainConfig, seed: int, pairs: bool = False) -> list[Batch]:
-    """One step's microbatches of random samples that have all modalities of their task.
-
-    pairs: those of a task of three modalities have text and either an image (two of five) or a sound, as in the demo.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    modalities = list(config.model.tokenizers)
-    dealt, counts, planners = [{} for _ in range(config.microbatches)], {}, {}
-    for name, task in config.tasks.items():
-        taken = []
-        for number in range(task.batch_size):
-            own = task.modalities
-            if pairs and len(own) == 3:
-                own = ["text", "image" if float(torch.rand((), generator=generator)) < 0.4 else "audio"]
-            parts = {modality: part(config, modality, modalities.index(modality), generator) for modality in own}
-            first = next(iter(task.objectives.values()))
-            taken.append((number, first.cls.arrange(first.config, Sample(parts, number), generator)))
-            planners[name] = functools.partial(first.cls.plan, first.config)
-        counts[name] = count_targets([one for _, one in taken], modalities)
-        for turn, batch in enumerate(dealt):
-            batch[name] = taken[turn :: config.microbatches]
-    return [collate(batch, modalities, counts, planners, config.round_to) for batch in dealt]
-
-
-def part(config: TrainConfig, modality: str, place: int, generator: torch.Generator) -> Tokens:
-    """Captions of about 14 tokens, pictures of all aspect ratios, sounds of 2 to 10 seconds."""
-    tokenizer = config.model.tokenizers[modality]
-    settings = tokenizer.config
-    if modality == "text":
-        length = min(max(4, round(14 + 4 * float(torch.randn((), generator=generator)))), settings.max_tokens)
-        position = torch.zeros(length, 3)
-        position[:, 0] = torch.arange(length)
-        return make_sequence(torch.randint(2, settings.vocab_size, (length,), generator=generator), position, place)
-    if modality == "image":
-        rows, columns = tokenizer.grid(300, int(torch.randint(200, 450, (), generator=generator)))
-        position = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
-        content = torch.randint(0, 256, (len(position), 3 * settings.patch**2), generator=generator, dtype=torch.uint8)
-        return make_sequence(content, position, place)
-    span = settings.patch_frames * settings.hop_length / settings.sample_rate
-    length = min(math.ceil(float(2 + 8 * torch.rand((), generator=generator)) / span), settings.max_tokens)
-    position = torch.zeros(length, 3)
-    position[:, 0] = torch.arange(length)
-    values = settings.patch_frames * settings.patch_mels
-    return make_sequence(torch.randn(length, values, generator=generator), position, place)
-
-
-@contextmanager
-def counted(model: nn.Module):
-    """Counts the FLOP of a step: 6 a weight and token that passes it, and 12 L² D a sequence and layer of attention
-    (half of it where tokens only read those before). What runs without gradients is not counted."""
-    total = [0.0]
-
-    def linear(module, inputs, _):
-        if torch.is_grad_enabled():
-            total[0] += 6 * inputs[0].numel() * module.out_features
-
-    def backbone(module, inputs):
-        if torch.is_grad_enabled():
-            pattern, lengths, _ = patterns(inputs[0].sequence, inputs[0].order)
-            share = torch.where(pattern == RISING, 0.5, 1.0)
-            total[0] += 12 * module.config.width * module.config.depth * float((lengths.double() ** 2 * share).sum())
-
-    hooks = [m.register_forward_hook(linear) for m in model.modules() if isinstance(m, nn.Linear)]
-    hooks += [m.register_forward_pre_hook(backbone) for m in model.modules() if isinstance(m, Backbone)]
-    yield total
-    for hook in hooks:
-        hook.remove()
-
-
-def profile(call: Callable, path: Path) -> None:
-    """Write the ten kernels (on a CPU: operators) that take the most time."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    cuda = device().type == "cuda"
-    with record(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
-        call()
-    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(recorded.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=80))
-
-
-def text_peer(data: dict, small: bool, repeats: int) -> dict:
-    """BERT-base's masked-language-model step (transformers; random weights, padded, SDPA), ours on the same lengths."""
-    try:
-        from transformers import BertConfig, BertForMaskedLM
-    except ImportError as error:
-        return {"skipped": first_line(error)}
-    count = 16 if small else 1024
-    task = {"objectives": {"masked": {"mask_ratio": 0.15}}, "modalities": ["text"], "batch_size": count}
-    trainer, batches = one_task(data, "words", task)
-    sequence = batches[0].tokens.sequence
-    lengths = torch.bincount(sequence[sequence >= 0])
-    toy = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
-    bert = BertForMaskedLM(BertConfig(attn_implementation="sdpa", **(toy if small else {}))).to(device()).train()
-    ids = torch.randint(1000, BERT_VOCABULARY, (count, int(lengths.max())), device=device())
-    mask = torch.arange(ids.shape[1], device=device()) < lengths[:, None]
-    labels = ids.masked_fill(~(mask & (torch.rand(ids.shape, device=device()) < 0.15)), -100)
-    theirs = peer_step(bert, lambda: bert(input_ids=ids, attention_mask=mask.long(), labels=labels).loss)
-    return versus("transformers BERT-base", theirs, trainer, batches, repeats) | {
-        "count": int(lengths.sum()),
-        "what": "text tokens (padding not counted)",
-    }
-
-
-def picture_peer(data: dict, small: bool, repeats: int) -> dict:
-    """A supervised step of ViT-B/16 (timm) and ours that guesses hidden patches, all 196 of a picture being read."""
-    try:
-        import timm
-    except ImportError as error:
-        return {"skipped": first_line(error)}
-    count = 4 if small else 256
-    task = {"objectives": {"masked": {"mask_ratio": 0.4}}, "modalities": ["image"], "batch_size": count}
-    trainer, batches = one_task(data, "patches", task)
-    vit = timm.create_model("vit_tiny_patch16_224" if small else "vit_base_patch16_224").to(device()).train()
-    pictures = torch.randn(count, 3, 224, 224, device=device())
-    labels = torch.randint(0, 1000, (count,), device=device())
-    theirs = peer_step(vit, lambda: nn.functional.cross_entropy(vit(pictures), labels))
-    return versus("timm ViT-B/16", theirs, trainer, batches, repeats) | {"count": count, "what": "pictures"}
-
-
-def one_task(data: dict, name: str, task: dict) -> tuple[Trainer, list[Batch]]:
-    """Our trainer and step for a single task, with BERT's vocabulary and plain AdamW as the peers have them."""
-    source = {"any": {"shards": []}}
-    tokenizers = {
-        **data["model"]["tokenizers"],
-        "text": {**data["model"]["tokenizers"]["text"], "vocab_size": BERT_VOCABULARY},
-    }
-    changed = {**data, "sources": source, "tasks": {name: {**task, "sources": {"any": 1}}}, "microbatches": 1}
-    config = build(
-        {**changed, "model": {**data["model"], "tokenizers": tokenizers}, "optim": {"name": "adamw"}, "evaluate": {}}
-    )
-    return Trainer(config), [batch.to(device()) for batch in synthetic(config, 0)]
-
-
-def peer_step(model: nn.Module, loss: Callable) -> Callable:
-    """A step of the peer under the same conditions: autocast, clipping, fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    cuda = device().type == "cuda"
-
-    def step():
-        optimizer.zero_grad(set_to_none=False)
-        with torch.autocast(device().type, torch.bfloat16, enabled=cuda):
-            value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
-
-
-def versus(name: str, theirs: Callable, trainer: Trainer, batches: list[Batch], repeats: int) -> dict:
-    """Both steps in turn, uncompiled, then ours compiled."""
-    found = alternate({name: theirs, "ours": lambda: trainer.step(batches)}, repeats)
-    trainer.model.backbone.compile(dynamic=True)
-    found |= alternate({"ours, compiled": lambda: trainer.step(batches)}, repeats)
-    return {"seconds": found}
-
-
-def memory() -> int:
-    return torch.cuda.memory_allocated() if device().type == "cuda" else 0
-
-
-def describe_step(found: dict, shape: dict) -> list[str]:
-    if "error" in found:
-        return [found["error"], "", "", "", ""]
-    took = found["median"]
-    use = shape["flops"] / took / PEAK
-    gib = [f"{found[k] / 2**30:.1f}" if k in found else "" for k in ("peak", "kept")]
-    return [f"{took:.3f}", f"{shape['tokens'] / took:,.0f}", f"{use:.1%}" if device().type == "cuda" else "", *gib]
-
-
-def describe_peer(peer: dict) -> list[list[str]]:
-    if "skipped" in peer:
-        return [["skipped", peer["skipped"], "", "", ""]]
-    times, first = peer["seconds"], next(iter(peer["seconds"].values()))
+        parts.print_parts(given.parts)
+        return 0
     rows = []
-    for who, found in times.items():
-        if "error" in found:
-            rows.append([who, found["error"], "", peer["what"], ""])
-            continue
-        ratio = f"{first['median'] / found['median']:.2f}" if "median" in first else ""
-        rate = f"{peer['count'] / found['median']:,.0f}"
-        rows.append([who, f"{found['median']:.4f}", rate, peer["what"], ratio])
-    return rows
+    for name in given.only:
+        turns = given.turns or (3 if given.quick else 5)
+        rows.append(compare(name, given.quick, turns, "classic" if given.classic else "modern"))
+        if given.json:
+            print(json.dumps(rows[-1]), flush=True)
+    text = markdown(table(rows))
+    if not given.json:
+        print(text)
+    if given.save:
+        save(rows)
+    return int(any(row["ratio"] is None or not row["passed"] for row in rows))
+
+
+def compare(name: str, quick: bool, turns: int, block: str) -> dict[str, Any]:
+    """One line of the results. A side that fails leaves its error in place of a figure."""
+    sides = {side: Process(side, name, quick, turns, block) for side in ("ours", "theirs")}
+    rounds: dict[str, list[dict]] = {side: [] for side in sides}
+    errors: dict[str, str] = {}
+    try:
+        abouts = {side: one.ask("build") for side, one in sides.items()}
+        for turn in range(-1, turns):  # the first one warms up
+            for side, one in sides.items():
+                found = one.ask(turn % turns)
+                if "error" in found:
+                    errors[side] = found["error"]
+                elif turn >= 0:
+                    rounds[side].append(found)
+        peaks = {side: one.ask("peak") for side, one in sides.items()}
+    finally:
+        for one in sides.values():
+            one.stop()
+    errors |= {side: one["error"] for side, one in abouts.items() if "error" in one}
+    row = summarize(CONTESTS[name], rounds)
+    row |= {
+        "name": name,
+        "peer": abouts["theirs"].get("peer", CONTESTS[name].peer),
+        "runs": turns,
+        "padding": abouts["theirs"].get("padding"),
+        "parameters": {side: one.get("parameters") for side, one in abouts.items()},
+        "peak_gib": {side: one.get("gib") for side, one in peaks.items()},
+        "block": block,
+        **({"errors": errors} if errors else {}),
+    }
+    first = ("name", "peer", "ours", "theirs", "ratio", "unit", "runs")
+    return {key: row[key] for key in (*first, *(key for key in row if key not in first))}
+
+
+def summarize(contest: Contest, rounds: dict[str, list[dict]]) -> dict[str, Any]:
+    """The medians over the turns."""
+    rates = {side: median([one["real"] / one["seconds"] for one in own]) for side, own in rounds.items()}
+    by_cpu = {side: median([one["real"] / one["cpu"] for one in own]) for side, own in rounds.items()}
+    use = median([one["flops"] / one["seconds"] / one["product"] for one in rounds["ours"]])
+    ratio = quotient(rates)
+    return {
+        **rates,
+        "unit": contest.unit,
+        "ratio": ratio,
+        "aim": contest.aim,
+        "utilisation": use,
+        "passed": bool(ratio and use and ratio >= contest.aim and use >= UTILISATION),
+        "by_cpu": {  # the same by CPU time, of which other work on the machine takes nothing away
+            "ratio": quotient(by_cpu),
+            "utilisation": median([one["flops"] / one["cpu"] / one["product_cpu"] for one in rounds["ours"]]),
+        },
+        "seconds": {side: median([one["seconds"] for one in own]) for side, own in rounds.items()},
+        "tflop": median([one["flops"] / 1e12 for one in rounds["ours"]]),
+        "product_gflops": median([one["product"] / 1e9 for one in rounds["ours"]]),
+    }
+
+
+def quotient(rates: dict[str, float | None]) -> float | None:
+    ours, theirs = rates["ours"], rates["theirs"]
+    return ours / theirs if ours and theirs else None
+
+
+def median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+class Process:
+    """A contestant in a process of its own, so that neither has the other's memory, caches or threads."""
+
+    def __init__(self, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=answer, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, what: str | int) -> dict:
+        try:
+            self.pipe.send(what)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            return {"error": f"the process ended with code {self.process.exitcode}"}
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+def answer(pipe: Connection, side: str, name: str, quick: bool, turns: int, block: str) -> None:
+    """What a contestant's process does: `build`, then the step of each number that it is asked for, `peak`."""
+    one: Any = None
+    while True:
+        try:
+            what = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if what == "build":
+                steps = [draw_step(CONTESTS[name], CONTESTS[name].batch_size[quick], seed) for seed in range(turns)]
+                one = (Ours if side == "ours" else Theirs)(CONTESTS[name], steps, block)
+                reply = one.about()
+            elif one is None:
+                reply = {"error": "it could not be built"}
+            elif what == "peak":
+                reply = {"gib": peak_memory() / GIB}
+            else:
+                reply = one.step(what)
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            reply = {"error": first_line(error)}
+        pipe.send(reply)
+
+
+class Ours:
+    """`TrainStep`, as `mmfm pretrain` has it."""
+
+    def __init__(self, contest: Contest, steps: list, block: str):
+        from multimodal_fm.train.train_step import TrainStep
+
+        torch.manual_seed(0)
+        config = make_config(contest, contest.batch_size[0], block)
+        self.batches = [make_batches(contest, config, samples, seed) for seed, samples in enumerate(steps)]
+        self.real = [count_real(contest, samples) for samples in steps]
+        self.trained, self.number = TrainStep(config, device()), 0
+
+    def about(self) -> dict:
+        return {"parameters": sum(one.numel() for one in self.trained.parameters)}
+
+    def step(self, which: int) -> dict:
+        with counted(self.trained.trained) as flops:  # its hooks cost a millisecond
+            took, cpu = timed(lambda: self.trained(self.number, self.batches[which]))
+        self.number += 1
+        product, product_cpu = product_rate(device=str(device()))
+        found = {"seconds": took, "cpu": cpu, "real": self.real[which], "flops": flops[0]}
+        return found | {"product": product, "product_cpu": product_cpu}
+
+
+class Theirs:
+    def __init__(self, contest: Contest, steps: list, block: str):
+        torch.manual_seed(0)
+        self.name, self.model, losses, self.padding = BUILDERS[contest.peer](steps, device())
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.steps = [make_step(self.model, loss, optimizer) for loss in losses]
+        self.real = [count_real(contest, samples) for samples in steps]
+
+    def about(self) -> dict:
+        parameters = sum(one.numel() for one in self.model.parameters())
+        return {"peer": self.name, "padding": self.padding, "parameters": parameters}
+
+    def step(self, which: int) -> dict:
+        took, cpu = timed(self.steps[which])
+        return {"seconds": took, "cpu": cpu, "real": self.real[which]}
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: on a GPU there, else in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def table(rows: list[dict]) -> list[list]:
+    head = [
+        "",
+        "peer",
+        "ours",
+        "theirs",
+        "unit",
+        "ratio",
+        "aim",
+        "utilisation",
+        "ratio by CPU time",
+        "utilisation by it",
+    ]
+    head += ["padding", "GiB, ours", "GiB, theirs"]
+    return [head, *([show(cell) for cell in cells(row)] for row in rows)]
+
+
+def cells(row: dict) -> list:
+    names = ("name", "peer", "ours", "theirs", "unit", "ratio", "aim", "utilisation")
+    by_cpu, peaks = row["by_cpu"].values(), row["peak_gib"]
+    return [*(row[name] for name in names), *by_cpu, row["padding"], peaks["ours"], peaks["theirs"]]
+
+
+def show(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if cell >= 100 else f"{cell:.2f}"
+    return "" if cell is None else str(cell)
+
+
+def save(rows: list[dict]) -> None:
+    """results/step.json and step.md, with the machine, the versions and the commit; names not run stay as they were."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "step.json"
+    where = about("transformers", "open_clip_torch") | {"threads": torch.get_num_threads()}
+    kept = {row["name"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    kept |= {row["name"]: {**row, "on": where} for row in rows}
+    ordered = [kept[name] for name in CONTESTS if name in kept]
+    file.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+    lines = "".join(f"- {key}: {value}\n" for key, value in where.items())
+    text = markdown(table(ordered))
+    (RESULTS / "step.md").write_text(f"# Training steps against peers\n\n{text}\n\nThe last run:\n\n{lines}")
 
 
 if __name__ == "__main__":
-    print_parts(*sys.argv[1:])
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

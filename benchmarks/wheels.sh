@@ -3,7 +3,8 @@
 # versions. benchmarks/gpu.sh installs them from there without a network. Usage: benchmarks/wheels.sh [NAME ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-names=(webdataset braceexpand soundfile cffi pycparser cyclopts attrs docstring-parser rich rich-rst simplejpeg tiktoken regex)
+names=(webdataset braceexpand soundfile cffi pycparser cyclopts attrs docstring-parser rich rich-rst simplejpeg tiktoken regex \
+    open-clip-torch ftfy wcwidth)
 [ $# -gt 0 ] && names=("$@")
 
 platforms=()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .tokens import FILLER, MIXED, NOTHING, RISING, Tokens, patterns, runs
+from .transfer import move
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -47,11 +48,12 @@ class Plan:
     groups: tuple[Group, ...]
 
     def to(self, device) -> Plan:
-        query, key = (
-            (sequence.to(device, non_blocking=True), order.to(device, non_blocking=True))
-            for sequence, order in (self.query, self.key)
-        )
-        return Plan(query, key, self.groups)
+        return move(self, device)
+
+    def with_filler(self, count: int) -> Plan:
+        """The plan for so many more rows at the end, which read nothing and are not read."""
+        rows = (len(self.query[0]), len(self.key[0]))
+        return dataclasses.replace(self, groups=(*self.groups, Group(NOTHING, 1, count, count, *rows)))
 
     @functools.cached_property
     def half_calls(self) -> list[KernelCall]:
@@ -218,10 +220,39 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
             outs.append(torch.zeros_like(qs))
             continue
         qs, ks, vs = (t.unflatten(0, (group.count, -1)).transpose(1, 2) for t in (qs, ks, vs))  # (B, H, L, E)
-        mask = _mask(plan, group) if group.pattern == MIXED else None
-        out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=group.pattern == RISING)
+        if group.pattern == RISING:
+            out = _rising(qs, ks, vs)
+        else:
+            mask = _mask(plan, group) if group.pattern == MIXED else None
+            out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs) if outs else q
+
+
+def _rising(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention (B, H, L, E), on a CPU some rows at a time with the keys up to their last.
+
+    There the kernel's blocks are of 512 keys, so that it works out what a shorter sequence must not read.
+    """
+    length = q.shape[2]
+    parts = min(length // PART, MAX_PARTS)
+    if q.device.type != "cpu" or parts < 2:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    outs, end = [], 0
+    for rows in q.tensor_split(parts, 2):
+        count, end = rows.shape[2], end + rows.shape[2]
+        keys, values = (k, v) if end == length else (k.narrow(2, 0, end), v.narrow(2, 0, end))
+        outs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=_lower_right(count, end)))
+    return torch.cat(outs, 2)
+
+
+PART, MAX_PARTS = 128, 4  # rows of a call of `_rising`, and calls
+
+
+@functools.lru_cache(maxsize=64)
+def _lower_right(count: int, end: int) -> Tensor:
+    """Which of the keys before `end` the last `count` rows before it read (count, end). Cached: do not write to it."""
+    return torch.ones(count, end, dtype=torch.bool).tril(end - count)
 
 
 def _mask(plan: Plan, group: Group) -> Tensor:

@@ -17,10 +17,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .attention import Cache, Plan, attend
 from .errors import UserError
-from .tokens import Tokens
+from .tokens import FILLER, Tokens
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -99,18 +101,24 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        scale = root_mean_square.clamp(min=torch.finfo(x.dtype).eps).reciprocal()
-        unit = x * scale
+        unit, scale = _unit(x)
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         unit, scale, weight = ctx.saved_tensors
-        along = gradient * weight
-        radial = torch.linalg.vecdot(along, unit).unsqueeze(-1) / unit.shape[-1]
-        return torch.addcmul(along, unit, radial, value=-1).mul_(scale), (gradient * unit).flatten(0, -2).sum(0)
+        products = gradient * unit
+        radial = (products @ weight).unsqueeze(-1) / unit.shape[-1]
+        along = (gradient * weight).addcmul_(unit, radial, value=-1)
+        return along.mul_(scale), products.flatten(0, -2).sum(0)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., D) over its root mean square, and what it was multiplied by (..., 1)."""
+    root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+    scale = root_mean_square.clamp(min=torch.finfo(x.dtype).eps).reciprocal()
+    return x * scale, scale
 
 
 def make_norm(config: Config) -> nn.Module:
@@ -150,9 +158,64 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (N, H, E) of x (N, D), for `attend`; its result goes through `project_out`."""
-        q, k, v = self.project_in(x).unflatten(-1, (-1, x.shape[-1] // self.num_heads)).split(self.num_heads, 1)
+        heads = self.project_in(x).unflatten(-1, (-1, x.shape[-1] // self.num_heads))  # (N, 3 H, E)
+        weights = self.norm_q.weight, self.norm_k.weight
+        if x.device.type == "cpu" and heads.dtype == rotary.dtype == weights[0].dtype and not is_compiling():
+            return _NormRotate.apply(heads, *weights, rotary)  # pyright: ignore[reportReturnType]
+        q, k, v = heads.split(self.num_heads, 1)
         q, k = apply_rotary(self.norm_q(q), rotary), apply_rotary(self.norm_k(k), rotary)
         return q.to(v.dtype), k.to(v.dtype), v
+
+
+class _NormRotate(torch.autograd.Function):
+    """Queries, keys and values (N, H, E) of heads (N, 3 H, E): the first two normalized, weighted by (E,) and rotated.
+
+    As one operation after the other, in half the time on a CPU: queries and keys go together, pairs are complex numbers
+    that are rotated in place, and the gradient is laid where it belongs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, weight_q: Tensor, weight_k: Tensor, rotary: Tensor):
+        count, both, width = len(heads), heads.shape[1] // 3 * 2, heads.shape[2]
+        unit, scale = _unit(heads[:, :both])
+        weight = torch.stack((weight_q, weight_k))[:, None]  # (2, 1, E)
+        rotation = torch.view_as_complex(rotary)  # (N, 1, E / 2)
+        rotated = unit.view(count, 2, -1, width) * weight
+        _as_complex(rotated.view(count, both, width)).mul_(rotation)
+        ctx.save_for_backward(unit, scale, weight, rotation)
+        q, k = rotated.unbind(1)
+        return q, k, heads[:, both:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor):
+        unit, scale, weight, rotation = ctx.saved_tensors
+        count, both, width = unit.shape
+        back = rotation.conj().resolve_conj()
+        found = unit.new_empty(count, both // 2 * 3, width)
+        along = torch.empty_like(unit)
+        for goal, gradient in zip(_as_complex(along).split(both // 2, 1), gradients[:2], strict=True):
+            torch.mul(_as_complex(gradient), back, out=goal)
+        split = along.view(count, 2, -1, width)
+        products = (split * unit.view_as(split)).view(count, -1)  # a product with ones adds rows up faster than `sum`
+        of_weights = (unit.new_ones(1, count) @ products).view(2, -1, width).sum(1)
+        split.mul_(weight)
+        radial = torch.linalg.vecdot(along, unit).unsqueeze(-1) / width
+        torch.mul(along.addcmul_(unit, radial, value=-1), scale, out=found[:, :both])
+        found[:, both:] = gradients[2]
+        return found, *of_weights.unbind(), None
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    """The neighboring pairs of x (N, H, E) as complex numbers (N, H, E / 2): a view, else a copy."""
+    pairs = x.unflatten(-1, (-1, 2))
+    return torch.view_as_complex(pairs if _is_paired(pairs) else pairs.contiguous())
+
+
+def _is_paired(pairs: Tensor) -> bool:
+    """Whether memory holds each pair side by side, at an even place."""
+    *others, last = pairs.stride()
+    return last == 1 and all(int(place) % 2 == 0 for place in (*others, pairs.storage_offset()))
 
 
 class FeedForward(nn.Module):
@@ -165,8 +228,33 @@ class FeedForward(nn.Module):
         self.project_out = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x: Tensor, routing=None) -> Tensor:
-        gate, value = self.project_in(x).chunk(2, -1)
+        both = self.project_in(x)
+        if both.device.type == "cpu" and not is_compiling():
+            return self.project_out(_SwiGLU.apply(both))
+        gate, value = both.chunk(2, -1)
         return self.project_out(F.silu(gate) * value)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * value (N, F) of both (N, 2 F), with the gradient laid where it belongs."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        gate, value = both.chunk(2, -1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(both, activated)
+        return activated * value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        both, activated = ctx.saved_tensors
+        gate, value = both.chunk(2, -1)
+        found = torch.empty_like(both)
+        of_gate, of_value = found.chunk(2, -1)
+        torch.mul(gradient, activated, out=of_value)
+        torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+        return found
 
 
 class Experts(nn.ModuleDict):
@@ -180,6 +268,7 @@ class Experts(nn.ModuleDict):
 
 class Block(nn.Module):
     make_attention, make_feed_forward = Attention, FeedForward
+    compiled: tuple[Callable, Callable] | None = None  # `before` and `after` as `Backbone.compile` has made them
 
     def __init__(self, config: Config, modalities: Sequence[str], drop_path: float = 0.0):
         super().__init__()
@@ -197,7 +286,8 @@ class Block(nn.Module):
         self, x: Tensor, rotary: Tensor | None, plan: Plan, routing, sequence: Tensor, append: Callable | None = None
     ) -> Tensor:
         """append: takes the tokens' keys and values and gives all that they read, those of a cache among them."""
-        q, k, v = self.before(x, rotary)
+        before, after = self.compiled if self.compiled and self.training else (self.before, self.after)
+        q, k, v = before(x, rotary)
         if append is not None:
             k, v = append(k, v)
         keep = None
@@ -205,7 +295,7 @@ class Block(nn.Module):
             # stochastic depth (Huang et al. 2016) by sequence, as timm's by sample: numbers of sequences are below N
             draws = torch.rand(2, len(x), device=x.device).index_select(1, sequence.clamp(min=0))
             keep = (draws >= self.drop_path).to(x.dtype)[..., None] / (1 - self.drop_path)
-        return self.after(x, attend(q, k, v, plan), routing, keep)
+        return after(x, attend(q, k, v, plan), routing, keep)
 
     def before(self, x: Tensor, rotary: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention(self.norm_1(x), rotary)
@@ -303,12 +393,27 @@ class Positions(nn.Module):
 BLOCKS = {"modern": Block, "classic": ClassicBlock}
 
 
+Checkpointing = Literal["none", "selective", "full"]
+
+
+def _keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Attention's results are kept: they cost the most time to make again, a square of the length, and little room."""
+    is_attention = "attention" in str(operator) or "attn" in str(operator)
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Backbone(nn.Module):
-    """Tokens whose content are vectors (N, D) -> the same tokens with other vectors (N, D)."""
+    """Tokens whose content are vectors (N, D) -> the same tokens with other vectors (N, D).
+
+    `checkpointing` says what a block keeps for the backward (activation checkpointing, Chen et al. 2016): none of it is
+    made again, or all but its input (full), or all but its input and what attention returned (selective). The training
+    sets it; the results are the same, bit for bit.
+    """
 
     def __init__(self, config: Config, modalities: Sequence[str] = ()):
         super().__init__()
         self.config = config
+        self.checkpointing: Checkpointing = "none"
         classic = config.block == "classic"
         self.positions = Positions(config) if classic else None
         self.norm_in = nn.Identity() if classic and not config.norm_in else make_norm(config)
@@ -324,10 +429,15 @@ class Backbone(nn.Module):
                 nn.init.zeros_(weight)
 
     def compile(self, **options) -> None:
-        """Compile what lies between the attentions: only their plan differs from batch to batch."""
+        """Compile, for training, what lies between the attentions: only their plan differs from batch to batch.
+
+        Rows are filled up to a few sizes (`few_sizes`). options: of `torch.compile`. Experts, of whose rows there are
+        others each time, are left to the caller.
+        """
         block: Any
         for block in self.blocks:
-            block.before, block.after = torch.compile(block.before, **options), torch.compile(block.after, **options)
+            after = block.after if self.config.experts else torch.compile(block.after, **options)
+            block.compiled = (torch.compile(block.before, **options), after)
 
     def forward(
         self,
@@ -343,15 +453,45 @@ class Backbone(nn.Module):
         states: a list to which each block's output (N, D) is added. cache: what was read before, to which the tokens
         are appended; the plan is the cache's.
         """
-        x, rotary = tokens.content, None
+        read, count = tokens, len(tokens)
+        if self.training and cache is None and any(getattr(block, "compiled", None) for block in self.blocks):
+            read, plan, routing = _fill(tokens, plan, routing)
+        x, rotary = read.content, None
         if self.positions is None:
-            rotary = rotary_embedding(tokens.position, self.config.width // self.config.num_heads)
+            rotary = rotary_embedding(read.position, self.config.width // self.config.num_heads)
         else:
-            x = x + self.positions(tokens.position)
+            x = x + self.positions(read.position)
         x = self.norm_in(x)
         for number, block in enumerate(self.blocks):
             append = functools.partial(cache.append, number) if cache is not None else None
-            x = block(x, rotary, plan, routing, tokens.sequence, append)
+            x = self._read(block, x, rotary, plan, routing, read.sequence, append)
             if states is not None:
-                states.append(x)
-        return tokens.replace(content=self.norm_out(x))
+                states.append(x.narrow(0, 0, count))
+        return tokens.replace(content=self.norm_out(x).narrow(0, 0, count))
+
+    def _read(self, block: nn.Module, x: Tensor, *inputs) -> Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return block(x, *inputs)
+        make_contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+        more: dict[str, Any] = {"context_fn": make_contexts} if self.checkpointing == "selective" else {}
+        # what is random in a block draws the same numbers again
+        kept: Any = checkpoint(block, x, *inputs, use_reentrant=False, preserve_rng_state=block.training, **more)
+        return kept
+
+
+def few_sizes(count: int) -> int:
+    """The next of a few numbers of rows, at most a 32nd more from 2,048 up, so that few shapes are compiled."""
+    step = max(64, 1 << max(0, (count - 1).bit_length() - 6))
+    return -(-count // step) * step
+
+
+def _fill(tokens: Tokens, plan: Plan, routing) -> tuple[Tokens, Plan, Any]:
+    """The same with filler at the end, up to the next of a few sizes."""
+    count = len(tokens)
+    missing = few_sizes(count) - count
+    if not missing:
+        return tokens, plan, routing
+    rows = {one.name: getattr(tokens, one.name) for one in fields(Tokens)}
+    filled = {name: F.pad(row, (*(0, 0) * (row.ndim - 1), 0, missing)) for name, row in rows.items()}
+    filled["sequence"] = F.pad(tokens.sequence, (0, missing), value=FILLER)
+    return Tokens(**filled), plan.with_filler(missing), routing and routing.with_filler(missing)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attention import Plan, plan_attention
 from .tokens import WHOLE, Tokens, classify_orders, concatenate, constant, layout
+from .transfer import move
 
 NOT_ASKED = -1  # the `match` of a sample that no objective asks whether its parts belong together
 
@@ -64,6 +65,7 @@ class SequenceTable:
     modality: Tensor  # (S,) of the sequence's first token behind the learned ones (`Tokenizer.prompt`)
     sample: Tensor  # (S,) numbered over the whole step
     group: Tensor  # (S,)
+    stays_on_cpu: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -80,16 +82,28 @@ class SequenceTable:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which sequences of two modalities belong together, over a whole step: A of the one, B of the other."""
+    """Which sequences of two modalities belong together, over a whole step: A of the one, B of the other.
 
-    rows: tuple[Tensor, Tensor]  # (A,) and (B,): rows of the table
-    positive: Tensor  # (A, B) True: two sequences of one sample
-    ignored: Tensor  # (A, B) True: of an equal group, and so neither positive nor negative
-    forward: tuple[Tensor, Tensor]  # rows among A that have a positive, and its column
-    backward: tuple[Tensor, Tensor]  # rows among B that have a positive, and its column
+    It names them and holds no table of A times B. Sequences of one sample are of one group.
+    """
+
+    rows: tuple[Tensor, Tensor]  # (A,) and (B,): rows of the table, rising
+    groups: tuple[Tensor, Tensor]  # (A,) and (B,): sequences of an equal group are never each other's negatives
+    columns: tuple[Tensor, Tensor]
+    """(A,) which of the B each one's positive is, the sequence of the same sample, and (B,) the reverse; -1: none."""
+    places: tuple[np.ndarray, np.ndarray]  # `rows`, on the CPU whatever the device
 
     def to(self, device) -> Pairs:
-        return Pairs(*(_move(getattr(self, f.name), device) for f in dataclasses.fields(self)))
+        rows, groups, columns = move((self.rows, self.groups, self.columns), device)
+        return Pairs(rows, groups, columns, self.places)
+
+    def own(self, rows: range | None) -> tuple[range, range]:
+        """Which of A and of B stand in these `rows` of the table; None: all."""
+        if rows is None:
+            return range(len(self.places[0])), range(len(self.places[1]))
+        bounds = (rows.start, max(rows.start, rows.stop))
+        first, second = (range(*np.searchsorted(places, bounds).tolist()) for places in self.places)
+        return first, second
 
 
 def find_pairs(table: SequenceTable, modalities: list[str]) -> dict[str, Pairs]:
@@ -99,38 +113,43 @@ def find_pairs(table: SequenceTable, modalities: list[str]) -> dict[str, Pairs]:
     positive is the next view of its sample, its negatives all views of the others (NT-Xent, Chen et al. 2020). Two
     modalities meet view by view; other views of a sample are neither its positives nor its negatives.
     """
-    pairs, view = {}, _view_numbers(table)
+    pairs, (view, views) = {}, _view_numbers(table)
+    most = int(views.max()) if len(table) else 0
     for a, b in itertools.combinations_with_replacement(range(len(modalities)), 2):
         left, right = ((table.modality == number).nonzero()[:, 0] for number in (a, b))
-        if a == b and not view[left].any():
+        if min(len(left), len(right)) < 2 or (a == b and not view[left].any()):
             continue
-        same = table.sample[left][:, None] == table.sample[right]
+        wanted = view[left]
         if a == b:  # in a ring, so that each view has one positive, however many views there are
-            count = same.sum(1, keepdim=True)
-            positive = same & ((view[left][:, None] + 1) % count == view[right]) & (count > 1)
-        else:
-            positive = same & (view[left][:, None] == view[right])
-        if min(positive.shape) < 2 or not positive.any():
-            continue
-        ignored = (table.group[left][:, None] == table.group[right]) & ~positive
-        pairs[f"{modalities[a]}_{modalities[b]}"] = Pairs(
-            (left, right), positive, ignored, _positive_columns(positive), _positive_columns(positive.T)
+            wanted = torch.where(views[left] > 1, (wanted + 1) % views[left], -1)
+        columns = _find(
+            torch.where(wanted < 0, -1, table.sample[left] * most + wanted), table.sample[right] * most + view[right]
         )
+        if not (columns >= 0).any():
+            continue
+        back = torch.full_like(right, -1)
+        back[columns[columns >= 0]] = (columns >= 0).nonzero()[:, 0]
+        groups = (table.group[left], table.group[right])
+        places = (left.numpy(), right.numpy())
+        pairs[f"{modalities[a]}_{modalities[b]}"] = Pairs((left, right), groups, (columns, back), places)
     return pairs
 
 
-def _view_numbers(table: SequenceTable) -> Tensor:
-    """How many sequences of the same sample and modality stand before each in the table (S,)."""
+def _view_numbers(table: SequenceTable) -> tuple[Tensor, Tensor]:
+    """How many sequences of the same sample and modality stand before each in the table (S,), and how many there are of
+    them in all (S,)."""
     keys = torch.stack([table.sample, table.modality], 1)
     _, owner, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
     rank = torch.empty_like(owner)
     rank[torch.argsort(owner, stable=True)] = torch.arange(len(owner))
-    return rank - (counts.cumsum(0) - counts)[owner]
+    return rank - (counts.cumsum(0) - counts)[owner], counts[owner]
 
 
-def _positive_columns(positive: Tensor) -> tuple[Tensor, Tensor]:
-    rows = positive.any(1).nonzero()[:, 0]
-    return rows, positive[rows].int().argmax(1)
+def _find(wanted: Tensor, keys: Tensor) -> Tensor:
+    """Where each wanted number (A,) stands among `keys` (B,), which differ from each other; -1 where it does not."""
+    ordered, order = keys.sort()
+    place = torch.searchsorted(ordered, wanted).clamp(max=len(keys) - 1)
+    return torch.where(ordered[place] == wanted, order[place], -1)
 
 
 @dataclass(frozen=True)
@@ -150,8 +169,7 @@ class Targets:
     """By modality (M,): the rows of `Batch.teacher` whose states are to be predicted; empty where none are."""
 
     def to(self, device) -> Targets:
-        names = ("tokens", "rows", "sequence", "modality", "plan", "match", "teacher_rows")
-        return dataclasses.replace(self, **{name: _move(getattr(self, name), device) for name in names})
+        return move(self, device)
 
 
 @dataclass(frozen=True)
@@ -166,10 +184,22 @@ class Batch:
     by_modality: Routing
     tasks: dict[str, Targets]
     teacher: Batch | None = None  # what the averaged model reads, where an objective predicts its states
+    first_pass: Batch | None = None
+    """Only the sequences of the tasks whose objectives compare a whole step, for gradient caching; None: all."""
+
+    halved: tuple[str, ...] = ()  # modalities whose content may go to a GPU in half precision
+    num_filler: int = 0  # tokens that only round the batch up
 
     def to(self, device) -> Batch:
-        moved = {f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)}
-        return Batch(**moved)
+        """The batch on the device, in one copy; nothing waits for it."""
+        return move(self, device, self._halved())
+
+    def _halved(self) -> set[int]:
+        own = {id(self.content[m]) for m in self.halved if m in self.content}
+        for targets in self.tasks.values():
+            own |= {id(targets.tokens[m].content) for m in self.halved if m in targets.tokens}
+        others = (other for other in (self.teacher, self.first_pass) if other is not None)
+        return own.union(*(other._halved() for other in others))
 
 
 @dataclass(frozen=True)
@@ -181,7 +211,13 @@ class Routing:
     inverse: Tensor  # (N,): where each row went
 
     def to(self, device) -> Routing:
-        return Routing(_move(self.rows, device), self.counts, _move(self.inverse, device))
+        return move(self, device)
+
+    def with_filler(self, count: int) -> Routing:
+        """With so many more rows at the end, of the last modality."""
+        more = torch.arange(len(self.rows), len(self.rows) + count, device=self.rows.device)
+        counts = (*self.counts[:-1], self.counts[-1] + count)
+        return Routing(torch.cat([self.rows, more]), counts, torch.cat([self.inverse, more]))
 
 
 def route(modality: Tensor, count: int) -> Routing:
@@ -202,7 +238,7 @@ class Reading:
     rows: Tensor  # (N,): where each row went
 
     def to(self, device) -> Reading:
-        return Reading(*(_move(getattr(self, f.name), device) for f in dataclasses.fields(self)))
+        return move(self, device)
 
 
 def plan_reading(tokens: Tokens, num_modalities: int) -> Reading:
@@ -212,19 +248,6 @@ def plan_reading(tokens: Tokens, num_modalities: int) -> Reading:
     rows[order] = torch.arange(len(order))
     laid = tokens.replace(content=torch.arange(len(tokens))).select(order)
     return Reading(laid, plan_attention(laid), route(laid.modality, num_modalities), rows)
-
-
-def _move(value: Any, device) -> Any:
-    """`value` on the device: a tensor, or whatever holds tensors; numbers and tables as they are."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _move(one, device) for key, one in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_move(one, device) for one in value)
-    if value is None or isinstance(value, (int, SequenceTable)):
-        return value
-    return value.to(device)
 
 
 def with_counts(batch: Batch, counts: dict[str, dict[str, int]]) -> Batch:
@@ -291,14 +314,17 @@ def collate(
     round_to: int = 1,
     empty=torch.empty,
     prompt: Tokens | None = None,
+    first_pass: Collection[str] = (),
+    halved: tuple[str, ...] = (),
 ) -> Batch:
     """Lay the examples of a microbatch end to end.
 
     tasks: for each task pairs of a sample's number in the step and its example. planners: by task, the `plan` of the
     objective that arranges. round_to: filler rounds the number of tokens up to a multiple. empty: called like
     `torch.empty`, makes the tensors of raw content. prompt: learned tokens that stand before each sequence.
+    first_pass: the tasks whose sequences alone `Batch.first_pass` is to hold; none: there is none. halved: see `Batch`.
     """
-    teacher = _collate_teacher(tasks, modalities, round_to, empty, prompt)
+    teacher = _collate_teacher(tasks, modalities, round_to, empty, prompt, halved)
     if prompt is not None:
         tasks = {name: [(number, add_prompt(e, prompt)) for number, e in own] for name, own in tasks.items()}
     examples = [(name, number, example) for name, own in tasks.items() for number, example in own]
@@ -328,6 +354,8 @@ def collate(
         route(tokens.modality, len(modalities)),
         {},
         teacher,
+        halved=halved,
+        num_filler=len(tokens) - int(size.sum()),
     )
     for name in tasks:
         mine = [(i, example) for i, (task, _, example) in enumerate(examples) if task == name]
@@ -342,10 +370,42 @@ def collate(
         if planner := (planners or {}).get(name):
             targets = dataclasses.replace(targets, plan=planner(batch, targets))
         batch.tasks[name] = targets
+    if first_pass and not batch.tasks.keys() <= set(first_pass):
+        return dataclasses.replace(batch, first_pass=_select_tasks(batch, first_pass, round_to, empty))
     return batch
 
 
-def _collate_teacher(tasks, modalities: list[str], round_to: int, empty, prompt: Tokens | None) -> Batch | None:
+def _select_tasks(batch: Batch, names: Collection[str], round_to: int, empty) -> Batch:
+    """What the batch holds of these tasks' sequences, which keep their numbers; nothing of it is to be predicted.
+
+    Where it holds none of them, its first sequence and no task, so that a rank that must keep step has what to read.
+    """
+    tasks = {
+        name: dataclasses.replace(targets, tokens={}, rows={}, plan=None, teacher_rows={})
+        for name, targets in batch.tasks.items()
+        if name in names
+    }
+    wanted = [targets.sequence for targets in tasks.values()] or [batch.tokens.sequence[:1]]
+    kept = batch.tokens.select(torch.isin(batch.tokens.sequence, torch.cat(wanted)).nonzero()[:, 0])
+    rows, order = kept.content.sort()  # rows among all modalities' contents end to end
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    content, hidden, start = {}, {}, 0
+    for modality, whole in batch.content.items():
+        first, last = torch.searchsorted(rows, torch.tensor([start, start + len(whole)])).tolist()
+        if first < last:
+            own = rows[first:last] - start
+            out = empty(len(own), *whole.shape[1:], dtype=whole.dtype)
+            content[modality] = torch.index_select(whole, 0, own, out=out)
+            hidden[modality] = batch.hidden[modality].index_select(0, own)
+        start += len(whole)
+    tokens = _fill(kept.replace(content=place), round_to)
+    routing = route(tokens.modality, len(batch.by_modality.counts))
+    plan = plan_attention(tokens)
+    return Batch(content, hidden, tokens, batch.num_sequences, plan, routing, tasks, halved=batch.halved)
+
+
+def _collate_teacher(tasks, modalities: list[str], round_to: int, empty, prompt: Tokens | None, halved) -> Batch | None:
     """What the averaged model reads of these examples; None where it reads nothing. Its targets are the examples' own,
     in the same order, so that its rows are the `teacher_rows` of theirs."""
     whole = {
@@ -357,7 +417,8 @@ def _collate_teacher(tasks, modalities: list[str], round_to: int, empty, prompt:
         for name, own in tasks.items()
     }
     whole = {name: own for name, own in whole.items() if own}
-    return collate(whole, modalities, {name: {} for name in whole}, None, round_to, empty, prompt) if whole else None
+    counts = {name: {} for name in whole}
+    return collate(whole, modalities, counts, None, round_to, empty, prompt, halved=halved) if whole else None
 
 
 _SHARED = ("modality", "sequence")  # what all tokens of a piece have in common

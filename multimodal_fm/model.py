@@ -403,18 +403,23 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path, as
     """Load a checkpoint's tensors by name. Raises UserError that names what is missing, unknown or of another shape.
 
     assign: take the tensors themselves, as a module on the meta device must."""
+    check_weights(module, {name: tensor.shape for name, tensor in tensors.items()}, folder)
+    module.load_state_dict(tensors, assign=assign)
+
+
+def check_weights(module: nn.Module, shapes: dict[str, torch.Size], folder: Path) -> None:
+    """Raises UserError that names what a checkpoint's tensors, of these shapes, lack of a module, or do not fit."""
     own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - tensors.keys()]
-    wrong += [f"{name} is not of this model" for name in tensors.keys() - own.keys()]
+    wrong = [f"{name} is missing" for name in own.keys() - shapes.keys()]
+    wrong += [f"{name} is not of this model" for name in shapes.keys() - own.keys()]
     wrong += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if tensors[name].shape != own[name].shape
+        f"{name} is {tuple(shapes[name])}, not {tuple(own[name].shape)}"
+        for name in own.keys() & shapes.keys()
+        if shapes[name] != own[name].shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{folder}: its weights do not fit: {'; '.join(sorted(wrong)[:3])}{more}")
-    module.load_state_dict(tensors, assign=assign)
 
 
 def read_config(folder: Path, plugins: bool = False) -> ModelConfig:

@@ -87,6 +87,15 @@ def test_flash_agrees_with_the_reference_on_a_gpu(dtype, tolerance):
         torch.testing.assert_close(a, b.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("length", [256, 300, 515])
+def test_long_causal_sequences_are_read_in_parts_and_agree_with_the_reference(length):
+    torch.manual_seed(0)
+    tokens = join([sequence(list(range(length))) for _ in range(2)])
+    plan_, qkv = plan_attention(tokens), vectors(len(tokens), torch.float64)
+    for a, b in zip(*(outputs(f, qkv, plan_) for f in (attend_reference, attend_sdpa)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_packed_equals_alone(name):
     torch.manual_seed(0)

@@ -7,7 +7,16 @@ from conftest import losses
 
 from multimodal_fm import lora
 from multimodal_fm.attention import plan_attention
-from multimodal_fm.backbone import Backbone, Config, Positions, RMSNorm, apply_rotary, rotary_embedding
+from multimodal_fm.backbone import (
+    Attention,
+    Backbone,
+    Config,
+    FeedForward,
+    Positions,
+    RMSNorm,
+    apply_rotary,
+    rotary_embedding,
+)
 from multimodal_fm.batch import route
 from multimodal_fm.errors import UserError
 from multimodal_fm.model import load
@@ -71,6 +80,39 @@ def test_rotary_products_depend_on_distances_alone():
 
 
 CLASSIC = {"width": 48, "depth": 2, "num_heads": 2, "block": "classic", "max_positions": 30, "grid": [6, 6]}
+
+
+@pytest.mark.parametrize("width", [6, 64])
+def test_queries_and_keys_are_normed_and_rotated_in_one(width):
+    """What a CPU does in one function is what `RMSNorm` and `apply_rotary` do after each other, gradients included."""
+    torch.manual_seed(0)
+    attention = Attention(Config(width=2 * width, num_heads=2))
+    with torch.no_grad():
+        for weight in attention.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    x, rotary = torch.randn(7, 2 * width, requires_grad=True), rotary_embedding(torch.rand(7, 3) * 20, width)
+    found = attention(x, rotary)
+    q, k, v = attention.project_in(x).unflatten(-1, (-1, width)).split(2, 1)
+    expected = apply_rotary(attention.norm_q(q), rotary), apply_rotary(attention.norm_k(k), rotary), v
+    weights = [torch.randn_like(one) for one in expected]
+    learned = [x, *(p for name, p in attention.named_parameters() if "project_out" not in name)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    gradients = [
+        torch.autograd.grad([(o * w).sum() for o, w in zip(outputs, weights, strict=True)], learned, retain_graph=True)
+        for outputs in (found, expected)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_swiglu_has_the_right_gradient():
+    torch.manual_seed(0)
+    layer = FeedForward(Config(width=12, num_heads=2)).double()
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    gate, value = layer.project_in(x).chunk(2, -1)
+    torch.testing.assert_close(layer(x), layer.project_out(F.silu(gate) * value))
+    assert torch.autograd.gradcheck(layer, x)
 
 
 @pytest.mark.parametrize("block", [{"block": "modern"}, CLASSIC])

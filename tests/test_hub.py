@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import samples
 from test_export import MODERN, make
 
 import multimodal_fm
+from multimodal_fm.cli import app
+from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.interop.base import save
 from multimodal_fm.run_dir import checkpoint, hub
@@ -140,6 +143,28 @@ def test_a_version_is_pinned(server, tmp_path):
         assert torch.equal(again.embedders["text"].weight, model.embedders["text"].weight)
     with pytest.raises(UserError, match="hf:user/words@v7: cannot be fetched: .*404"):
         multimodal_fm.load("hf:user/words@v7")
+
+
+def test_what_is_on_the_hub_is_evaluated_and_embeds(server, tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    from test_embed import make_model
+
+    save(make_model(tmp_path), tmp_path / "run")
+    multimodal_fm.push_to_hub(tmp_path / "run", "user/stamps")
+    shards.write(tmp_path / "x.tar", samples(8))
+
+    def call(*words) -> tuple[str, str]:
+        app([*map(str, words)], exit_on_error=False, result_action="return_value")
+        return capsys.readouterr()
+
+    figures = json.loads(call("evaluate", "hf:user/stamps", "--on", tmp_path / "x.tar", "--json", "--device", "cpu")[0])
+    assert "retrieval/text_to_image/r@1" in figures
+    words = ["embed", "hf:user/stamps", tmp_path / "x.tar", "--out", tmp_path / "c", "--workers", 0, "--device", "cpu"]
+    assert "24 items (8 audio, 8 image, 8 text)" in call(*words)[0]
+    words = ["search", tmp_path / "c", "a yellow square number 3", "--to", "text"]
+    with pytest.raises(UserError, match="--run"):  # a collection is data: it opens no hub
+        call(*words)
+    assert "square number 3" in call(*words, "--run", "hf:user/stamps", "--device", "cpu")[0]
 
 
 def test_what_is_no_checkpoint_is_said(server, tmp_path):

@@ -25,8 +25,8 @@ from multimodal_fm.tokenizers.base import find_prompt
 from multimodal_fm.tokens import make_sequence
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build
-from multimodal_fm.train.grad_cache import read_teacher
 from multimodal_fm.train.guards import matches
+from multimodal_fm.train.learner import read_teacher
 from multimodal_fm.train.train_step import TrainStep
 
 MODALITIES = ["text", "audio", "start"]

@@ -363,11 +363,10 @@ def test_views_of_two_modalities_meet_within_and_across():
     pairs = find_pairs(table, MODALITIES)
     assert list(pairs) == ["text_text", "text_image", "image_image"]
     across, within = pairs["text_image"], pairs["image_image"]
-    assert torch.equal(across.positive, torch.eye(6, dtype=torch.bool))
-    same = torch.block_diag(*[torch.ones(2, 2)] * 3).bool()
-    assert torch.equal(across.ignored, same & ~across.positive)
-    assert torch.equal(within.ignored, torch.eye(6, dtype=torch.bool))
-    assert torch.equal(within.positive, same & ~within.ignored)
+    assert [columns.tolist() for columns in across.columns] == [[0, 1, 2, 3, 4, 5]] * 2
+    assert [columns.tolist() for columns in within.columns] == [[1, 0, 3, 2, 5, 4]] * 2
+    assert all(torch.equal(pair.groups[0], pair.groups[1]) for pair in pairs.values())
+    assert across.groups[0].tolist() == [0, 0, 1, 1, 2, 2]
     features = F.normalize(torch.randn(12, 16, generator=seeded()).double(), dim=-1)
     each = [float(objective.double().compare(features, {name: pair})[0].detach()) for name, pair in pairs.items()]
     loss = float(objective.compare(features, pairs)[0].detach())

@@ -305,10 +305,10 @@ def test_the_page_asks_for_the_token(browser, index, model):  # noqa: F811
             Visit(browser, f"http://localhost:{port}", "narrow") as visit:  # fmt: skip
         page = visit.open("/?q=red")
         expect(page.get_by_role("dialog")).to_be_visible(timeout=WAIT)
-        page.get_by_label("Token").fill("sesam")
+        page.get_by_role("textbox", name="Token").fill("sesam")
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_contain_text("not the token")
-        page.get_by_label("Token").fill("sesame")
+        page.get_by_role("textbox", name="Token").fill("sesame")
         page.keyboard.press("Enter")
         settle(page)
         expect(page.get_by_role("dialog")).to_be_hidden()

@@ -1,22 +1,25 @@
 """A collection in PostgreSQL with pgvector, on a real server, against brute force in float64."""
 
+import contextlib
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import samples
+from kills import killed_after, seconds_of
 from test_search import DIM, brute_force, make_index, make_items, near
 
 import multimodal_fm
+from multimodal_fm.corpus import shards
 from multimodal_fm.corpus.fields import matches
 from multimodal_fm.errors import UserError
+from multimodal_fm.search import index as indexing
 from multimodal_fm.search import postgres
 from multimodal_fm.search.base import Item
 from multimodal_fm.search.collection import Collection
@@ -353,70 +356,132 @@ def test_a_collection_in_a_folder_is_copied(server, tmp_path):
         PostgresIndex.drop(at(server, name))
 
 
-CLIENT = """
-import os, sys
-import numpy as np
-from multimodal_fm.search.base import Item
-from multimodal_fm.search import postgres
-from multimodal_fm.search.postgres import PostgresIndex
+def test_the_service_over_postgresql(server, tmp_path, monkeypatch):
+    """A collection that was embedded, indexed into the database and served from there answers as its folder does."""
+    for name in ("pyarrow", "fastapi", "httpx2"):
+        pytest.importorskip(name)
+    from fastapi.testclient import TestClient
+    from test_embed import make_model
 
-postgres.CHUNK = 2  # so that a call sends several, which must be there together or not at all
+    from multimodal_fm.serve.server import Settings, create_app
 
-def add(first):
-    index = PostgresIndex.open(sys.argv[1])
-    for batch in range(first, first + 100000):
-        vectors = np.random.default_rng(batch).standard_normal((7, index.dim)).astype(np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        kinds = ("text", "image") * 4
-        index.add([Item(f"{batch}-{n}", kinds[n], "s", fields={"batch": batch}) for n in range(7)], vectors)
-        print(batch, flush=True)
+    model = make_model(tmp_path)
+    shards.write(tmp_path / "x.tar", samples(8))
+    multimodal_fm.embed(model, str(tmp_path / "x.tar"), tmp_path / "c", workers=0)
+    assert copy_to(tmp_path / "c", server, "served") == 24
+    answers = []
+    for index in (open_index(tmp_path / "c"), open_index(at(server, "served"))):
+        own = create_app(index, model, Settings(map_file=tmp_path / "none"))
+        with TestClient(own, base_url="http://localhost") as client:
+            asked = {"parts": [{"text": "a red square"}], "top": 3, "where": {"color": "red"}}
+            found = client.post("/search", json=asked)
+            assert found.status_code == 200, found.text
+            results = found.json()["results"]
+            picture = results["image"][0]["id"]
+            medium, like = client.get(f"/media/{picture}"), client.post("/search", json={"parts": [{"id": picture}]})
+            assert medium.headers["content-type"] == "image/jpeg" and like.status_code == 200
+            assert client.get("/health").status_code == 200
+            ids_of = {name: [one["id"] for one in hits] for name, hits in results.items()}
+            answers.append((ids_of, medium.content))
+        index.close()
+    assert answers[0] == answers[1] and len(answers[0][0]) == 3
+    PostgresIndex.drop(at(server, "served"))
 
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        print(os.getpid(), flush=True)
-        add(int(line))
-    os.waitpid(child, 0)
-    print("ended", flush=True)
-"""
+
+def rows_of(batch: int) -> tuple[list[Item], np.ndarray]:
+    """Seven items of two modalities."""
+    vectors = np.random.default_rng(batch).standard_normal((7, DIM)).astype(np.float32)
+    items = [Item(f"{batch}-{n}", ("text", "image")[n % 2], "s", fields={"batch": batch}) for n in range(7)]
+    return items, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def kill_while_adding(server: str, name: str, rounds: int) -> None:
+def wait_for_clients(server: str) -> None:
+    """Until the server has done with all that clients had sent."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        while connection.execute("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                                 ).fetchone() != (1,):  # fmt: skip
+            time.sleep(0.01)
+
+
+def kill_while_adding(server: str, name: str, rounds: int, said: Path) -> None:
     """Clients that add until they are killed, each a process of its own."""
-    index = PostgresIndex.create(at(server, name), "", "hash", "", DIM)
-    draw, acknowledged = random.Random(0), set()
-    with subprocess.Popen([sys.executable, "-c", CLIENT, at(server, name)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as starter:  # fmt: skip
-        assert starter.stdin and starter.stdout
-        for number in range(rounds):
-            print(number * 100_000, file=starter.stdin, flush=True)
-            client = int(starter.stdout.readline())
-            acknowledged.add(int(starter.stdout.readline()))
-            time.sleep(draw.random() * 0.05)
-            os.kill(client, signal.SIGKILL)
-            acknowledged |= {int(line) for line in iter(starter.stdout.readline, "ended\n")}
-        starter.stdin.close()
-    time.sleep(0.2)  # the server may still commit what a client had sent
+    PostgresIndex.create(at(server, name), "", "hash", "", DIM).close()
+    draw, acknowledged, first = random.Random(0), set(), 0
+
+    def add(count: int = 100_000) -> None:
+        index = PostgresIndex.open(at(server, name))
+        with open(said, "a", buffering=1) as file:
+            for batch in range(first, first + count):
+                index.add(*rows_of(batch))
+                file.write(f"{batch}\n")
+
+    took = seconds_of(lambda: add(8))
+    for number in range(1, rounds + 1):
+        first = 100_000 * number
+        assert killed_after(add, draw.uniform(0, took))
+    wait_for_clients(server)
+    acknowledged = {int(line) for line in said.read_text().splitlines()}
     counts = dict.fromkeys(acknowledged, 0)
+    index = PostgresIndex.open(at(server, name))
     with psycopg.connect(server) as connection:
         rows = connection.execute(
             f"SELECT (fields ->> 'batch')::int, count(*) FROM {index._table} GROUP BY 1").fetchall()  # fmt: skip
     counts |= dict(rows)
     assert set(counts.values()) == {7} and len(acknowledged) >= rounds, "acknowledged and missing, or half there"
-    for batch in random.Random(1).sample(sorted(acknowledged), min(20, len(acknowledged))):
-        vectors = np.random.default_rng(batch).standard_normal((7, DIM)).astype(np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        got = index.get([f"{batch}-{n}" for n in range(7)])
+    for batch in random.Random(1).sample(sorted(counts), 8):
+        items, vectors = rows_of(batch)
+        got = index.get([item.id for item in items])
         np.testing.assert_allclose(np.stack([vector for _, vector in got]), vectors, atol=1e-7)
-        assert ids(index.search(vectors[2:3], 1)[0]) == [f"{batch}-2"]
+        assert ids(index.search(vectors[2:3], 1)[0]) == [items[2].id]
     index.close()
     PostgresIndex.drop(at(server, name))
 
 
-def test_kill_9_while_adding(server):
-    kill_while_adding(server, "killed", 10)
+@pytest.fixture
+def small_statements(monkeypatch):
+    """A call sends several statements, which must be there together or not at all."""
+    monkeypatch.setattr(postgres, "CHUNK", 2)
+
+
+def test_kill_9_while_adding(server, small_statements, tmp_path):
+    kill_while_adding(server, "killed", 6, tmp_path / "said")
 
 
 @pytest.mark.slow
-def test_kill_9_while_adding_50_times(server):
-    kill_while_adding(server, "killed-50", 50)
+def test_kill_9_while_adding_50_times(server, small_statements, tmp_path):
+    kill_while_adding(server, "killed-50", 50, tmp_path / "said")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_50_kills_of_one_who_copies_and_indexes(server, tmp_path, monkeypatch):
+    """What was begun is there whole or not at all, and the same again ends, with HNSW indexes that are searched."""
+    monkeypatch.setattr(postgres, "EXACT_ROWS", 100)
+    monkeypatch.setattr(indexing, "COPY_ROWS", 100)
+    items, vectors = make_items(1500)
+    Collection(tmp_path / "c").create("hash", "runs/x", DIM, "float32")
+    LocalIndex(tmp_path / "c").add(items, vectors)
+    copy = lambda: copy_to(tmp_path / "c", server, "copied")  # noqa: E731
+    took, draw, some, kills = seconds_of(copy), random.Random(0), 0, 0
+    PostgresIndex.drop(at(server, "copied"))
+    while kills < 50:
+        kills += killed_after(copy, draw.uniform(0, took))
+        wait_for_clients(server)
+        with contextlib.suppress(UserError):  # it was killed before there was a collection
+            index = PostgresIndex.open(at(server, "copied"))
+            count, found = len(index), index.get([item.id for item in items])
+            assert count % 100 == 0 and len(found) == count
+            some += 0 < count < 1500
+            index.close()
+        if kills % 5 == 0:
+            assert copy() == 1500
+            index = PostgresIndex.open(at(server, "copied"))
+            assert len(index) == 1500 and ids(index.search(vectors[7:8], 3, "image")[0]) == [
+                one for one, _ in brute_force(items, vectors, vectors[7].astype(float), 3, "image")]  # fmt: skip
+            with psycopg.connect(server) as connection:
+                valid = connection.execute("SELECT indisvalid FROM pg_index JOIN pg_class ON oid = indexrelid "
+                                           "WHERE relname LIKE '%hnsw'").fetchall()  # fmt: skip
+            assert valid == [(True,)] * 3
+            index.close()
+            PostgresIndex.drop(at(server, "copied"))
+    assert some > 5

@@ -131,8 +131,11 @@ def test_what_ranks_tell_each_other_is_small(tmp_path, corpus):
 
 def test_ranks_must_share_the_microbatches_out(tmp_path, corpus):
     config, corpora = fitted(build(tiny(corpus, run_dir=str(tmp_path / "run"), microbatches=3)))
-    with pytest.raises(UserError, match="cannot be shared out among 2 ranks"):
-        StepDataset(build_tasks(config.tasks, corpora), config.model.tokenizers, 0, 3, ranks=2)
+    tasks = build_tasks(config.tasks, corpora)
+    with pytest.raises(UserError, match="cannot be shared out among 4 ranks"):
+        StepDataset(tasks, config.model.tokenizers, 0, 3, ranks=4)
+    parts = [StepDataset(tasks, config.model.tokenizers, 0, 3, rank=rank, ranks=2) for rank in range(2)]
+    assert [len(part[0].batches) for part in parts] == [1, 2]
 
 
 def test_every_rank_has_its_share_and_no_sample_is_read_twice(tmp_path, corpus):

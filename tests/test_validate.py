@@ -72,7 +72,7 @@ def test_held_out_samples_are_read_without_augmentation_or_the_weights_of_traini
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, corpus, monkeypatch):
     values = {1: 1.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 1.1}  # of equal ones the later
     run, counter = tmp_path / "run", iter(values.values())
-    monkeypatch.setattr(Validation, "__call__", lambda self: {"validation/loss": next(counter)})
+    monkeypatch.setattr(Validation, "__call__", lambda self, averaged=None: {"validation/loss": next(counter)})
     data = text_only(
         corpus, run, sources=sources(corpus), steps=5, save_every=1, keep=1, validate_every=1, best="validation/loss"
     )
@@ -90,7 +90,7 @@ def test_a_best_checkpoint_that_is_gone_is_made_again(tmp_path, corpus, monkeypa
     """It was damaged with the newest ones: the run goes on from before it, and finds the same figure."""
     run = tmp_path / "run"
     counter = iter([2.0, 2.0, 2.0, 2.5, 2.5])
-    monkeypatch.setattr(Validation, "__call__", lambda self: {"validation/loss": next(counter)})
+    monkeypatch.setattr(Validation, "__call__", lambda self, averaged=None: {"validation/loss": next(counter)})
     data = text_only(corpus, run, sources=sources(corpus), steps=2, save_every=1, validate_every=1)
     loop.pretrain(build(data))
     (run / "best.json").write_text('{"figure": "validation/loss", "value": 2.0, "step": 3}')

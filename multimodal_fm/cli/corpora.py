@@ -22,6 +22,8 @@ def inspect(
     samples: Annotated[bool, Parameter(negative=())] = False,
     orders: Annotated[bool, Parameter(negative=())] = False,
     piece: int = 2000,
+    workers: int = 0,
+    cluster: str = "",
 ) -> int:
     """Say what a corpus holds and what is broken in it: `mmfm inspect 'photos-*.tar' --html photos.html`.
 
@@ -48,6 +50,10 @@ def inspect(
         order (a token reads those of its sequence whose order is not later), and what is predicted from which row.
     piece
         .txt files are cut to pieces of at most so many bytes, as `piece_bytes` of a source says.
+    workers
+        Processes that read shards which have no index yet, or with --verify all; 0: none but this one.
+    cluster
+        Read them on a Ray cluster: ray, auto, ray://HOST:10001 or HOST:6379. Under torchrun its ranks do.
     """
     from ..inspect.run import inspect as look
 
@@ -59,7 +65,8 @@ def inspect(
             raise UserError("--orders needs --config, whose tasks it shows")
         settings = load(config)
     more = {"tasks": settings.tasks, "heads": settings.model.heads} if settings else {}
-    return look(list(shards), config, html, verify, rebuild, json, samples, piece, **more)
+    how = {"workers": workers, "cluster": cluster}
+    return look(list(shards), config, html, verify, rebuild, json, samples, piece, **more, **how)
 
 
 @app.command
@@ -83,6 +90,7 @@ def pack(
     codes: str = "",
     codes_member: str = "codes.npy",
     workers: int | None = None,
+    cluster: str = "",
 ) -> None:
     """Make checked webdataset shards and a data card of what you have: `mmfm pack photos --to shards/photos`.
 
@@ -90,7 +98,8 @@ def pack(
     media, one folder down, the folders' names are labels), a table (.csv, .tsv, .parquet, or .jsonl with a column of
     images or audio or one named below), text (.jsonl, .txt), webdataset shards (.tar, .tar.gz, .tar.bz2, .tar.xz,
     .tar.zst), or a Hugging Face data set (a folder of save_to_disk, or hf:owner/name). Stopped at any time, the same
-    command continues; the result does not depend on --workers.
+    command continues; the result does not depend on
+    --workers or on how many machines do it. Under torchrun its ranks do.
 
     Parameters
     ----------
@@ -144,7 +153,10 @@ def pack(
         What follows the key in the name of these members, where a corpus gets codes of two modalities, one after the
         other: audio.codes.npy.
     workers
-        Processes; without it, one for each core. 0: none but this one.
+        Processes, of each rank under torchrun; without it, one for each core. 0: none but this one.
+    cluster
+        Pack on a Ray cluster, whose machines see the sources and --to: ray (one that runs here or that RAY_ADDRESS
+        names, else one of this machine), auto (one that runs), ray://HOST:10001 or HOST:6379.
     """
     from ..corpus import storage
     from ..pack import settings, summary
@@ -155,5 +167,7 @@ def pack(
         list(sources), image_column, text_column, audio_column, label_column, key_column, longest_side, rate,
         size, shares, group, dedup, piece_bytes, text_block, allow_outside, codes, codes_member,
     )  # fmt: skip
-    facts = write(chosen, to, len(os.sched_getaffinity(0)) if workers is None else workers, show=True)
-    print(summary(facts, to))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    facts = write(chosen, to, max(1, cores) if workers is None else workers, show=True, cluster=cluster)
+    if facts:  # on the first of several ranks
+        print(summary(facts, to))

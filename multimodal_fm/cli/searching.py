@@ -30,6 +30,7 @@ def embed(
     workers: int | None = None,
     batch_tokens: int = 16_384,
     device: str = "auto",
+    cluster: str = "",
 ) -> None:
     """Embed what you have, to search it: `mmfm embed runs/demo photos sounds.csv --out collection`.
 
@@ -67,6 +68,9 @@ def embed(
         Tokens that the model reads at a time.
     device
         cpu, cuda, or auto.
+    cluster
+        Embed on a Ray cluster, whose machines see RUN, the sources and --out, each machine or GPU its share: ray, auto,
+        ray://HOST:10001 or HOST:6379.
     """
     from ..model import load
     from ..run_dir.records import Skipped
@@ -77,7 +81,11 @@ def embed(
         list(sources), pairs(where), dtype, workers, batch_tokens, image_column, text_column, audio_column, key_column,
         allow_outside,
     )  # fmt: skip
-    result = embedding.embed(load(run, device=device), run, out, settings, show=sys.stderr.isatty())
+    show = sys.stderr.isatty()
+    if cluster:
+        result = embedding.embed_on_cluster(run, device, out, settings, cluster, show)
+    else:
+        result = embedding.embed(load(run, device=device), run, out, settings, show)
     if result["skipped"]:
         print("\n".join(Skipped(result["skipped"]).lines()), file=sys.stderr)
     counts = ", ".join(f"{count} {modality}" for modality, count in result["counts"].items())
@@ -121,7 +129,7 @@ def index(
     """
     from ..pack.state import make_progress
     from ..search import index as indexing
-    from ..search.segment import Settings
+    from ..search.graph import Settings
 
     if delete:
         opened = indexing.LocalIndex(folder)

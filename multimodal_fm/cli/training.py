@@ -1,4 +1,4 @@
-"""Trains: pretrain, scale and tune."""
+"""Trains: pretrain, plan, scale and tune."""
 
 from __future__ import annotations
 
@@ -51,6 +51,45 @@ def pretrain(
         raise UserError("--smoke always starts afresh: leave out --resume")
     how = {"yes": True, "auto": "auto", None: False}[resume]
     loop.pretrain(toy(loaded) if smoke else loaded, how, allow_data_change, profile)
+
+
+@app.command
+def plan(
+    target: str,
+    /,
+    *settings: str,
+    gpus: int = 1,
+    kind: str = "auto",
+    utilization: float = 0.0,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Say what a run will hold, compute, take and read, before it starts: `mmfm plan mine.yaml --gpus 8 --kind h100`.
+
+    Reads a few steps of the data; the model itself is not built. Of a run's folder, what was predicted and what was
+    measured: `mmfm plan runs/mine`.
+
+    Parameters
+    ----------
+    target
+        The YAML file, or the folder of a run.
+    settings
+        key=value pairs that stand in for the file's, as for `pretrain`.
+    gpus
+        How many devices share a step.
+    kind
+        auto: this machine's device, which is measured; cpu; or one that is elsewhere: b200, h200, h100, h100-pcie,
+        a100, a100-40, l40s, l4, a10, rtx4090, mi300x.
+    utilization
+        Of a named accelerator: the share of its peak that products reach in a whole step; 0: the assumed one.
+    json
+        One JSON object on standard output.
+    """
+    from ..reports.plan import render
+    from ..train.plan import plan as make_plan
+
+    made = make_plan(target, settings, gpus, kind, utilization)
+    for line in [dumps(made)] if json else render(made).splitlines():
+        print(printable(line))
 
 
 @app.command

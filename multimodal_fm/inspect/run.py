@@ -10,6 +10,7 @@ from ..corpus.index import PIECE_BYTES
 from ..corpus.shards import list_shards
 from ..errors import UserError
 from ..model import ModelConfig
+from ..stream.cluster import open_executor
 from ..stream.tasks import TaskConfig
 from ..tokenizers import audio, image, text
 from .orders import order_tables
@@ -31,22 +32,30 @@ def inspect(
     piece: int = PIECE_BYTES,
     tasks: dict[str, TaskConfig] | None = None,
     heads: dict | None = None,
+    workers: int = 0,
+    cluster: str = "",
 ) -> int:
     """Runs the command and returns its exit code: 1 where `verify` finds damage. Raises UserError.
 
-    tasks, heads: those of `config`, of which the order tables are shown, and nothing else.
+    tasks, heads: those of `config`, of which the order tables are shown, and nothing else. workers, cluster: where
+    shards are read through, see `stream.cluster.open_executor`; ranks but the first return 0.
     """
     if not patterns:
         raise UserError("name at least one shard: a .tar, .jsonl or .txt file, a pattern or a URL")
     if verify and rebuild:
         raise UserError("--verify compares with the index that --rebuild would replace: give one of them")
+    if workers < 0:
+        raise UserError("--workers is at least 0")
     if piece < 16:
         raise UserError("--piece is at least 16 bytes")
     if html and samples:
         raise UserError("--samples writes no page: leave out --html")
     files, tokenizers = list(dict.fromkeys(list_shards(patterns))), load_tokenizers(config)
     damage = Damage() if verify else None
-    indexes = open_indexes(files, piece, rebuild, damage, tokenizers.values())
+    with open_executor(cluster, workers) as executor:
+        if executor is None:
+            return 0
+        indexes = open_indexes(files, piece, rebuild, damage, tokenizers.values(), executor)
     if tasks:
         for line in order_tables(tasks, tokenizers, heads or {}, indexes):
             print(line)

@@ -13,6 +13,7 @@ from ..corpus.index import Index
 from ..corpus.scan import Rejection, hash_shard
 from ..corpus.shards import Progress
 from ..errors import SampleError
+from ..stream.cluster import Executor
 
 MAX_ROWS = 10_000  # damaged parts that are listed; all are counted
 
@@ -30,26 +31,74 @@ class Damage:
         if len(self.rows) < MAX_ROWS:
             self.rows.append({"shard": shard, "key": key, "part": part, "reason": reason, "detail": detail})
 
+    def include(self, other: Damage) -> None:
+        """Add what was found elsewhere."""
+        self.rows += other.rows[: MAX_ROWS - len(self.rows)]
+        self.count += other.count
+        self.new_shards += other.new_shards
+
 
 def open_indexes(
-    files: list[str], piece: int, rebuild: bool = False, damage: Damage | None = None, tokenizers: Iterable = ()
+    files: list[str],
+    piece: int,
+    rebuild: bool = False,
+    damage: Damage | None = None,
+    tokenizers: Iterable = (),
+    executor: Executor | None = None,
 ) -> list[Index]:
     """The shards' indexes; those that are missing are built, with the measures of the tokenizers.
 
-    With `damage` each shard is verified, and one whose index is damaged is left out. Without it, raises UserError
-    where an index is damaged or a shard has changed.
+    executor: where shards are read through; None: in this process. With `damage` each shard is verified, and one whose
+    index is damaged is left out. Without it, raises UserError where an index is damaged or a shard has changed.
     """
     progress, tokenizers = Progress("reading {}"), tuple(tokenizers)
+    if executor and executor.parallel:
+        return _open_in_parallel(files, piece, rebuild, damage, tokenizers, executor)
     if damage is not None:
         return [one for file in files if (one := verify_shard(file, piece, damage, progress)) is not None]
     if rebuild:
         for file in files:
             progress(file)
             index.build(file, piece, tokenizers)
+    return _open_checked(files, piece, tokenizers, progress)
+
+
+def _open_checked(files: list[str], piece: int, tokenizers: tuple, progress) -> list[Index]:
     indexes = index.open_all(files, piece, tokenizers, progress=progress)
     for one in indexes:
         one.check()
     return indexes
+
+
+def _open_in_parallel(
+    files: list[str], piece: int, rebuild: bool, damage: Damage | None, tokenizers: tuple, executor: Executor
+) -> list[Index]:
+    """The same, shard by shard wherever the executor reads them."""
+    progress = Progress("read {}")
+    if damage is None:
+        jobs = ((file, piece, tokenizers, rebuild) for file in files)
+        for (file, *_), _ in executor.run(_build, jobs, most=len(files)):
+            progress(file)
+        return _open_checked(files, piece, tokenizers, progress)
+    parts = {}
+    for (file, _), found in executor.run(_verify, ((file, piece) for file in files), most=len(files)):
+        progress(file)
+        parts[file] = found
+    for file in files:
+        damage.include(parts[file][0])
+    opened = (index.read_existing(file, piece) for file in files if parts[file][1])
+    return [one for one in opened if one is not None]
+
+
+def _build(job: tuple) -> None:
+    file, piece, tokenizers, rebuild = job
+    (index.build if rebuild else index.open_index)(file, piece, tokenizers)
+
+
+def _verify(job: tuple[str, int]) -> tuple[Damage, bool]:
+    """What is damaged of a shard, and whether its index is whole."""
+    damage = Damage()
+    return damage, verify_shard(*job, damage) is not None
 
 
 def verify_shard(shard: str, piece: int, damage: Damage, progress=lambda shard: None) -> Index | None:

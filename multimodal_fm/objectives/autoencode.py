@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..batch import Batch, Example, Reading, Sample, Targets, plan_reading
 from ..heads.codes import Head
+from ..transfer import move
 from . import base
 
 
@@ -118,7 +119,7 @@ class DecoderPlan:
     num_sequences: int
 
     def to(self, device) -> DecoderPlan:
-        return DecoderPlan(self.reading.to(device), self.owner.to(device), self.num_sequences)
+        return move(self, device)
 
 
 def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:

@@ -16,6 +16,7 @@ from ..batch import Batch, Example, Pairs, Reading, Sample, Targets, plan_readin
 from ..config import Plugin
 from ..tokenizers.base import Tokenizer
 from ..tokens import Tokens, concatenate, constant
+from ..transfer import move
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Objective(nn.Module):
     Config: Any = Config
     predictors: nn.ModuleDict  # by modality, where it predicts tokens: `Tokenizer.predictor`
     whole_step = False  # compares the sequences of a whole step: defines `features` and `compare` in place of `loss`
+    maxima: tuple[str, ...] = ()  # the figures of `compare` that are the largest of something, and do not add up
     uses_groups = False  # whether it asks which samples mean the same
     may_follow = False  # whether it may score what another objective arranged, as one with `whole_step` may
     teacher_layers = 0  # how many of the averaged model's last blocks it wants to see in `loss`, as `output.teacher`
@@ -135,8 +137,14 @@ class Objective(nn.Module):
         """`whole_step`: what is compared, a row a sequence of the task (S, E)."""
         raise NotImplementedError
 
-    def compare(self, features: Tensor, pairs: dict[str, Pairs]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`whole_step`: the loss of the features (S, E) of all sequences of the step, and figures for the metrics."""
+    def compare(
+        self, features: Tensor, pairs: dict[str, Pairs], rows: range | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`whole_step`: the loss of the features (S, E) of all sequences of the step, and figures for the metrics.
+
+        rows: the features whose terms of the loss are worked out (None: all). Over ranges that cover all features the
+        losses, the gradients and the figures, but for `maxima`, add up to those of all.
+        """
         raise NotImplementedError
 
     def has_likelihood(self, modality: str) -> bool:
@@ -286,7 +294,7 @@ class DecoderPlan:
     reading: Reading
 
     def to(self, device) -> DecoderPlan:
-        return DecoderPlan(self.visible.to(device), self.reading.to(device))
+        return move(self, device)
 
 
 def plan_decoder(batch: Batch, targets: Targets) -> DecoderPlan:

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Example, Pairs, Sample, Targets
-from ..model import autocast, full
+from ..losses import pairwise
+from ..model import full
 from ..tokens import constant
 from . import base
 
@@ -59,7 +59,7 @@ class Config(base.Config):
 
 class Objective(base.Objective):
     Config = Config
-    whole_step, uses_groups = True, True
+    whole_step, uses_groups, maxima = True, True, ("largest_logit",)
 
     def __init__(self, config: Config, model, modalities: list[str]):
         super().__init__(config, model, modalities)
@@ -108,52 +108,32 @@ class Objective(base.Objective):
         """Unit vectors (S, E) of the task's sequences."""
         return output.embedding(targets.sequence, targets.modality, self.config.head)
 
-    def compare(self, features: Tensor, pairs: dict[str, Pairs]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compare(
+        self, features: Tensor, pairs: dict[str, Pairs], rows: range | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted mean loss over the pairs of modalities; the figures are each pair's accuracy, how far the
         features are spread, the learned scale and the largest logit."""
         losses, weights, largest = [], [], features.new_zeros(())
         figures: dict[str, Tensor] = {}
+        share = 1.0 if rows is None else len(rows) / max(1, len(features))  # of figures that all ranks have in common
         for name, pair in pairs.items():
-            left, right = (features.index_select(0, rows) for rows in pair.rows)
-            with autocast(features.device, False):  # bfloat16 would round cosines times 100 away
-                logits = full(left) @ full(right).T * self.log_scale.exp()
+            left, right = (full(features.index_select(0, own)) for own in pair.rows)
+            matches = pairwise.Matches(pair.groups, pair.columns, pair.own(rows))
+            if self.bias is None:
+                scored = pairwise.info_nce(left, right, self.log_scale, matches, self.config.hard_negatives)
+            else:
+                scored = pairwise.sigmoid(left, right, self.log_scale, self.bias, matches)
+            loss, figures[f"{name}_accuracy"], most = scored
+            largest = torch.maximum(largest, most)
             weights.append(self.pair_weights[name])
-            losses.append(weights[-1] * self._loss(logits, pair))
-            with torch.no_grad():
-                largest = torch.maximum(largest, logits.abs().amax())
-                best = logits.masked_fill(pair.ignored, -torch.inf).argmax(1, keepdim=True)
-                right_ones = pair.positive.gather(1, best)[:, 0].index_select(0, pair.forward[0])
-                figures[f"{name}_accuracy"] = right_ones.float().mean()
+            losses.append(weights[-1] * loss)
         if not losses:
             return (features * 0.0).sum(), figures
-        figures |= base.measure_spread(features) | {"scale": self.log_scale.detach().exp(), "largest_logit": largest}
+        common = base.measure_spread(features) | {"scale": self.log_scale.detach().exp()}
+        figures |= {name: figure * share for name, figure in common.items()} | {"largest_logit": largest}
         return torch.stack(losses).sum() / sum(weights), figures
-
-    def _loss(self, logits: Tensor, pair: Pairs) -> Tensor:
-        if self.bias is not None:
-            sign = pair.positive.float() * 2 - 1
-            each = -F.logsigmoid(sign * (logits + self.bias))
-            return each.masked_fill(pair.ignored, 0.0).sum() / pair.positive.sum()
-        logits = logits.masked_fill(pair.ignored, -torch.inf)
-        both = ((logits, pair.forward), (logits.T, pair.backward))
-        if self.config.hard_negatives:
-            both = tuple((self._weigh_negatives(side, p), rows) for (side, rows), p in zip(both, _sides(pair.positive)))
-        forward, backward = (F.cross_entropy(side.index_select(0, rows), columns) for side, (rows, columns) in both)
-        return (forward + backward) / 2
-
-    def _weigh_negatives(self, logits: Tensor, positive: Tensor) -> Tensor:
-        """Logits (A, B) of which each negative's, exponentiated, is multiplied by its weight."""
-        strength = self.config.hard_negatives * (logits.detach() / self.log_scale.detach().exp())
-        strength = strength.masked_fill(positive, -torch.inf)  # -inf where ignored, too
-        count = torch.isfinite(strength).sum(1, keepdim=True).clamp(min=1)
-        weight = strength - torch.logsumexp(strength, 1, keepdim=True) + count.log()
-        return logits + torch.where(torch.isfinite(strength), weight, 0.0)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """Keeps the learned scale within bounds; a clamp inside the loss would stop its gradient there for good."""
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
-
-
-def _sides(positive: Tensor) -> tuple[Tensor, Tensor]:
-    return positive, positive.T

@@ -26,7 +26,8 @@ from .. import __version__
 from ..corpus import fields, index, shards, storage
 from ..errors import SampleError, UserError
 from ..reports import data_card
-from ..stream.worker_pool import Job, run_jobs
+from ..stream.cluster import Executor, open_executor
+from ..stream.worker_pool import Job
 from . import codes, dedup, sources
 from .assign import assign
 from .samples import RawSample, collect_texts, content_fields, cut_sample, join_documents, modality_of
@@ -38,9 +39,10 @@ from .validate import check_sample
 FORMAT = 2  # of the working files
 
 
-def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = False) -> dict:
+def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = False, cluster: str = "") -> dict:
     """Pack the sources into the folder `to`; returns the facts of the data card. workers 0: all in this process.
 
+    cluster, and torchrun: see `stream.cluster.open_executor`; ranks but the first return an empty map.
     Raises UserError where the sources hold nothing, a split stays empty, or `to` lies inside a source or holds anything
     but the same pack, finished or not.
     """
@@ -57,21 +59,26 @@ def pack(settings: Settings, to: str | Path, workers: int = 1, show: bool = Fals
         state.to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{to}: {error.strerror}") from None
+    with open_executor(cluster, workers) as executor:
+        return _pack(settings, to, state, executor, show) if executor else {}
+
+
+def _pack(settings: Settings, to: str | Path, state: State, executor: Executor, show: bool) -> dict:
     with state.lock():
         codec = codes.serialize(settings.codes) if settings.codes else b""
         if (facts := _begin(state, settings, codec)) is not None:
             print(f"{to}: already there, packed with the same settings", file=sys.stderr)
             return facts
         with make_progress(show) as progress:
-            _index_sources(state, settings, workers, progress)
+            _index_sources(state, settings, executor, progress)
             if not state.assigned:
-                _read_chunks(state, workers, progress)
+                _read_chunks(state, executor, progress)
                 try:
                     assign(state, progress)
                 except UserError:
                     state.clear()  # so that other settings can be given
                     raise
-            _write_shards(state, workers, progress)
+            _write_shards(state, executor, progress)
         return _finish(state)
 
 
@@ -107,7 +114,7 @@ def _begin(state: State, settings: Settings, codec: bytes) -> dict | None:
     return None
 
 
-def _index_sources(state: State, settings: Settings, workers: int, progress) -> None:
+def _index_sources(state: State, settings: Settings, executor: Executor, progress) -> None:
     """Count the samples of all sources. From then on the plan stands, and no source may change."""
     if state.file("plan.json").exists():
         plan = state.plan()
@@ -119,7 +126,7 @@ def _index_sources(state: State, settings: Settings, workers: int, progress) -> 
     waiting = [number for number in range(len(listed)) if not state.source(number).exists()]
     task = progress.add_task("indexing", total=len(waiting))
     jobs = ((state, number, listed[number], settings) for number in waiting)
-    for _ in run_jobs(_index_source, jobs, min(workers, len(waiting))):
+    for _ in executor.run(_index_source, jobs, most=len(waiting)):
         progress.advance(task)
     indexes = [SourceIndex(**read_json(state.source(number))) for number in range(len(listed))]
     plan = {
@@ -136,7 +143,7 @@ def _index_source(job: tuple) -> None:
     write_json(state.source(number), dataclasses.asdict(indexed))
 
 
-def _read_chunks(state: State, workers: int, progress) -> None:
+def _read_chunks(state: State, executor: Executor, progress) -> None:
     plan = state.plan()
     task = progress.add_task("reading", total=sum(indexed.count for indexed in plan.indexes))
 
@@ -147,21 +154,26 @@ def _read_chunks(state: State, workers: int, progress) -> None:
             else:
                 yield state, chunk
 
-    crashes: Counter[tuple[int, int]] = Counter()
-
-    def on_death(job: Job, worker: int, exit_code: int) -> None:
-        """Leaves a sample out from then on over which two processes have ended."""
-        number = job.argument[1].number
-        current = state.chunk(number, ".current")
-        sample = int(current.read_text() or -1) if current.exists() else -1
-        crashes[number, sample] += 1
-        if crashes[number, sample] == 2 and sample >= 0:
-            write_json(state.chunk(number, ".crashed"), [*_crashed(state, number), sample])
-        elif crashes[number, sample] > 2:
-            raise UserError(f"a worker process ended again (exit code {exit_code}) at sample {sample} of {current}")
-
-    for (_, chunk), _ in run_jobs(_read_chunk, jobs(), workers, on_death):
+    for (_, chunk), _ in executor.run(_read_chunk, jobs(), _Crashes(state)):
         progress.advance(task, chunk.stop - chunk.start)
+
+
+@dataclasses.dataclass
+class _Crashes:
+    """Leaves a sample out from then on over which two processes have ended."""
+
+    state: State
+    counts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)  # by chunk and sample
+
+    def __call__(self, job: Job, worker: int, exit_code: int) -> None:
+        number = job.argument[1].number
+        current = self.state.chunk(number, ".current")
+        sample = int(current.read_text() or -1) if current.exists() else -1
+        self.counts[number, sample] += 1
+        if self.counts[number, sample] == 2 and sample >= 0:
+            write_json(self.state.chunk(number, ".crashed"), [*_crashed(self.state, number), sample])
+        elif self.counts[number, sample] > 2:
+            raise UserError(f"a worker process ended again (exit code {exit_code}) at sample {sample} of {current}")
 
 
 def _crashed(state: State, chunk: int) -> list[int]:
@@ -261,7 +273,7 @@ def _fingerprint(
     }
 
 
-def _write_shards(state: State, workers: int, progress) -> None:
+def _write_shards(state: State, executor: Executor, progress) -> None:
     """Write the missing shards; what was read of a chunk is removed with the last shard that needs it."""
     names = read_json(state.file("assigned.json"))["shards"]
     waiting = [name for name in names if not state.shard(name, ".json").exists()]
@@ -270,7 +282,7 @@ def _write_shards(state: State, workers: int, progress) -> None:
     needed = Counter(chunk for name in waiting for chunk in chunks[name])
     waiting.sort(key=lambda name: (max(chunks[name]), name))
 
-    for (_, name), _ in run_jobs(_write_shard, ((state, name) for name in waiting), workers):
+    for (_, name), _ in executor.run(_write_shard, ((state, name) for name in waiting)):
         for chunk in chunks[name]:
             needed[chunk] -= 1
             if not needed[chunk]:

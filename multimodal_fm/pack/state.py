@@ -7,6 +7,7 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ FOLDERS = ("sources", "chunks", "shards")
 @contextlib.contextmanager
 def open_atomic(path: Path):
     """A file to write in parts, which gets its name when all of it is on the disk."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     with open(temporary, "w+b") as file:
         yield file
         file.flush()

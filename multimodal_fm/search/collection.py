@@ -41,6 +41,20 @@ WAIT = 30.0  # seconds for another process that writes
 NAMES = re.compile(r"part-\d{6,}\.parquet|deleted-\d{6,}\.json")  # nothing else is opened, whatever a manifest says
 
 
+_held: set = set()  # files of locks
+
+
+def _let_go() -> None:
+    """Worker processes do not hold their parent's locks: they may outlive it, where it is killed, for some seconds."""
+    for file in _held:
+        with contextlib.suppress(OSError):
+            file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @dataclass(frozen=True)
 class Part:
     """A file of the log: items with vectors, or, with `deletes`, ids."""
@@ -224,7 +238,11 @@ class Collection:
             file.truncate(0)
             file.write(f"process {os.getpid()}")
             file.flush()
-            yield
+            _held.add(file)
+            try:
+                yield
+            finally:
+                _held.discard(file)
 
     def update(self, change: Callable[[Manifest], Any]) -> Manifest:
         """Read the manifest, change it and write it, while nobody else does."""
@@ -241,7 +259,7 @@ class Collection:
     def _remove_strays(self, manifest: Manifest) -> None:
         """Files that a killed process left before the manifest counted them."""
         known = {part.name for part in manifest.parts}
-        for file in self.embeddings.iterdir():
+        for file in [*self.embeddings.iterdir(), *self.folder.glob(".tmp-*")]:
             if file.name not in known and (NAMES.fullmatch(file.name) or file.name.startswith(".tmp-")):
                 file.unlink(missing_ok=True)
 

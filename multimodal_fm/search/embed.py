@@ -29,13 +29,14 @@ from ..batch import MAX_TOKENS
 from ..corpus import index
 from ..corpus.fields import matches, parse_map
 from ..errors import SampleError, UserError
-from ..model import Model
+from ..model import Model, load
 from ..pack import sources as packed
 from ..pack import tables
 from ..pack.samples import AUDIO_FILES, IMAGE_FILES, RawSample, collect_texts
 from ..pack.settings import Settings as PackSettings
 from ..pack.sources import Source, SourceIndex
 from ..pack.state import make_progress
+from ..stream.cluster import Ray, open_executor
 from ..stream.crash_log import CrashLog
 from ..stream.worker_pool import MAX_DEATHS, Job, WorkerPool, raise_after_deaths
 from ..tokenizers.base import Tokenizer
@@ -46,6 +47,7 @@ from .collection import Collection, model_hash
 WORK = ".embed"  # the folder of working files, in that of the collection
 UNIT, JOB = 256, 8  # samples that one rank takes together, and that a worker reads at once
 PART_ROWS, PART_SECONDS = 8192, 30.0  # after which what has been embedded is published
+LOCK_SECONDS = 5.0  # for a worker of a killed process that had not let go of its lock yet
 MAX_FIELD = 4096  # characters of a field's JSON; a longer one is not kept for filters
 
 
@@ -97,17 +99,48 @@ class _Input:
     tokens: list[Tokens] | None
 
 
-def embed(model: Model, run: str, out: str | Path, settings: Settings, show: bool = False) -> dict:
+def embed_on_cluster(
+    run: str, device: str, out: str | Path, settings: Settings, cluster: str, show: bool = False
+) -> dict:
+    """The same as `embed`, each machine of a Ray cluster, or each of its GPUs, its share. Raises UserError."""
+    added, skipped, result = 0, [], {}
+    with open_executor(cluster, 0) as executor, make_progress(show) as progress:
+        assert isinstance(executor, Ray)
+        gpus = executor.gpus if device != "cpu" else 0
+        ranks = gpus or executor.machines
+        jobs = ((run, device, str(out), settings, rank, ranks) for rank in range(ranks))
+        task = progress.add_task("embedding", total=ranks)
+        for _, result in executor.run(_embed_share, jobs, gpus=min(1, gpus)):
+            progress.advance(task)
+            added, skipped = added + result["added"], skipped + result["skipped"]
+    counts = Collection(Path(out)).manifest().counts()
+    return {**result, "items": sum(counts.values()), "counts": counts, "added": added, "skipped": skipped}
+
+
+def _embed_share(job: tuple[str, str, str, Settings, int, int]) -> dict:
+    run, device, out, settings, rank, ranks = job
+    return embed(load(run, device=device), run, out, settings, share=(rank, ranks))
+
+
+def embed(
+    model: Model,
+    run: str,
+    out: str | Path,
+    settings: Settings,
+    show: bool = False,
+    share: tuple[int, int] | None = None,
+) -> dict:
     """Embed what the sources hold into the collection in `out`; what is there already is left as it is.
 
     Returns {"out", "items", "counts" (by modality, of all that is there), "added", "skipped" (rows as in
-    quarantine.jsonl)}. show: progress on standard error. Raises UserError.
+    quarantine.jsonl)}. show: progress on standard error. share: this process's number and how many there are; without
+    it RANK and WORLD_SIZE. Raises UserError.
     """
     if "retrieval" not in model.heads:
         raise UserError(f"{run}: this model has no retrieval head, which makes the vectors that are searched")
     some = torch.ones(1, model.width, device=model.device), torch.zeros(1, dtype=torch.long, device=model.device)
     dim = int(model.heads["retrieval"](*some).shape[-1])
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = share or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     out, listed = Path(out), packed.list_sources(settings.pack())
     for source in settings.sources:
         if os.path.isdir(source) and out.resolve().is_relative_to(os.path.realpath(source)):
@@ -116,7 +149,7 @@ def embed(model: Model, run: str, out: str | Path, settings: Settings, show: boo
     collection.create(model_hash(model), run, dim, settings.dtype)
     work = out / WORK / f"rank-{rank}"
     (work / "sources").mkdir(parents=True, exist_ok=True)
-    with collection.locked(f"{WORK}/lock-{rank}", wait=0):
+    with collection.locked(f"{WORK}/lock-{rank}", wait=LOCK_SECONDS):
         opened, skipped = _open_sources(collection, listed, settings, work / "sources")
         jobs = list(_share(collection, opened, rank, ranks))
         reader = _Reader(opened, settings, model.tokenizers, CrashLog(work / "decoding", settings.workers))
@@ -235,7 +268,8 @@ class _Reader:
         if not self.settings.workers or not jobs:
             return ((job, self._read(job)) for job in jobs)
         workers = min(self.settings.workers, len(jobs))
-        self.pool = WorkerPool(self._read, workers, initializer=self.log.use_slot, on_death=self._on_death)
+        # Not of a low priority: what the model is waiting for would wait for whatever else the machine does.
+        self.pool = WorkerPool(self._read, workers, initializer=self.log.use_slot, on_death=self._on_death, nice=0)
         return self.pool.imap(jobs)
 
     def _on_death(self, job: Job, worker: int, exit_code: int) -> None:

@@ -161,7 +161,8 @@ def _targets(index: Index, model: Model | None, to: str) -> list[str]:
     asked = [to] if to else sorted(index.counts()) if model is None else model.modalities
     if not (there := [modality for modality in asked if len(get_background(index, modality))]):
         have = ", ".join(index.counts())
-        raise UserError(f"--to {to}: the collection has {have}" if to and have else "the collection is empty")
+        other = f"--to {to}: the collection has {have}" if to else f"the model reads nothing of the collection's {have}"
+        raise UserError(other if have else "the collection is empty")
     return there
 
 

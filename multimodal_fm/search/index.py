@@ -24,11 +24,13 @@ from ..errors import UserError
 from . import segment
 from .base import Hit, Index, Item, Where
 from .collection import Collection, Manifest, Part, check_queries, check_vectors, model_hash
-from .segment import Rows, Segment, Settings
+from .graph import Settings
+from .segment import Rows, Segment
 
 RETRIES = 3  # of opening what another process replaces meanwhile
 PART_ROWS = 8192  # that are added at once, and of the parts that are searched together
 _hashes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models
+COPY_ROWS = 1000  # that are sent to a database at once
 UNINDEXED = 100_000  # items outside of the segment, from which on a user is told
 
 
@@ -96,12 +98,15 @@ def _existing(collection: Collection, manifest: Manifest, settings: Settings, re
         if (collection.folder / segment.FOLDER / segment.FILE).exists():
             report(f"made anew: {error}")
         return None
-    same = found["parts"] == [[part.name, part.sha256] for part in manifest.visible()]
-    if not same or found["settings"] != asdict(settings):
+    if found["parts"] != [[part.name, part.sha256] for part in manifest.visible()]:
         return None
-    if any(not graph["recall"] for graph in found["graphs"].values()):  # it was killed before it was measured
-        return segment.measure(collection, settings.recall)
-    return found
+    if not all("curve" in graph for graph in found["graphs"].values()):  # it was measured by an earlier rule
+        return None
+    if found["settings"] == asdict(settings):
+        return found
+    if {**found["settings"], "recall": 0} == {**asdict(settings), "recall": 0}:
+        return segment.choose_recall(collection, found, settings.recall)
+    return None
 
 
 @dataclass
@@ -342,7 +347,7 @@ def copy_to(folder: str | Path, url: str, name: str = "", report: Callable[[str]
     target = PostgresIndex.create(url, name, local.model, local.run, local.dim)
     done = 0
     for piece, alive in local._current().pieces:
-        for rows in np.array_split(np.flatnonzero(alive), -(-int(alive.sum()) // 1000) or 1):
+        for rows in np.array_split(np.flatnonzero(alive), -(-int(alive.sum()) // COPY_ROWS) or 1):
             vectors = piece.vectors[torch.from_numpy(rows)].float().numpy()
             if len(rows):
                 target.add(piece.items(rows), check_vectors(vectors, len(rows), local.dim))

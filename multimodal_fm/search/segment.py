@@ -6,11 +6,11 @@
                         vectors.bin  their vectors (N, E), as stored in the collection
                         lookup.bin   for the N rows: hashes of the ids in ascending order, the rows of these
                         parts.bin    the file of the collection that each row came from
-                        graph-*.bin  for a modality with many items, a graph of usearch (HNSW, Malkov and Yashunin 2018)
+                        graph-*.bin  for a modality with many items, a graph (`graph.py`)
 
 A graph is made of vectors of fewer bits and only proposes candidates, which are then compared exactly. How far it is
-searched is chosen when it is made: the least at which the nearest 10 of sampled items, without themselves, are found
-with the recall that was asked for, measured against exact search.
+searched is the least at which the nearest 10 are found with the recall that was asked for: that of items of all
+modalities that were left out of it while it was measured against exact search.
 """
 
 from __future__ import annotations
@@ -23,51 +23,28 @@ import os
 import re
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..corpus import storage
 from ..corpus.fields import matches
 from ..errors import UserError
 from .base import Item
 from .collection import COLUMNS, DTYPES, FORMAT, Collection, Manifest, Part, import_arrow, seal, unseal
+from .graph import CANDIDATES, FEWEST, HELD_OUT, Found, Graph, Settings, choose_expansion
 
 FOLDER, FILE = "index", "manifest.json"
-GRAPH_TYPES = {"i8": "i8", "f16": "f16", "f32": "f32"}
 BLOCK_ROWS, BLOCK_QUERIES = 8192, 256  # compared at a time: memory does not grow with the collection
 HASH_BYTES = 16 << 20  # of a file that are hashed together, several at a time
-CANDIDATES = 32  # that a graph proposes where 10 are wanted
 FEW_ROWS = 20_000  # of those that fit a filter: so many are compared exactly, whatever graph there is
-SAMPLED, EXPANSIONS = 256, (32, 64, 96, 128, 192, 256, 384, 512, 1024)
 SIMPLE = re.compile(r"\w(?:[\w ./:-]*\w)?")  # a value of a filter that its JSON spells as it is
 SPELLED_OTHERWISE = ("None", "True", "False", "nan", "inf")
 ITEMS, OFFSETS, VECTORS, LOOKUP, PARTS = "items.bin", "offsets.bin", "vectors.bin", "lookup.bin", "parts.bin"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a segment is made."""
-
-    exact_below: int = 20_000  # items of a modality; with more it gets a graph
-    dtype: str = "i8"  # of a graph's vectors: i8, f16, f32
-    connectivity: int = 16  # links of an item
-    expansion_add: int = 128  # candidates that are looked at where an item is added
-    recall: float = 0.98  # of the nearest 10, that a graph is to have
-
-    def __post_init__(self):
-        if self.dtype not in GRAPH_TYPES:
-            raise UserError(f"--dtype of an index is one of {', '.join(GRAPH_TYPES)}, not {self.dtype!r}")
-        if self.exact_below < 0 or not 2 <= self.connectivity <= 512 or not 1 <= self.expansion_add <= 65_536:
-            raise UserError("--exact-below is 0 or more, connectivity 2 to 512, expansion_add 1 to 65536")
-        if not 0 < self.recall <= 1:
-            raise UserError("--recall is above 0 and at most 1")
 
 
 def hash_ids(ids: Sequence[str]) -> np.ndarray:
@@ -82,10 +59,6 @@ def pack_items(table: Any) -> tuple[np.ndarray, np.ndarray]:
     lists = [f"{json.dumps(row)[:-1]}, {one}]".encode() for row, one in zip(zip(*columns), fields, strict=True)]
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     return np.frombuffer(bytearray(b"".join(lists)), np.uint8), offsets
-
-
-Found = tuple[np.ndarray, np.ndarray]
-"""Scores (Q, K), and the rows (Q, K) that have them; minus infinity stands where there is none."""
 
 
 class Rows:
@@ -116,7 +89,8 @@ class Rows:
     def items(self, rows: np.ndarray) -> list[Item]:
         """The items of these rows, in their order."""
         spans = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist())
-        return [Item(*json.loads(str(self.view[start:stop], "ascii"))) for start, stop in spans]
+        lists = ",".join([str(self.view[start:stop], "ascii") for start, stop in spans])
+        return [Item(*columns) for columns in json.loads(f"[{lists}]")]
 
     @functools.cached_property
     def lookup(self) -> tuple[np.ndarray, np.ndarray]:
@@ -169,9 +143,10 @@ class Rows:
 
 def merge(found: Sequence[Found], top: int) -> Found:
     """The highest of several lists of scores, and their rows; where two are equal, the first."""
-    scores, rows = (np.concatenate(columns, 1) for columns in zip(*found, strict=True))
+    scores, rows = found[0] if len(found) == 1 else (np.concatenate(columns, 1) for columns in zip(*found))
     order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    queries = np.arange(len(scores))[:, None]  # as of np.take_along_axis, which takes longer than one query's search
+    return scores[queries, order], rows[queries, order]
 
 
 def _import_compute() -> Any:
@@ -225,7 +200,6 @@ class Segment(Rows):
         known, rows = np.dtype("<u8"), np.dtype("<u4")
         self.lookup = _map(here / LOOKUP, known, (count,)), _map(here / LOOKUP, rows, (count,), 8 * count)
         self.part_of_row = _map(here / PARTS, np.dtype("<u4"), (count,))
-        self._lock = threading.Lock()  # usearch shares its buffers among searches of one graph
         self.graphs = {name: self._open_graph(here, name) for name in about["graphs"]}
 
     def _verify(self, here: Path, files: dict[str, dict]) -> None:
@@ -242,10 +216,10 @@ class Segment(Rows):
                 if found != digest:
                     raise UserError(f"{file} is damaged (block {number}): {self.mend}")
 
-    def _open_graph(self, here: Path, modality: str) -> Any:
+    def _open_graph(self, here: Path, modality: str) -> Graph:
         file, (start, stop) = here / _graph_file(list(self.spans).index(modality)), self.spans[modality]
-        graph = import_usearch().Index.restore(str(file), view=True)
-        if graph is None or len(graph) != stop - start or graph.ndim != self.vectors.shape[1]:
+        graph = Graph.open(file, self.vectors, stop - start)
+        if graph is None:
             raise UserError(f"{file} is not a graph of these {stop - start} items: {self.mend}")
         return graph
 
@@ -259,29 +233,11 @@ class Segment(Rows):
         wanted = CANDIDATES * -(-top // 10)
         while (taken := wanted * (stop - start) // fit) <= min(4096, (stop - start) // 8):
             expansion = self.about["graphs"][modality]["expansion"] * taken // CANDIDATES
-            found = merge([self.propose(queries, modality, taken, expansion, mask)], top)
+            found = merge([self.graphs[modality].propose(queries, taken, expansion, mask)], top)
             if found[0].shape[1] == top and np.isfinite(found[0]).all():
                 return found
             wanted *= 4
         return self.search_exactly(queries, top, modality, mask)
-
-    def propose(self, queries: np.ndarray, modality: str, taken: int, expansion: int, mask: np.ndarray) -> Found:
-        """What a graph proposes, `taken` rows in no order, with exact scores; minus infinity outside of the mask."""
-        graph = self.graphs[modality]
-        with self._lock:
-            graph.expansion_search = max(expansion, taken)
-            found = graph.search(queries, taken)
-        rows = np.asarray(found.keys).reshape(len(queries), -1).astype(np.int64)
-        counts = np.asarray(found.counts) if len(queries) > 1 else np.array([len(found)])
-        there = np.arange(rows.shape[1]) < counts[:, None]
-        rows[~there] = self.spans[modality][0]
-        there &= mask[rows]
-        scores = np.empty(rows.shape, np.float32)
-        for a in range(0, len(rows), 64):  # as many as the processor's cache holds
-            vectors = torch.from_numpy(self.array[rows[a : a + 64]]).float().numpy()  # some times faster than NumPy's
-            scores[a : a + 64] = np.matmul(vectors, queries[a : a + 64, :, None])[:, :, 0]
-        scores[~there] = -np.inf
-        return scores, rows
 
 
 def _graph_file(number: int) -> str:
@@ -304,15 +260,6 @@ def _read_fully(opened, size: int) -> bytes:
     while data and len(data) < size and (more := opened.read(size - len(data))):
         data += more
     return data
-
-
-def import_usearch() -> Any:
-    """The module `usearch.index`. Raises UserError."""
-    try:
-        import usearch.index
-    except ImportError:
-        raise UserError('large collections are searched by usearch: pip install "multimodal_fm[search]"') from None
-    return usearch.index
 
 
 # --------------------------------------------------------------------------------------------------------------- build
@@ -340,21 +287,30 @@ def build(
             "segment": here.name, "spans": spans, "parts": [[part.name, part.sha256] for part in log],
             "settings": asdict(settings), "graphs": {}, "files": {},
         }  # fmt: skip
-        vectors = torch.from_numpy(_map(here / VECTORS, np.dtype(DTYPES[manifest.dtype]), (count, manifest.dim)))
-        for number, (modality, (start, stop)) in enumerate(spans.items()):
-            if stop - start > settings.exact_below:
-                _build_graph(vectors, start, stop, settings, here / _graph_file(number), advance)
-                about["graphs"][modality] = {"expansion": EXPANSIONS[-1], "recall": 0.0}
+        vectors = _map(here / VECTORS, np.dtype(DTYPES[manifest.dtype]), (count, manifest.dim))
+        bare = Rows((np.zeros(0, "u1"), np.zeros(1, "<i8")), vectors, spans, np.zeros(0, "<u8"))
+        about["graphs"] = _build_graphs(bare, settings, here, advance)
         about["files"] = {file.name: _describe(file) for file in sorted(here.iterdir())}
         storage.sync_folder(here)
         _write_manifest(home, about)
     except BaseException:
         shutil.rmtree(here, ignore_errors=True)
         raise
-    for folder in home.glob("segment-*"):
-        if folder != here:
-            shutil.rmtree(folder, ignore_errors=True)
-    return measure(collection, settings.recall) if about["graphs"] else about
+    for stray in [*home.glob("segment-*"), *home.glob(".tmp-*")]:  # also of those who were killed
+        if stray.is_dir() and stray != here:
+            shutil.rmtree(stray, ignore_errors=True)
+        elif stray.is_file():
+            stray.unlink(missing_ok=True)
+    return about
+
+
+def choose_recall(collection: Collection, about: dict, recall: float) -> dict:
+    """Search the graphs of a segment as far as this recall asks for, from now on; returns its manifest."""
+    for graph in about["graphs"].values():
+        graph.update(choose_expansion(graph["curve"], recall))
+    about["settings"]["recall"] = recall
+    _write_manifest(collection.folder / FOLDER, {"format": FORMAT, **about})
+    return about
 
 
 def _write_manifest(home: Path, about: dict) -> None:
@@ -400,10 +356,10 @@ def last_of_each(hashes: list[np.ndarray], deletes: list[bool]) -> list[np.ndarr
 
 def _write_rows(
     collection: Collection, manifest: Manifest, log: list[Part], alive: list[np.ndarray], here: Path
-) -> dict[str, list[int]]:
+) -> dict[str, tuple[int, int]]:
     """Write the files of a segment but for its graphs, one part in memory at a time; the rows of each modality."""
     arrow = import_arrow()
-    spans: dict[str, list[int]] = {}
+    spans: dict[str, tuple[int, int]] = {}
     hashes, numbers, lengths, at = [], [], [np.zeros(1, np.int64)], 0
     with open(here / VECTORS, "wb") as file, open(here / ITEMS, "wb") as items:
         for modality in sorted({name for part in log for name in part.counts}):
@@ -421,7 +377,7 @@ def _write_rows(
                 hashes.append(hash_ids(table["id"].to_pylist()))
                 numbers.append(np.full(len(kept), number, "<u4"))
                 at += len(kept)
-            spans[modality] = [start, at]
+            spans[modality] = start, at
     (here / OFFSETS).write_bytes(np.cumsum(np.concatenate(lengths), dtype="<i8").tobytes())
     flat = np.concatenate([*hashes, np.zeros(0, "<u8")])
     order = np.argsort(flat, kind="stable").astype("<u4")
@@ -430,42 +386,24 @@ def _write_rows(
     return {modality: span for modality, span in spans.items() if span[1] > span[0]}
 
 
-def _build_graph(vectors: Tensor, start: int, stop: int, settings: Settings, file: Path, advance: Callable) -> None:
-    graph = import_usearch().Index(
-        ndim=vectors.shape[1],
-        metric="cos",
-        dtype=settings.dtype,
-        connectivity=settings.connectivity,
-        expansion_add=settings.expansion_add,
-    )
-    for first in range(start, stop, BLOCK_ROWS):
-        last = min(first + BLOCK_ROWS, stop)
-        graph.add(np.arange(first, last, dtype=np.uint64), vectors[first:last].float().numpy(),
-                  threads=len(os.sched_getaffinity(0)))  # fmt: skip
-        advance(last - start, stop - start)
-    graph.save(str(file))
-
-
-def measure(collection: Collection, recall: float) -> dict:
-    """Choose how far the graphs of a segment are searched, and note the recall; until then it is as far as ever."""
-    segment = Segment(collection, collection.manifest())
-    about = segment.about
-    everything = np.ones(len(segment), bool)
-    sampled = np.random.default_rng(0).choice(len(segment), min(SAMPLED, len(segment)), replace=False)
-    queries = segment.array[np.sort(sampled)].astype(np.float32)
-    for modality in about["graphs"]:
-        truth = _nearest_others(*segment.search_exactly(queries, 11, modality, everything), np.sort(sampled))
-        for expansion in EXPANSIONS:
-            found = segment.propose(queries, modality, CANDIDATES, expansion, everything)
-            nearest = _nearest_others(*merge([found], 11), np.sort(sampled))
-            hit = [len(set(a) & set(b)) / len(a) for a, b in zip(truth, nearest)]
-            about["graphs"][modality] = {"expansion": expansion, "recall": float(np.mean(hit))}
-            if about["graphs"][modality]["recall"] >= recall:
-                break
-    _write_manifest(collection.folder / FOLDER, {"format": FORMAT, **about})
+def _build_graphs(rows: Rows, settings: Settings, here: Path, advance: Callable[[int, int], None]) -> dict[str, dict]:
+    """Make the graphs of the modalities with many items; what the manifest says of each, with its recall."""
+    sizes = {name: stop - start for name, (start, stop) in rows.spans.items()}
+    drawn = {name: np.random.default_rng(0).permutation(size) + rows.spans[name][0] for name, size in sizes.items()}
+    held = {name: np.sort(drawn[name][: min(HELD_OUT, -(-size // 20))]) for name, size in sizes.items()}
+    queries = {name: rows.vectors[torch.from_numpy(own)].float().numpy() for name, own in held.items()}
+    about = {}
+    for number, (name, (start, stop)) in enumerate(rows.spans.items()):
+        if sizes[name] <= max(settings.exact_below, FEWEST):
+            continue
+        graph, mask = Graph.make(rows.vectors, settings), np.ones(len(rows), bool)
+        mask[held[name]] = False
+        first = np.flatnonzero(mask[start:stop]) + start
+        graph.add(first, lambda done, total=stop - start: advance(done, total))
+        asked = {of: (some, rows.search_exactly(some, 10, name, mask)[1]) for of, some in queries.items()}
+        curve = graph.measure(asked)
+        graph.add(held[name])
+        advance(stop - start, stop - start)
+        graph.save(here / _graph_file(number))
+        about[name] = {**choose_expansion(curve, settings.recall), "curve": curve}
     return about
-
-
-def _nearest_others(scores: np.ndarray, rows: np.ndarray, queries: np.ndarray) -> list[list[int]]:
-    """The nearest 10 rows of each query, which is a row itself, without that."""
-    return [[row for row in own if row != query][:10] for own, query in zip(rows.tolist(), queries.tolist())]

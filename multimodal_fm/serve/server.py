@@ -203,7 +203,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
                             for kind in ("image", "audio", "text")},
             },
             206: {"description": "A part of its bytes.", "content": {"audio/*": {}, "image/*": {}, "text/*": {}}},
-            **schema.refusals(404, 415, 416),
+            **schema.refusals(404, 416),
         },
         tags=["items"],
     )  # fmt: skip
@@ -218,8 +218,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
             small = thumbnail and item.modality == "image"
             data, kind = service.media.thumbnail(item) if small else service.media.read(item)
         except SampleError as error:
-            status = 404 if error.reason in ("read", "missing", "crc") else 415
-            raise Refused(status, describe(error), "media") from None
+            raise Refused(404, describe(error), "media") from None
         except (UserError, OSError) as error:
             print(printable(f"mmfm: {item.source}: {error}"), file=sys.stderr)
             raise Refused(404, "the file that it is from cannot be read any more", "media") from None

@@ -50,6 +50,7 @@ class Task:
     fixed_views: list[str] = field(default_factory=list)  # modalities of which training draws no random view
     views: int = 1  # readings of each modality; from the second on random ones, whatever the first is
     other: list[str] = field(default_factory=list)  # modalities that are read of a second sample too
+    whole_step: bool = False  # whether an objective compares the sequences of a whole step
 
 
 @dataclass
@@ -96,9 +97,9 @@ class StepDataset:
         crash_log: CrashLog | None = None,
         augment: bool = True,
     ):
-        if microbatches % ranks:
+        if microbatches < ranks:
             raise UserError(
-                f"microbatches={microbatches} cannot be shared out among {ranks} ranks: make it a multiple of {ranks}"
+                f"microbatches={microbatches} cannot be shared out among {ranks} ranks: make it at least {ranks}"
             )
         if (total := sum(task.batch_size for task in tasks)) < microbatches:
             raise UserError(
@@ -203,7 +204,9 @@ class StepDataset:
                 microbatches[dealt[i]].setdefault(task.name, []).append((i, example))
         own = [microbatches[i] for i in self.own if microbatches[i]]
         planners = {task.name: task.plan for task in self.tasks if task.plan}
-        settings = (self.modalities, counts, planners, self.round_to, empty, find_prompt(self.tokenizers))
+        first_pass = [task.name for task in self.tasks if task.whole_step and self.microbatches > 1]
+        prompt, halved = find_prompt(self.tokenizers), tuple(m for m, t in self.tokenizers.items() if t.half_precision)
+        settings = (self.modalities, counts, planners, self.round_to, empty, prompt, first_pass, halved)
         batches = [collate(examples, *settings) for examples in own]
         return Step(batches, counts, lost, keys)
 

@@ -179,6 +179,7 @@ def build_tasks(
                 fixed_views=[m for m in task.modalities if not first.cls.draws_views(first.config, m)],
                 views=first.cls.views(first.config),
                 other=[modality for modality in task.modalities if modality in other],
+                whole_step=any(plugin.cls.whole_step for plugin in plugins),
             )
         )
     return built

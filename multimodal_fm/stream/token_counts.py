@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..errors import SampleError
 from ..tokenizers.base import Tokenizer
 
 MEAN_SAMPLES = 20_000  # that a mean is taken over, at most
+WHOLE_SAMPLES = 100  # that are read to tell how long they are
 RATE_SAMPLES = 2_000  # that are read where a tokenizer cannot count from the index
 
 
@@ -24,6 +26,22 @@ class TokenCounter:
     def mean(self, samples) -> float:
         """The mean over the samples, or over some of them where they are many."""
         return float(np.mean([self.count(sample) for sample in _evenly_spaced(samples, MEAN_SAMPLES)]))
+
+    def total(self, samples) -> float:
+        """All tokens of the samples, those too that one visit's window of a long sample leaves out."""
+        chosen = _evenly_spaced(samples, WHOLE_SAMPLES)
+        return float(np.mean([max(self.count(sample), self._count_windows(sample)) for sample in chosen])) * len(
+            samples
+        )
+
+    def _count_windows(self, sample: int) -> int:
+        """The tokens of the windows that cover a sample; 0 where it cannot be read."""
+        total = 0
+        for tokenizer in self.tokenizers.values():
+            with contextlib.suppress(SampleError):
+                raw = self.corpus.raw(sample, tokenizer.extensions)
+                total += sum(map(len, tokenizer.read(raw))) if raw else 0
+        return total
 
     def count(self, sample: int) -> float:
         """The tokens of one sample, at least 1."""

@@ -54,7 +54,7 @@ def raise_after_deaths(job: Job, worker: int, exit_code: int) -> None:
 
 
 class WorkerPool:
-    """Calls `function` in `num_workers` processes, which have one torch thread each and a low priority.
+    """Calls `function` in `num_workers` processes, which have one torch thread each.
 
     Args:
         function: called with one job after the other.
@@ -63,6 +63,7 @@ class WorkerPool:
         initializer: called in each new worker with its number.
         on_death: called in the main process with (job, number of the worker, exit code) when a worker died over a job.
             The job is then done again by a new worker with the same number, unless this raises.
+        nice: how much lower their priority is than that of the main process.
 
     Workers leave signals to the main process, and end when it ends, however it does. Raises UserError where the system
     refuses to start a worker; those that were started are then ended.
@@ -76,8 +77,10 @@ class WorkerPool:
         start_method: str = "fork",
         initializer: Callable[[int], None] | None = None,
         on_death: Callable[[Job, int, int], None] = raise_after_deaths,
+        nice: int = 10,
     ):
         self.function, self.ahead, self.initializer, self.on_death = function, ahead, initializer, on_death
+        self.nice = nice
         self._context: Any = multiprocessing.get_context(start_method)
         self._workers: list[Worker] = []
         self._owner = os.getpid()
@@ -125,7 +128,7 @@ class WorkerPool:
         try:
             connection, other_end = self._context.Pipe()
             with other_end:
-                arguments = (other_end, self.function, self.initializer, number)
+                arguments = (other_end, self.function, self.initializer, number, self.nice)
                 process = self._context.Process(target=_run_worker, args=arguments)
                 process.start()
         except (OSError, RuntimeError, EOFError) as error:  # no more processes, threads, memory or open files
@@ -186,11 +189,13 @@ def run_jobs(
         yield from pool.imap(jobs, ordered=False)
 
 
-def _run_worker(connection: Connection, function: Callable, initializer: Callable | None, number: int) -> None:
+def _run_worker(
+    connection: Connection, function: Callable, initializer: Callable | None, number: int, nice: int
+) -> None:
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
     with contextlib.suppress(OSError):
-        os.nice(10)
+        os.nice(nice)
     torch.set_num_threads(1)
     with contextlib.suppress(RuntimeError):  # the system gives no more threads
         threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -198,10 +203,10 @@ def _run_worker(connection: Connection, function: Callable, initializer: Callabl
         initializer(number)
     with contextlib.suppress(EOFError, OSError):  # the main process has ended
         while True:
-            connection.send_bytes(_call(function, connection.recv()))
+            connection.send_bytes(call(function, connection.recv()))
 
 
-def _call(function: Callable, argument: Any) -> bytes:
+def call(function: Callable, argument: Any) -> bytes:
     """The pickled pair of what the function raised, None where it raised nothing, and what it returned."""
     try:
         return pickle.dumps((None, function(argument)), protocol=5)

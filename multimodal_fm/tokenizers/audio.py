@@ -100,6 +100,7 @@ class Tokenizer(base.Tokenizer):
 
     Config, extensions = Config, ("flac", "wav", "ogg", "mp3")
     augmentations = ("spec_augment", "speed_jitter")
+    half_precision = True  # normalized levels of some units, of which float16 keeps three digits
 
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
         """Log-mel patches, column by column: content (N, patch_frames * patch_mels) float32, position (time, band, 0).

@@ -8,11 +8,10 @@ from random import Random
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..losses.cross_entropy import linear_cross_entropy
 from ..tokens import Tokens, constant
 
 
@@ -62,6 +61,7 @@ class Tokenizer(Protocol):
     config: Any
     extensions: tuple[str, ...]
     augmentations: ClassVar[tuple[str, ...]] = ()  # settings that only change how `read` varies a training view
+    half_precision: ClassVar[bool] = False  # whether raw content may go to a GPU in float16
 
     def __init__(self, config: Any = None):
         self.config = self.Config() if config is None else config
@@ -223,6 +223,4 @@ class PredictIds(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, vectors: Tensor, content: Tensor) -> Tensor:
-        logits = self.logits(vectors)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, content, ignore_index=self.ignored, reduction="none")
+        return linear_cross_entropy(vectors, self.logits.weight, self.logits.bias, content, self.ignored)

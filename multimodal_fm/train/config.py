@@ -18,7 +18,7 @@ from ..model import TOKENIZERS, ModelConfig
 from ..reports import model_card
 from ..stream.tasks import TaskConfig
 from ..tokenizers.base import override_augmentation
-from . import guards, optim
+from . import guards, optim, parallel
 
 
 @dataclass
@@ -46,12 +46,26 @@ class TrainConfig:
     num_workers: int = 1  # processes that read ahead; results do not depend on it
     log_samples: bool = False  # write which samples each step read to RUN/samples.jsonl
     threads: int = 0  # 0: as many as PyTorch chooses
+    parallel: parallel.Config = field(default_factory=parallel.Config)  # how the model lies on several ranks
+    strict_numerics: bool = False
+    """The same losses, bit for bit, for any number of ranks on a CPU, with the same `microbatches`: sums are taken in a
+    fixed order. Slower, and every rank holds several whole gradients."""
+    deterministic: bool = False  # a GPU computes the same, bit for bit, each time; slower
+    hang_timeout: int = 1800
+    """Seconds without a finished step after which a process prints the stacks of all its threads and ends, so that
+    torchrun begins again; 0: never."""
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU where there is one
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights and moments stay float32
-    compile: bool = False  # torch.compile of the backbone's blocks
+    precision: Literal["float32", "bfloat16", "float8"] = "float32"
+    """bfloat16: autocast; weights and moments stay float32. float8: the backbone multiplies float8 (torchao), on a GPU
+    that can; needs the extra `gpu`, and round_to a multiple of 16. A GPU multiplies float32 as TF32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What a block of the backbone, or of a decoder, makes again in the backward and does not keep: nothing, all but
+    attention's results (selective), or all but its input (full). Memory falls, time rises, results stay."""
+    compile: bool = False  # torch.compile of the backbone, the decoders, the embedders and the heads
     round_to: int = 1  # filler rounds a microbatch's tokens up to a multiple, where a GPU wants it
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # how many of the newest checkpoints stay
+    keep_every: int = 0  # checkpoints of every so-many-th step stay too; 0: none
     validate_every: int = 0  # steps between validations on the sources' `validation` shards; 0: none
     validation_steps: int = 4  # batches of each task that a validation reads: always the same samples
     evaluate: dict[str, Evaluation] = field(default_factory=dict)  # what `mmfm evaluate` and the report measure
@@ -96,11 +110,15 @@ class TrainConfig:
         for name, most in {
             **limits,
             "validate_every": math.inf,
+            "keep_every": math.inf,
+            "hang_timeout": math.inf,
             "evaluate_every": math.inf,
             "patience": math.inf,
         }.items():
             if not 0 <= getattr(self, name) <= most:
                 yield name, f"is from 0 to {most}"
+        if self.save_every > 0 and self.keep_every % self.save_every:
+            yield "keep_every", f"is a multiple of save_every, which is {self.save_every}"
         if self.validate_every and not any(source.validation for source in self.sources.values()):
             yield "validate_every", "needs `validation` shards in at least one of the sources"
         if self.evaluate_every and not self.evaluate:
@@ -112,6 +130,8 @@ class TrainConfig:
         for name, monitor in self.monitors.items():
             if monitor.action == "roll_back" and self.keep < 2:
                 yield f"monitors.{name}.action", "roll_back needs keep: 2, so that there is a checkpoint from before"
+        if self.precision == "float8" and self.round_to % 16:
+            yield "round_to", "is a multiple of 16 with precision: float8"
         if self.patience and not self.best:
             yield "patience", "needs `best`, the figure that is waited for"
         if self.best and not self.validate_every and not self.evaluate_every:

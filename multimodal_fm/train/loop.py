@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import resource
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,21 +21,24 @@ from ..run_dir.records import Skipped
 from ..stream.crash_log import CrashLog
 from ..stream.dataset import Step
 from ..stream.loader import Loader
+from ..stream.prefetch import Prefetcher
 from ..stream.quarantine import BadFraction, refused_row, strict_message
 from ..stream.tasks import Origin, build_stream, loss_weights
-from ..tokens import FILLER
 from . import optim, parallel
 from .compute import Compute
 from .config import TrainConfig
 from .guards import Guards, describe
+from .machine import deterministic, headline, memory_gb
 from .monitor import Monitor, Silent
 from .parallel import Ranks
 from .profile import Profile
 from .resume import checkpoint_data, discard_damaged, find_start, locked
-from .setup import init_weights, open_sources, prepare_tokenizers, record_base
+from .saver import Saver
+from .setup import open_sources, prepare_tokenizers, record_base
 from .signals import StopSignal
 from .train_step import TrainStep
 from .validate import Validation, run_evaluations
+from .watch import Watchdog, leave_with_launcher
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run gives up
 
@@ -68,27 +71,31 @@ def pretrain(
 @contextlib.contextmanager
 def start(config: TrainConfig, resume: bool | str, allow_data_change: bool, profile: bool) -> Iterator[Run]:
     """Everything that is open while a run goes on: its folder's lock, sources, readers, records."""
+    leave_with_launcher()
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     ranks = parallel.init(device)
-    run_dir = Path(config.run_dir)
+    run_dir, stop_signal = Path(config.run_dir), StopSignal()
     try:
+        config.parallel.check(ranks.size)
         corpora = ranks.first_then_others(lambda: open_sources(config))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(deterministic(config.deterministic))
             ranks.on_first(lambda: stack.enter_context(locked(run_dir)))
             checkpoint_dir = ranks.on_first(lambda: find_start(run_dir, resume))
             config, origin = prepare_tokenizers(config, corpora, ranks, checkpoint_dir, allow_data_change)
             train_step = TrainStep(config, device, ranks, checkpoint_dir)
             if checkpoint_dir:
                 ranks.on_first(lambda: discard_damaged(run_dir, checkpoint_dir))
-            run = Run(config, corpora, origin, train_step, ranks, checkpoint_dir, profile)
+            run = Run(config, corpora, origin, train_step, ranks, stop_signal, checkpoint_dir, profile)
             try:
                 run.stop_if_bad()
                 yield run
             finally:
                 run.close()
     finally:
+        stop_signal.restore()
         parallel.shutdown()
 
 
@@ -113,6 +120,7 @@ class Run:
         origin: Origin,
         train_step: TrainStep,
         ranks: Ranks,
+        stop_signal: StopSignal,
         checkpoint_dir: Path | None,
         profile: bool = False,
     ):
@@ -124,6 +132,7 @@ class Run:
         if self.best and self.best["step"] > self.step:  # its checkpoint was damaged: it will be made again
             self.best = None
         self.saved, self.skipped_in_a_row, self.pending = checkpoint_dir, 0, None
+        self.saver, self.watchdog = Saver(ranks), Watchdog(0)
         modalities = {name: task.modalities for name, task in config.tasks.items()}
         self.guards = Guards(config.monitors, loss_weights(config.tasks), modalities, state.get("monitors"))
         train_step.weights = self.guards.weigh()
@@ -141,24 +150,25 @@ class Run:
         if not checkpoint_dir:
             self.monitor.quarantine([refused_row(c.name, r) for c in corpora.values() for r in c.rejections])
             if config.init:
-                for line in init_weights(train_step.trained, config.init):
+                for line in train_step.said:
                     self.monitor.say(line)
                 if ranks.is_first:
                     record_base(self.run_dir, config.init)
-                train_step.ema.load_state_dict(train_step.trained.state_dict())
         self.bad_fraction = BadFraction(config.max_bad_fraction, corpora, self.monitor.quarantined())
-        for line in (*_headline(config, train_step, corpora, self.step), *self.crash_log.messages):
+        for line in (*headline(config, train_step, corpora, self.step), *self.crash_log.messages):
             self.monitor.say(line)
         ranks.on_first(lambda: self.guards.write(self.run_dir))
         if any(monitor.action == "roll_back" for monitor in config.monitors.values()) and not checkpoint_dir:
             self.save()  # there is something to go back to from the first step on
-        self.stop_signal = StopSignal()  # last: what fails before it leaves the signals as they were
+        self.stop_signal = stop_signal
+        stop_signal.catch_interrupts()  # until here Ctrl-C ends what has not begun
+        self.watchdog = Watchdog(config.hang_timeout)
         self.last_time = time.monotonic()
 
     def _open_stream(self) -> None:
         config = self.config
         self.loader = Loader(self.dataset, self.step, config.steps, config.num_workers, self.guards.data_step)
-        self.stream = iter(self.loader)
+        self.stream = iter(Prefetcher(self.loader, self.train_step.device))
 
     def goes_on(self) -> bool:
         """Whether there is another step to be done."""
@@ -187,11 +197,13 @@ class Run:
         data: Step | None = None if self.stop_signal.number else next(self.stream)
         self.data_wait = time.monotonic() - began
         own = data and (data.errors, data.counts, data.samples, _count_tokens(data))
-        told = self.ranks.all_gather_objects((self.stop_signal.number, own))
-        self.stop_signal.number = max(number for number, _ in told)
+        told = self.ranks.all_gather_objects((self.stop_signal.number, self.saver.failed(), own))
+        self.stop_signal.number = max(number for number, *_ in told)
+        if any(failed for _, failed, _ in told):
+            self.saver.wait()  # raises what went wrong
         if self.stop_signal.number or data is None:
             return None
-        errors, counts, samples, tokens = (list(column) for column in zip(*(own for _, own in told), strict=True))
+        errors, counts, samples, tokens = (list(column) for column in zip(*(own for *_, own in told), strict=True))
         errors, samples, tokens = ([row for own in column for row in own] for column in (errors, samples, tokens))
         errors = [row | {"step": self.step + 1} for row in errors]  # where steps of the stream are left out, not theirs
         self.monitor.quarantine(errors)
@@ -208,6 +220,7 @@ class Run:
     def finish_step(self, batch: StepBatch, report: dict[str, torch.Tensor]) -> None:
         """Counts a step. Its figures are read one step later, when the device has them, so that nothing waits."""
         self._log_pending()
+        self.watchdog.feed()
         self.step += 1
         self.compute.add(batch.num_tokens)
         now = time.monotonic()
@@ -217,8 +230,10 @@ class Run:
             "seconds": seconds,
             "data_wait": self.data_wait,
             "tokens_per_second": batch.num_tokens / seconds,
-            "memory_gb": _memory_gb(self.train_step.device),
+            "memory_gb": memory_gb(self.train_step.device),
         }
+        if self.config.compile:
+            pace["compile_seconds"] = self.train_step.compiled.seconds
         factor = optim.lr_factor(self.config.optim, self.step - 1, self.config.steps)
         weights = {f"weight/{name}": self.train_step.weights[name] for name in self.guards.factors}
         self.pending = {"step": self.step, **report, "lr": self.config.optim.lr * factor, **weights, **counts, **pace}
@@ -275,6 +290,7 @@ class Run:
 
     def _roll_back(self, act: dict) -> None:
         """Go on from the last checkpoint before what a monitor has seen, without the data of the bad steps."""
+        self.saver.wait()
         rule, done = self.config.monitors[act["monitor"]], self.guards.roll_backs.get(act["monitor"], 0)
         if done >= rule.max_roll_backs:
             self._stop(act, f"after {done} roll backs")
@@ -301,12 +317,15 @@ class Run:
     def _stop(self, act: dict, why: str = "") -> NoReturn:
         """Saves what was done, beside the checkpoints before it, and raises UserError."""
         folder = self.save()
+        self.saver.wait()
         raise UserError(f"{self.run_dir}: {' '.join(filter(None, (describe(act), why)))}; checkpoint: {folder}")
 
     def validate(self) -> None:
         """The figures that are due at this step; a new best one keeps a checkpoint of it."""
         self._log_pending()
-        figure = self.ranks.on_first(self._measure).get(self.config.best)
+        averaged = self.train_step.averaged()
+        with self.watchdog.paused():
+            figure = self.ranks.on_first(lambda: self._measure(averaged)).get(self.config.best)
         sign = 1 if self.config.best_mode == "min" else -1
         if figure is not None and (self.best is None or sign * figure <= sign * self.best["value"]):
             # of equal ones the later, which has learned more: on few samples a score is soon at its highest
@@ -315,17 +334,17 @@ class Run:
             self.save()
         self.last_time = time.monotonic()
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self, averaged: torch.nn.ModuleDict) -> dict[str, float]:
         """The figures that are due, written down; on the first rank alone. Raises UserError where `best` is none."""
         figures: dict[str, float] = {}
         if self.validation and self.is_due(self.config.validate_every):
-            figures |= self.validation()
+            figures |= self.validation(averaged)
             if self.validation.errors and not self.validation_errors_said:
                 self.validation_errors_said = True  # they are the same each time
                 for line in Skipped(self.validation.errors).lines():
                     self.monitor.say(f"validation: {line.strip()}")
         if self.is_due(self.config.evaluate_every):
-            figures |= run_evaluations(self.config, self.train_step)
+            figures |= run_evaluations(self.config, averaged)
         self.monitor.log({"step": self.step, **figures})
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k in ("validation/loss", self.config.best))
         self.monitor.say(f"step {self.step:>5}  {shown}")
@@ -336,27 +355,32 @@ class Run:
         return figures
 
     def save(self) -> Path:
-        """Publishes a checkpoint of this step, unless there is one already."""
+        """Begins to write a checkpoint of this step, unless there is one already; returns where it will be."""
         self._log_pending()
         folder = checkpoint.folder_of(self.run_dir, self.step)
         if self.saved == folder:
             return folder
-        if self.ranks.is_first:
-            drawn = self.dataset.samples_read_by_task(self.guards.data_step(self.step))
-            data = checkpoint_data(self.config, self.step, self.corpora, self.origin, drawn, self.guards)
-            files = {modality: t.file for modality, t in self.config.model.tokenizers.items() if t.file}
-            checkpoint.save(folder, self.train_step.tensors(), data, files)
-            checkpoint.write_best(self.run_dir, self.best)
-            checkpoint.retain(self.run_dir, self.config.keep, self.best["step"] if self.best else None)
+        self.watchdog.feed()
+        best = dict(self.best) if self.best else None
+        drawn = self.dataset.samples_read_by_task(self.guards.data_step(self.step))
+        data = checkpoint_data(self.config, self.step, self.corpora, self.origin, drawn, self.guards, self.ranks.size)
+        files = {modality: t.file for modality, t in self.config.model.tokenizers.items() if t.file}
+
+        def after() -> None:
+            checkpoint.write_best(self.run_dir, best)
+            keep, every = self.config.keep, self.config.keep_every
+            checkpoint.retain(self.run_dir, keep, best["step"] if best else None, every)
+
+        self.saver.start(folder, self.train_step.tensors(), copy.deepcopy(data), files, after)
         self.compute.write(self.step)
         self.saved = folder
-        self.ranks.barrier()
         self.last_time = time.monotonic()
         return folder
 
     def finish(self) -> Path:
         """Saves what is not saved yet. Raises SystemExit where a signal ended the run."""
         saved = self.save()
+        self.saver.wait()
         for line in (*self.monitor.skipped.lines(), f"checkpoint: {saved}"):
             self.monitor.say(line)
         if self.stop_signal.number:
@@ -378,11 +402,14 @@ class Run:
         """Saves what was done and raises UserError."""
         if self.step != self.first_step:
             self.save()
+            self.saver.wait()
         saved = f"; checkpoint: {self.saved}" if self.saved else ""
         raise UserError(f"{message} See {self.run_dir}/quarantine.jsonl{saved}")
 
     def close(self) -> None:
         for part in (
+            self.watchdog,
+            self.saver,
             self.loader,
             self.crash_log,
             self.monitor,
@@ -390,13 +417,11 @@ class Run:
             *([self.profile] if self.profile else []),
         ):
             part.close()
-        self.stop_signal.restore()
 
 
 def _count_tokens(data: Step) -> list[tuple[int, int]]:
     """Tokens and filler of each microbatch."""
-    filler = [int((batch.tokens.sequence == FILLER).sum()) for batch in data.batches]
-    return [(len(batch.tokens) - count, count) for batch, count in zip(data.batches, filler, strict=True)]
+    return [(len(batch.tokens) - batch.num_filler, batch.num_filler) for batch in data.batches]
 
 
 def _in_stream_order(config: TrainConfig, samples: list[tuple[str, int, str]]) -> list[str]:
@@ -414,33 +439,3 @@ def _sum_counts(counts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, 
                 total.setdefault(task, {})[modality] = total.get(task, {}).get(modality, 0) + count
             total.setdefault(task, {})
     return total
-
-
-def _memory_gb(device: torch.device) -> float:
-    """The most memory that the process has had so far, on the device, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _cpu_computes_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-    return torch.backends.cpu.get_cpu_capability() != "AVX2" and any(
-        f in flags for f in ("avx512_bf16", "amx_bf16", "bf16")
-    )
-
-
-def _headline(config: TrainConfig, train_step: TrainStep, corpora: dict[str, Corpus], step: int) -> list[str]:
-    millions = sum(p.numel() for p in train_step.parameters) / 1e6
-    samples = ", ".join(f"{name} {len(corpus):,}" for name, corpus in corpora.items())
-    go_on = f", going on from step {step}" if step else ""
-    lines = [
-        f"{config.run_dir}: {millions:.1f} M parameters on {train_step.device}, {config.steps} steps{go_on}",
-        f"samples: {samples}",
-    ]
-    if config.precision == "bfloat16" and train_step.device.type == "cpu" and not _cpu_computes_bfloat16():
-        lines.append("warning: this processor computes bfloat16 in software, several times slower: precision=float32")
-    return lines

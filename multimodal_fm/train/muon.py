@@ -2,9 +2,13 @@
 
 The arithmetic is that of `torch.optim.Muon` with its default settings. Two things are faster here: matrices of equal
 shape are orthogonalized together, and a CPU computes in float32, since most processors only emulate bfloat16.
+
+Several ranks share the matrices out (`owners`): each is orthogonalized once, by the rank that owns it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,12 +25,23 @@ class Muon(torch.optim.Optimizer):
         lr: the learning rate of a square or wide matrix; that of a tall one is sqrt(rows / columns) times as large.
         weight_decay: decoupled, times `lr`.
         momentum: the decay of the running mean of the gradients.
+        shapes: those of the whole matrices, where the parameters are some of their rows.
+        spread: called with all updates, gives them orthogonalized; of whole matrices, or of this rank's rows of them.
     """
 
     found_inf: Tensor | None = None  # as torch.amp.GradScaler sets it: 1 where this step must change nothing
 
-    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        shapes: dict[Tensor, torch.Size] | None = None,
+        spread: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.shapes, self.spread = shapes or {}, spread or orthogonalize_all
         if any(weight.ndim != 2 for group in self.param_groups for weight in group["params"]):
             raise ValueError("Muon updates matrices: every parameter must have two dimensions")
 
@@ -37,8 +52,8 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        found: list[tuple[Tensor, dict, Tensor]] = []
         for group in self.param_groups:
-            same_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -47,14 +62,30 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 grad = weight.grad if self.found_inf is None else weight.grad.masked_fill(self.found_inf > 0, 0.0)
                 average = state["momentum_buffer"].lerp_(grad, (1 - group["momentum"]) * keep)
-                update = grad.lerp(average, group["momentum"])
-                same_shape.setdefault((weight.shape, weight.dtype, weight.device), []).append((weight, update))
-            for pairs in same_shape.values():
-                for (weight, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs])), strict=True):
-                    rows, columns = weight.shape
-                    weight.mul_(1 - group["lr"] * group["weight_decay"] * keep)
-                    weight.sub_(update * (group["lr"] * max(1.0, rows / columns) ** 0.5 * keep))
+                found.append((weight, group, grad.lerp(average, group["momentum"])))
+        updates = self.spread([update for *_, update in found])
+        for (weight, group, _), update in zip(found, updates, strict=True):
+            rows, columns = self.shapes.get(weight, weight.shape)
+            weight.mul_(1 - group["lr"] * group["weight_decay"] * keep)
+            weight.sub_(update * (group["lr"] * max(1.0, rows / columns) ** 0.5 * keep))
         return loss
+
+
+def orthogonalize_all(updates: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize` of matrices of any shapes, those of equal shape together."""
+    same: dict[tuple, list[int]] = {}
+    for number, update in enumerate(updates):
+        same.setdefault((update.shape, update.dtype, update.device), []).append(number)
+    results: dict[int, Tensor] = {}
+    for numbers in same.values():
+        found = orthogonalize(torch.stack([updates[number] for number in numbers]))
+        results.update(zip(numbers, found.unbind(), strict=True))
+    return [results[number] for number in range(len(updates))]
+
+
+def orthogonalize_each(updates: list[Tensor]) -> list[Tensor]:
+    """The same, one by one: what comes out of a product does not depend on what else is multiplied."""
+    return [orthogonalize(update[None])[0] for update in updates]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

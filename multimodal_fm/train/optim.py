@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -55,30 +56,44 @@ class WithoutDecay(Protocol):
         ...
 
 
-def build(config: Config, model: nn.Module, backbone: Backbone) -> list[torch.optim.Optimizer]:
+def build(
+    config: Config,
+    model: nn.Module,
+    backbone: Backbone,
+    held: dict[nn.Parameter, Tensor] | None = None,
+    spread: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    fused: bool = True,
+) -> list[torch.optim.Optimizer]:
     """Builds the optimizers of all parameters of `model` that need a gradient: AdamW and, if configured, Muon.
 
     Muon takes the matrices of `backbone.blocks`. Not decayed are biases, gains, temperatures and whatever else has less
     than two dimensions, `nn.Embedding`, and what a module names in its method `no_weight_decay`.
+
+    held: what this rank updates of each sharded parameter, its rows; none where there are none. spread: as in `Muon`.
+    fused: AdamW as one kernel, which rounds the last few numbers of a tensor in a way of their own, and which alone
+    obeys `found_inf`.
     """
     no_decay = _no_weight_decay(model)
+    held = {weight: weight for weight in model.parameters()} if held is None else held
     if config.layer_decay < 1:
-        return _with_layer_decay(config, model, no_decay)
+        return _with_layer_decay(config, model, no_decay, held, fused)
     muon = set(backbone.blocks.parameters()) if config.name == "muon" else set()
     matrices, decayed, others = [], [], []
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
+        if weight.requires_grad and weight in held:
             exempt = weight.ndim < 2 or name in no_decay
-            (others if exempt else matrices if weight in muon else decayed).append(weight)
+            (others if exempt else matrices if weight in muon else decayed).append(held[weight])
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    fused = all(weight.device.type in ("cpu", "cuda") for weight in (*decayed, *others))  # not on the meta device
+    fused = fused and not any(weight.is_meta for weight in (*decayed, *others))
     betas = (config.betas[0], config.betas[1])
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+    if matrices or (spread and config.name == "muon"):  # who has no rows of any takes part in sharing them out
+        shapes = {held[weight]: weight.shape for weight in muon if weight in held}
+        groups = [{"params": matrices}]
+        optimizers.append(Muon(groups, config.muon_lr, config.weight_decay, shapes=shapes, spread=spread))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -99,15 +114,22 @@ class _Layers(nn.Module):
         }
 
 
-def _with_layer_decay(config: Config, model: nn.Module, no_decay: set[str]) -> list[torch.optim.Optimizer]:
+def _with_layer_decay(
+    config: Config, model: nn.Module, no_decay: set[str], held: dict[nn.Parameter, Tensor], fused: bool
+) -> list[torch.optim.Optimizer]:
     from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 
     exempt = [f"all.{name}" for name in no_decay]
     groups = param_groups_layer_decay(_Layers(model), config.weight_decay, exempt, layer_decay=config.layer_decay)
     groups = [
-        {**{k: group[k] for k in ("params", "weight_decay")}, "lr": config.lr * group["lr_scale"]} for group in groups
+        {
+            "params": [held[weight] for weight in group["params"] if weight in held],
+            "weight_decay": group["weight_decay"],
+            "lr": config.lr * group["lr_scale"],
+        }
+        for group in groups
     ]
-    fused = all(weight.device.type in ("cpu", "cuda") for group in groups for weight in group["params"])
+    fused = fused and not any(weight.is_meta for group in groups for weight in group["params"])
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -147,7 +169,13 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["initial_lr"] * factor
 
 
-def optimizer_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
+class Named(Protocol):
+    """A model, or whatever else has parameters with names, such as a rank's rows of them."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+def optimizer_state(optimizers: list[torch.optim.Optimizer], model: Named) -> dict[str, Tensor]:
     """Returns the state by name, `{parameter name}/{state name}`; zeros for a parameter that was never updated."""
     state = {}
     for optimizer, weight, name in _named(optimizers, model):
@@ -157,7 +185,7 @@ def optimizer_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -
     return state
 
 
-def load_optimizer_state(optimizers: list[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_state(optimizers: list[torch.optim.Optimizer], model: Named, tensors: dict[str, Tensor]) -> None:
     """Restores what `optimizer_state` returned, whatever the order of the parameters was then.
 
     Raises UserError where a parameter's state is missing, there is state of none, or a shape differs.
@@ -182,7 +210,7 @@ def load_optimizer_state(optimizers: list[torch.optim.Optimizer], model: nn.Modu
         optimizer.load_state_dict(whole)
 
 
-def _named(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> list[tuple]:
+def _named(optimizers: list[torch.optim.Optimizer], model: Named) -> list[tuple]:
     """Each optimizer with each of its parameters and that parameter's name."""
     names = {weight: name for name, weight in model.named_parameters()}
     return [(o, weight, names[weight]) for o in optimizers for group in o.param_groups for weight in group["params"]]

@@ -44,7 +44,9 @@ MAY_CHANGE = (
     ),
     *("optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.betas", "optim.grad_clip", "optim.warmup_steps"),
     *("optim.schedule", "optim.decay_fraction", "optim.final_lr_fraction", "ema_decay", "threads", "compile"),
+    "activation_checkpointing",
     *("tasks.*.weight", "tasks.*.objectives.*.weight", "microbatches", "precision", "round_to", "init", "init.*"),
+    *("parallel", "parallel.*", "strict_numerics", "deterministic", "keep_every", "hang_timeout"),
     *("monitors", "monitors.*", "sources.*.validation", "model.tokenizers.*.file", "country", "card", "card.*"),
 )
 NOT_RECORDED = ("run_dir", "init", "init.*", "model.tokenizers.*.file")
@@ -102,7 +104,7 @@ def discard_damaged(run_dir: Path, newest: Path) -> None:
     """Remove the checkpoints after `newest`, the newest whole one: the run that goes on makes them again."""
     for folder in checkpoint.steps(run_dir):
         if folder > newest:
-            shutil.rmtree(folder)
+            checkpoint.remove(folder)
 
 
 def resume_config(
@@ -136,7 +138,11 @@ def resume_config(
         origin = Origin(state.get("stream_step", state["step"]), state["drawn"])
         why = f"the shards of {', '.join(other)} have changed" if other else "the mixture has changed"
         print(f"from step {state['step']} on another phase: {why}", file=sys.stderr)
-    _record(config, state["step"], {k: both for k, both in changes.items() if not _matches(k, NOT_RECORDED)})
+    recorded = {key: both for key, both in changes.items() if not _matches(key, NOT_RECORDED)}
+    now = int(os.environ.get("WORLD_SIZE", 1))
+    if state.get("ranks", now) != now:
+        recorded["ranks"] = (state["ranks"], now)
+    _record(config, state["step"], recorded)
     files = {m: t["file"] for m, t in before["model"]["tokenizers"].items() if t.get("file")}
     return keep_tokenizers(config, {m: checkpoint.tokenizer_file(folder, m, f) for m, f in files.items()}), origin
 
@@ -175,7 +181,13 @@ def keep_tokenizers(config: TrainConfig, files: dict[str, Path]) -> TrainConfig:
 
 
 def checkpoint_data(
-    config: TrainConfig, step: int, corpora: dict[str, Corpus], origin: Origin, drawn: dict, guards: Guards
+    config: TrainConfig,
+    step: int,
+    corpora: dict[str, Corpus],
+    origin: Origin,
+    drawn: dict,
+    guards: Guards,
+    ranks: int = 1,
 ) -> dict[str, dict]:
     """What a checkpoint holds beside its tensors. drawn: how many samples of each source were read, by task."""
     return {
@@ -184,6 +196,7 @@ def checkpoint_data(
         "state": {
             "step": step,
             "seed": config.seed,
+            "ranks": ranks,
             "data": {name: corpus.fingerprint() for name, corpus in corpora.items()},
             "origin": dataclasses.asdict(origin),
             "drawn": drawn,

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
 
 class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGHUP in `number`; a second one ends the process at once."""
+    """Remembers the first SIGTERM or SIGHUP in `number`, and from `catch_interrupts` on the first SIGINT; a second one
+    ends the process at once."""
 
     def __init__(self):
-        self.number = 0
-        known = [signal.SIGINT, signal.SIGTERM]
+        self.number, self._before = 0, {}
+        known = [signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup: a closed terminal is to be ignored
             known.append(signal.SIGHUP)
-        try:
-            self._before = {number: signal.signal(number, self._remember) for number in known}
-        except ValueError:  # not in the main thread, which alone receives signals
-            self._before = {}
+        self._catch(known)
+
+    def catch_interrupts(self) -> None:
+        self._catch([signal.SIGINT])
+
+    def _catch(self, numbers: list) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread, which alone receives signals
+            for number in numbers:
+                self._before[number] = signal.signal(number, self._remember)
 
     def _remember(self, number, frame) -> None:
         if self.number:

@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..batch import with_counts
 from ..corpus.shards import Corpus
 from ..stream.tasks import build_stream, loss_weights
 from .config import TrainConfig
-from .grad_cache import read_teacher, score, task_of_objective
+from .learner import read_teacher, score, task_of_objective
 from .train_step import TrainStep
 
 
@@ -43,15 +44,17 @@ class Validation:
         self.stream = build_stream(tasks, held_out, tokenizers, config.seed, augment=False, heads=config.model.heads)
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, averaged: nn.ModuleDict | None = None) -> dict[str, float]:
         """`validation/loss`, the weighted sum as in training, and each objective's `validation/loss/task/objective`.
 
-        Each is a mean over the steps that had something of its task; `errors` names what could not be read.
+        Each is a mean over the steps that had something of its task; `errors` names what could not be read. averaged:
+        what `TrainStep.averaged` returned, where the train step is sharded.
         """
         step, losses = self.train_step, {}
+        averaged = step.ema if averaged is None else averaged
         self.errors = []
-        model: Any = step.ema["model"]
-        objectives: Any = step.ema["objectives"]
+        model: Any = averaged["model"]
+        objectives: Any = averaged["objectives"]
         for number in range(self.num_steps):
             data = self.stream[number]
             self.errors += data.errors
@@ -71,13 +74,13 @@ class Validation:
         return {"validation/loss": total, **{f"validation/loss/{name}": mean for name, mean in means.items()}}
 
 
-def run_evaluations(config: TrainConfig, train_step: TrainStep) -> dict[str, float]:
+def run_evaluations(config: TrainConfig, averaged: nn.ModuleDict) -> dict[str, float]:
     """The figures of the config's `evaluate`, named `evaluate/NAME/FIGURE`."""
     from ..evals.run import evaluate
 
     figures = {}
-    model: Any = train_step.ema["model"].eval()
-    objectives: Any = train_step.ema["objectives"]
+    model: Any = averaged["model"].eval()
+    objectives: Any = averaged["objectives"]
     for name, evaluation in config.evaluate.items():
         measured, _ = evaluate(model, dict(objectives.items()), evaluation)
         figures |= {f"evaluate/{name}/{key}": figure["value"] for key, figure in measured.items()}

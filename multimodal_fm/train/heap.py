@@ -1,0 +1,25 @@
+"""Memory that a training step has freed stays with the process, since the next step asks for as much again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+NEVER = -1
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give freed memory back to the system; returns whether it will do so.
+
+    By default large blocks are mapped anew each time and the end of the heap is given back, so that every step of a
+    training on a CPU pays for the system's clearing of gigabytes of pages (4 to 5 % of a step, benchmarks/LOG.md). The
+    process grows to its peak and stays there. Elsewhere than on Linux with glibc nothing happens.
+    """
+    if sys.platform != "linux":
+        return False
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    return False

@@ -1,0 +1,38 @@
+"""Memory that is kept; that steps are the same with it stands in the tests of resuming."""
+
+import subprocess
+import sys
+
+import pytest
+
+GROWTH = """
+import sys, torch
+from multimodal_fm.train.heap import keep_freed_memory
+
+def faults():
+    return int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[7])  # minflt
+
+def step():
+    blocks = [torch.ones(12 << 20) for _ in range(4)]  # 48 MiB each, which glibc maps anew by default
+
+keep = sys.argv[1] == "keep"
+if keep and not keep_freed_memory():
+    sys.exit("skip")
+step()
+step()
+before = faults()
+step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_a_step_that_asks_for_as_much_again_gets_the_same_pages():
+    def count(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", GROWTH, how], capture_output=True, text=True)
+        if done.stderr.strip() == "skip":
+            pytest.skip("this C library has no mallopt")
+        assert not done.returncode, done.stderr
+        return int(done.stdout)
+
+    assert count("keep") < count("default") / 2
