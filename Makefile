@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := $(if $(filter 0,$(SEED)),runs/demo,runs/demo-$(SEED))
-PACKAGES := -c .ci/constraints.txt -e .[demo,test,lint,pack,hub,lora,energy,card,mteb,codes,interop,onnx,search,postgresql,serve,gpu,bench,browser]
+PACKAGES := -c .ci/constraints.txt -e .[demo,test,lint,pack,hub,lora,energy,card,mteb,codes,interop,onnx,search,postgresql,serve,bench,browser]
 
 .PHONY: demo test test-all lint format docs setup clean
 

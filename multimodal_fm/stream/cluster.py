@@ -273,7 +273,7 @@ class Ray:
 @contextlib.contextmanager
 def _on_ray(cluster: str) -> Iterator[Ray]:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--cluster needs Ray: pip install 'multimodal_fm[cluster]', on every machine") from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -33,7 +33,10 @@ def convert_to_float8(model: nn.Module, emulate: bool = False) -> list[str]:
     UserError.
     """
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+            Float8LinearConfig,
+            convert_to_float8_training,
+        )
     except ImportError:
         raise UserError("precision: float8 needs torchao: pip install 'multimodal_fm[gpu]'") from None
     backbone, converted = model.backbone, []
