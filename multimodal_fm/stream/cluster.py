@@ -142,7 +142,8 @@ class Ranks:
             data = self.store.get(f"result/{number}")
             for name in (f"job/{number}", f"result/{number}", f"finished/{self.taken - 1}"):
                 self.store.delete_key(name)
-            yield under_way.pop(number), _result(data)
+            if number in under_way:  # else of a run before, which ended at an error
+                yield under_way.pop(number), _result(data)
 
 
 @contextlib.contextmanager
