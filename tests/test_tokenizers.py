@@ -163,6 +163,21 @@ def test_files_of_byte_level_bpe_are_read_and_others_refused(words, tmp_path):
             text.load_merges(variant(name, **changes).file)
 
 
+def test_merges_are_those_of_the_file_that_stands_under_the_name(words, tmp_path, monkeypatch):
+    saved = json.loads(Path(words.file).read_text())
+    few = {word: i for word, i in saved["model"]["vocab"].items() if i < 256}
+    for name, model in {"one": saved["model"], "two": saved["model"] | {"vocab": few, "merges": []}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved | {"model": model}))
+    found = []
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        found.append(text.load_merges("tokenizer.json").n_vocab)
+    assert found[0] > found[1] == 256
+    Path("tokenizer.json").unlink()
+    assert text.load_merges("tokenizer.json").n_vocab == 256, "what was read stays"
+
+
 def test_every_part_of_a_long_text_is_drawn(words):
     long = " ".join(f"square {i}" for i in range(10))
     config = text_tokenizer(vocab_size=400, max_tokens=12, file=words.file)

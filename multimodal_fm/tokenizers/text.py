@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -292,7 +294,25 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 """The pieces of text that no merge crosses (GPT-2, Radford et al. 2019)."""
 
 
-@functools.cache
+def _kept(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`load(file)`, whose result is kept until another file stands under that name; of a file that is gone for good."""
+    kept: dict[str, tuple[tuple, Any]] = {}
+
+    @functools.wraps(load)
+    def get(file: str) -> Any:
+        try:
+            status = os.stat(file)
+            version = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        except OSError:
+            version = kept[file][0] if file in kept else ()
+        if file not in kept or kept[file][0] != version:
+            kept[file] = version, load(file)
+        return kept[file][1]
+
+    return get
+
+
+@_kept
 def load_merges(file: str):
     """The trained merges in `file` as a `tiktoken.Encoding`. Raises UserError where there are none."""
     import tiktoken
@@ -368,7 +388,7 @@ class Vocabulary:
         return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
-@functools.cache
+@_kept
 def load_vocabulary(file: str) -> Vocabulary:
     """A file of Hugging Face's `tokenizers`, of any kind. Raises UserError where it is none."""
     try:
