@@ -198,10 +198,12 @@ class Run:
         self.data_wait = time.monotonic() - began
         own = data and (data.errors, data.counts, data.samples, _count_tokens(data))
         told = self.ranks.all_gather_objects((self.stop_signal.number, self.saver.failed(), own))
-        self.stop_signal.number = max(number for number, *_ in told)
+        stop = max(number for number, *_ in told)
+        if stop:  # one that comes meanwhile is for the next step, and must not be forgotten
+            self.stop_signal.number = stop
         if any(failed for _, failed, _ in told):
             self.saver.wait()  # raises what went wrong
-        if self.stop_signal.number or data is None:
+        if stop or data is None:
             return None
         errors, counts, samples, tokens = (list(column) for column in zip(*(own for *_, own in told), strict=True))
         errors, samples, tokens = ([row for own in column for row in own] for column in (errors, samples, tokens))
