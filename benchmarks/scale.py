@@ -23,13 +23,11 @@ from common import about, markdown, seconds
 
 from multimodal_fm.batch import Batch
 from multimodal_fm.config import to_data
-from multimodal_fm.errors import UserError
 from multimodal_fm.train.config import TrainConfig, build, load
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("ddp", "fsdp")
 TOLERANCE = 1e-6  # of a loss in float32, beside that of one rank
-AS_IT_IS = "as it is"  # a version whose config does not know the key `parallel`
 
 
 def main() -> int:
@@ -46,8 +44,8 @@ def main() -> int:
     if given.worker:
         work(given, Path(given.worker))
         return 0
-    kinds, rows, alone = known_kinds(given), [], None
-    for kind in kinds:
+    rows, alone = [], None
+    for kind in given.kinds:
         for size in given.ranks:
             if size == given.ranks[0] and alone is not None:
                 continue  # the plain case is the same for all kinds
@@ -64,23 +62,9 @@ def main() -> int:
     return int(any("error" in one or not one["equal"] for one in rows))
 
 
-def known_kinds(given: argparse.Namespace) -> list[str]:
-    """The kinds asked for, or the one there is where the configuration does not know the key."""
-    try:
-        config(given, given.kinds[0])
-    except UserError as error:
-        if "parallel" not in str(error):
-            raise
-        print("this version has no key `parallel`: only its own way of summing gradients is measured", file=sys.stderr)
-        return [AS_IT_IS]
-    return given.kinds
-
-
 def config(given: argparse.Namespace, kind: str) -> TrainConfig:
     """The configuration with four microbatches, whatever the number of ranks."""
-    data: dict[str, Any] = to_data(load(ROOT / given.config)) | {"microbatches": 4}
-    if kind != AS_IT_IS:
-        data["parallel"] = {"kind": kind}
+    data: dict[str, Any] = to_data(load(ROOT / given.config)) | {"microbatches": 4, "parallel": {"kind": kind}}
     if given.strict:
         data["strict_numerics"] = True
     if given.quick:
@@ -96,7 +80,7 @@ def launch(given: argparse.Namespace, kind: str, size: int) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // size)), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
-        options = ["--config", given.config, "--kinds", kind] if kind != AS_IT_IS else ["--config", given.config]
+        options = ["--config", given.config, "--kinds", kind]
         options += ["--quick"] * given.quick + ["--strict"] * given.strict
         program = [str(Path(__file__).resolve()), "--worker", str(file), *options]
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
@@ -119,7 +103,7 @@ def work(given: argparse.Namespace, file: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = parallel.init(device)
-    known = config(given, given.kinds[0] if len(given.kinds) == 1 else AS_IT_IS)
+    known = config(given, given.kinds[0])
     turns = 5 if given.quick else 10
     steps = [synthetic(known, seed, pairs=True) for seed in range(3)]
     own = range(ranks.rank * 4 // ranks.size, (ranks.rank + 1) * 4 // ranks.size)  # as the loader deals them

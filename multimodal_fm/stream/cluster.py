@@ -42,7 +42,7 @@ class Executor(Protocol):
         function: Callable[[Any], Any],
         jobs: Iterable,
         on_death: OnDeath = raise_after_deaths,
-        most: int = 1 << 30,
+        most: int = ANY,
     ) -> Iterator[tuple[Any, Any]]:
         """Yields (job, function(job)) for every job as they are done. most: how many jobs there are at most.
 
@@ -81,7 +81,7 @@ class Local:
         function: Callable[[Any], Any],
         jobs: Iterable,
         on_death: OnDeath = raise_after_deaths,
-        most: int = 1 << 30,
+        most: int = ANY,
     ) -> Iterator[tuple[Any, Any]]:
         return run_jobs(function, jobs, min(self.workers, most), on_death)
 
@@ -125,7 +125,7 @@ class Ranks:
         function: Callable[[Any], Any],
         jobs: Iterable,
         on_death: OnDeath = raise_after_deaths,
-        most: int = 1 << 30,
+        most: int = ANY,
     ) -> Iterator[tuple[Any, Any]]:
         numbered, under_way = iter(jobs), {}
         while True:
