@@ -144,6 +144,7 @@ def write_plan_config(corpus, tmp_path):
         ({"kind": "h10"}, "--kind 'h10' is not known: did you mean h100?"),
         ({"kind": "tpu"}, "there are auto, cpu, b200"),
         ({"gpus": 0}, "--gpus 0: is at least 1"),
+        ({"gpus": 8}, "--gpus 8: one device of this machine is measured; say which they are, as in --kind h100"),
         ({"utilization": 2.0, "kind": "h100"}, "is a share from 0 to 1"),
     ],
 )

@@ -75,7 +75,7 @@ def plan(
     settings
         key=value pairs that stand in for the file's, as for `pretrain`.
     gpus
-        How many devices share a step.
+        How many devices share a step; more than one need `--kind`.
     kind
         auto: this machine's device, which is measured; cpu; or one that is elsewhere: b200, h200, h100, h100-pcie,
         a100, a100-40, l40s, l4, a10, rtx4090, mi300x.

@@ -52,6 +52,8 @@ def plan(
     if not 0 <= utilization <= 1:
         raise UserError(f"--utilization {utilization:g}: is a share from 0 to 1")
     named = None if kind in ("auto", "cpu") else acc.find(kind)
+    if gpus > 1 and not named:
+        raise UserError(f"--gpus {gpus}: one device of this machine is measured; say which they are, as in --kind h100")
     run = Path(target) if (Path(target) / "checkpoints").is_dir() else None
     config = _config_of(run, settings) if run else load(target, list(settings))
     if kind == "cpu":
