@@ -174,8 +174,13 @@ def test_merges_are_those_of_the_file_that_stands_under_the_name(words, tmp_path
         monkeypatch.chdir(tmp_path / name)
         found.append(text.load_merges("tokenizer.json").n_vocab)
     assert found[0] > found[1] == 256
+    kept = text.Tokenizer(text.Config(file="tokenizer.json", vocab_size=258))
+    ids = kept.encode("square square")
+    os.replace(tmp_path / "one" / "tokenizer.json", "tokenizer.json")
+    assert kept.encode("square square") == ids, "a tokenizer in use stays as it is"
+    assert len(text.Tokenizer(kept.config).encode("square square")) < len(ids)
     Path("tokenizer.json").unlink()
-    assert text.load_merges("tokenizer.json").n_vocab == 256, "what was read stays"
+    assert text.load_merges("tokenizer.json").n_vocab == found[0], "what was read stays"
 
 
 def test_every_part_of_a_long_text_is_drawn(words):

@@ -67,6 +67,13 @@ class Tokenizer(base.Tokenizer):
 
     Config, extensions = Config, ("txt", "json")
 
+    def __init__(self, config: Config | None = None):
+        super().__init__(config)
+        self._loaded: Any = None  # of `file`, once it was asked for: one that is replaced later changes no encoding
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_loaded": None}  # another process reads the file for itself
+
     def read(self, raw, generator: Random | None = None) -> list[Tokens]:
         """Sequences BEGIN ids END of at most `max_tokens` tokens: content (N,) int64, position (index, 0, 0). Without
         `end_cuts` a window that ends within its text has no END.
@@ -155,7 +162,9 @@ class Tokenizer(base.Tokenizer):
 
     def _merges(self):
         """What turns texts into ids and back, from `file`. Raises UserError."""
-        return (load_vocabulary if self.config.format == "hugging_face" else load_merges)(self.config.file)
+        if self._loaded is None:
+            self._loaded = (load_vocabulary if self.config.format == "hugging_face" else load_merges)(self.config.file)
+        return self._loaded
 
     def _encode(self, text: str, limit: int | None = None) -> np.ndarray:
         """The merges' own ids of a text without lone surrogates."""
