@@ -98,8 +98,7 @@ def pack(
     media, one folder down, the folders' names are labels), a table (.csv, .tsv, .parquet, or .jsonl with a column of
     images or audio or one named below), text (.jsonl, .txt), webdataset shards (.tar, .tar.gz, .tar.bz2, .tar.xz,
     .tar.zst), or a Hugging Face data set (a folder of save_to_disk, or hf:owner/name). Stopped at any time, the same
-    command continues; the result does not depend on
-    --workers or on how many machines do it. Under torchrun its ranks do.
+    command continues; the result does not depend on --workers, nor on the machines. Under torchrun its ranks do it.
 
     Parameters
     ----------
