@@ -91,9 +91,10 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        return _RMSNorm.apply(x, self.weight)
+        weight = self.weight.to(x.dtype)  # torch has no fused kernel for two types
+        if x.is_cuda or x.dtype == torch.bfloat16:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight)
 
 
 class _RMSNorm(torch.autograd.Function):

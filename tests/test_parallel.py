@@ -74,6 +74,28 @@ def test_two_ranks_give_the_losses_of_one(tmp_path, corpus, alone, layout):
     load_model(tmp_path / "run").embed(text=["a red square"])
 
 
+def test_blocks_travel_as_bfloat16_and_are_kept_as_float32(tmp_path, corpus, monkeypatch):
+    """With `precision: bfloat16`; the losses are those of one rank but for the rounding of gains."""
+    real, seen = Backbone.forward, tmp_path / "seen"
+
+    def note(norm, given) -> None:
+        seen.write_text(str(norm.weight.dtype))
+
+    def forward(self, *arguments, **more):
+        self.blocks[0].norm_1.register_forward_pre_hook(note)
+        return real(self, *arguments, **more)
+
+    common = {"precision": "bfloat16", "steps": 3, "save_every": 3}
+    train(1, short(corpus, tmp_path / "one", **common))
+    monkeypatch.setattr(Backbone, "forward", forward)
+    train(2, short(corpus, tmp_path / "two", **common, parallel=FSDP))
+    assert seen.read_text() == "torch.bfloat16"
+    for step, row in losses(tmp_path / "one").items():
+        assert losses(tmp_path / "two")[step] == pytest.approx(row, rel=2e-2), step
+    tensors = checkpoint.read_tensors(checkpoint.newest(tmp_path / "two"), "model")
+    assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if "blocks" in name)
+
+
 def test_strict_numerics_give_the_same_bits_however_many_ranks(tmp_path, corpus):
     train(1, short(corpus, tmp_path / "one", strict_numerics=True))
     train(2, short(corpus, tmp_path / "run", strict_numerics=True, parallel=FSDP))

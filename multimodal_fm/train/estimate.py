@@ -165,7 +165,7 @@ class Accelerators:
                 parts[name] = math.ceil(parts[name] / self.sharding.shards)
             # the block at work and the one that is fetched ahead; what lies outside of the blocks is whole in a step
             outside = sum(traced.parameters.values()) - self.config.model.backbone.depth * traced.block
-            parts["gathered weights"] = 4 * (2 * traced.block + max(0, outside))
+            parts["gathered weights"] = 2 * _width(self.config) * traced.block + 4 * max(0, outside)
             if len(read.batches) == 1:  # else gradients are whole until the last microbatch
                 whole = 4 * (traced.block + max(0, outside))
                 parts["gradients"] = min(parts["gradients"], whole + parts["gradients"] // self.sharding.shards)

@@ -125,7 +125,7 @@ class TrainStep:
         if self.mesh is not None:
             most = -(-self.config.microbatches // self.ranks.size)
             layout = Sharded(self.trained, self.mesh, most, self.config.strict_numerics)
-            shard_averages(self.ema, self.mesh)
+            shard_averages(self.ema, self.mesh, self.config.precision)
             return layout
         alone = self.ranks.size == 1 or self.config.strict_numerics  # strict sums are not DDP's
         return Alone(self.trained) if alone else Replicated(self.trained)
