@@ -91,6 +91,7 @@ def mixed(folder: Path, small: bool, backbone: dict, divisor: int) -> TrainConfi
 def reading(config: TrainConfig) -> Iterator[tuple[TrainConfig, Iterator]]:
     """The steps of a run as its loop reads them, ahead and in worker processes; the config has its tokenizers then."""
     from multimodal_fm.stream.loader import Loader
+    from multimodal_fm.stream.prefetch import Prefetcher
     from multimodal_fm.stream.tasks import build_stream
     from multimodal_fm.train.parallel import ALONE
     from multimodal_fm.train.setup import open_sources, prepare_tokenizers
@@ -104,7 +105,7 @@ def reading(config: TrainConfig) -> Iterator[tuple[TrainConfig, Iterator]]:
     )  # fmt: skip
     loader = Loader(dataset, 0, 1_000_000, config.num_workers)
     try:
-        yield config, iter(loader)
+        yield config, iter(Prefetcher(loader, device()))
     finally:
         loader.close()
 
@@ -114,8 +115,8 @@ def measure(config: TrainConfig, small: bool, out: Path) -> dict[str, Any]:
     warm, steps = (1, 3) if small else (6, 20)
     with reading(config) as (config, stream):
         trained = TrainStep(config, device())
-        batches = [batch.to(device()) for batch in next(stream).batches]
-        tokens = sum(int((batch.tokens.sequence >= 0).sum()) for batch in batches)
+        batches = next(stream).batches
+        tokens = int(count(batches))
         with eager(), counted(trained.trained) as flops:
             trained(0, batches)
         per_token = flops[0] / tokens
@@ -123,23 +124,22 @@ def measure(config: TrainConfig, small: bool, out: Path) -> dict[str, Any]:
         profile(lambda: trained(2, batches), out / "profile.txt")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        waits, times, done = [], [], 0
+        waits, times, done = [], [], []
         for number in range(warm + steps):
             began = time.perf_counter()
             batches = next(stream).batches
             waited = time.perf_counter() - began
-            count = sum(int((batch.tokens.sequence >= 0).sum()) for batch in batches)
             trained(3 + number, batches)
             synchronise()
             if number >= warm:
                 waits.append(waited)
                 times.append(time.perf_counter() - began)
-                done += count
-    total = sum(times)
+                done.append(count(batches))
+    total, tokens = sum(times), sum(map(int, done)) / steps
     return {
         "parameters": sum(weight.numel() for weight in trained.parameters),
-        "tokens": done / steps,
-        "flops": per_token * done / steps,
+        "tokens": tokens,
+        "flops": per_token * tokens,
         "seconds": total / steps,
         "median": statistics.median(times),
         "waiting": sum(waits) / total,
@@ -147,6 +147,11 @@ def measure(config: TrainConfig, small: bool, out: Path) -> dict[str, Any]:
         "compiling": trained.compiled.seconds,
         "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }
+
+
+def count(batches: list) -> Any:
+    """Tokens of a step, on its device."""
+    return sum((batch.tokens.sequence >= 0).sum() for batch in batches)
 
 
 def synchronise() -> None:
