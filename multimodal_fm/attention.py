@@ -210,8 +210,12 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """One call of scaled_dot_product_attention for each group, on a view: no padding and no gathering.
 
-    `torch.split`, because the backward of a slice fills a zero gradient of full size.
+    `torch.split`, because the backward of a slice fills a zero gradient of full size. On a CPU in float32, since the
+    kernel takes ten times as long in bfloat16 (benchmarks/LOG.md).
     """
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return attend_sdpa(q.float(), k.float(), v.float(), plan)
     query_rows = [g.count * g.num_queries for g in plan.groups]
     key_rows = [g.count * g.num_keys for g in plan.groups]
     outs = []

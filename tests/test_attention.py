@@ -87,6 +87,16 @@ def test_flash_agrees_with_the_reference_on_a_gpu(dtype, tolerance):
         torch.testing.assert_close(a, b.double(), rtol=tolerance, atol=tolerance)
 
 
+def test_attention_is_in_float32_on_a_cpu_whatever_products_are_in():
+    """The kernel's backward takes ten times as long in bfloat16."""
+    torch.manual_seed(0)
+    tokens = mixture(list(ORDERS))
+    plan_, qkv = plan_attention(tokens), [t.detach().bfloat16() for t in vectors(len(tokens), torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*qkv, plan_)
+    assert torch.equal(found, attend(*(t.float() for t in qkv), plan_))
+
+
 @pytest.mark.parametrize("length", [256, 300, 515])
 def test_long_causal_sequences_are_read_in_parts_and_agree_with_the_reference(length):
     torch.manual_seed(0)
