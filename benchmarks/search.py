@@ -202,7 +202,7 @@ class OursNumbers(Ours):
         self.every = np.ones(len(self.index), bool)
 
     def __call__(self, queries: np.ndarray) -> np.ndarray:
-        return self.index.search(queries, 10, "image", self.every)[1]
+        return self.index.search(queries, 10, "image", self.every, len(self.every))[1]
 
 
 class Usearch:

@@ -39,7 +39,7 @@ class Settings:
 
     exact_below: int = 20_000  # items of a modality; with more it gets a graph
     dtype: str = "i8"  # of a graph's vectors: i8, f16, f32
-    connectivity: int = 16  # links of an item
+    connectivity: int = 32  # links of an item; with 16, a few of a million items cannot be reached at all
     expansion_add: int = 128  # candidates that are looked at where an item is added
     recall: float = 0.98  # of the nearest 10, that a graph is searched far enough for
 

@@ -6,6 +6,7 @@ is added is another part of the collection, what is deleted a note in it, and ne
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import json
@@ -117,12 +118,19 @@ class _State:
     pieces: list[tuple[Rows, np.ndarray]]
 
     @functools.cached_property
+    def counts_by_piece(self) -> list[dict[str, int]]:
+        """Of each piece, its items by modality."""
+        return [
+            {name: int(np.count_nonzero(alive[start:stop])) for name, (start, stop) in rows.spans.items()}
+            for rows, alive in self.pieces
+        ]
+
+    @functools.cached_property
     def counts(self) -> dict[str, int]:
         """Items by modality."""
-        counts: dict[str, int] = {}
-        for rows, alive in self.pieces:
-            for modality, (start, stop) in rows.spans.items():
-                counts[modality] = counts.get(modality, 0) + int(np.count_nonzero(alive[start:stop]))
+        counts = collections.Counter()
+        for own in self.counts_by_piece:
+            counts.update(own)
         return {modality: count for modality, count in sorted(counts.items()) if count}
 
 
@@ -213,10 +221,10 @@ class LocalIndex:
             raise UserError(f"{self.collection.folder} holds {', '.join(counts)}, no {modality!r}")
         queries = check_queries(vectors, self.dim, top)
         found, at = [], 0
-        for piece, alive in state.pieces:
+        for (piece, alive), own in zip(state.pieces, state.counts_by_piece):
             mask = alive & piece.fits(tuple(sorted((k, str(v)) for k, v in where.items()))) if where else alive
             for name in [modality] if modality else counts:
-                scores, rows = piece.search(queries, top, name, mask)
+                scores, rows = piece.search(queries, top, name, mask, None if where else own.get(name, 0))
                 found.append((scores, rows + at))
             at += len(piece)
         return self._hits(state, *segment.merge(found, top))
