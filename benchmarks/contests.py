@@ -180,6 +180,7 @@ def make_config(contest: Contest, batch_size: int, block: str = "modern", change
         "tasks": {"task": {**task, "sources": {"any": 1}}},
         "model": {"tokenizers": contest.tokenizers, "backbone": backbone, "heads": contest.heads},
         "optim": {"name": "adamw", "lr": 1e-4},
+        "ema_decay": 0.0,  # the peers keep no average
     }
     return build(data | (changes or {}))
 

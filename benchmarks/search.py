@@ -28,6 +28,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 BLOCK = 8192
+LINKS, ADDED = 32, 128  # of an item, and how many candidates are looked at for it, in all graphs: ours by default
 SWEEP = (16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 CONTESTANTS = ("ours", "ours-numbers", "usearch", "usearch-f16", "usearch-i8", "faiss-hnsw", "faiss-ivf")
 
@@ -215,7 +216,7 @@ class Usearch:
 
         vectors = np.load(work / "vectors.npy", mmap_mode="r")
         kind = {"dtype": cls.dtype} if cls.dtype else {}
-        index = Index(ndim=vectors.shape[1], metric="cos", connectivity=16, expansion_add=128, **kind)
+        index = Index(ndim=vectors.shape[1], metric="cos", connectivity=LINKS, expansion_add=ADDED, **kind)
         for start in range(0, len(vectors), BLOCK):
             block = np.asarray(vectors[start : start + BLOCK], np.float32)
             index.add(np.arange(start, start + len(block)), block, threads=cores())
@@ -249,8 +250,8 @@ class FaissHnsw:
     def make(vectors: np.ndarray):
         import faiss
 
-        index = faiss.IndexHNSWFlat(vectors.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 128
+        index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = ADDED
         return index
 
     @classmethod

@@ -161,8 +161,8 @@ class Attention(nn.Module):
         """Queries, keys and values (N, H, E) of x (N, D), for `attend`; its result goes through `project_out`."""
         heads = self.project_in(x).unflatten(-1, (-1, x.shape[-1] // self.num_heads))  # (N, 3 H, E)
         weights = self.norm_q.weight, self.norm_k.weight
-        if x.device.type == "cpu" and not is_compiling():  # in float32, as attention is there
-            given = (one.to(rotary.dtype) for one in (heads, *weights))
+        if x.device.type == "cpu" and heads.element_size() <= rotary.element_size() and not is_compiling():
+            given = (one.to(rotary.dtype) for one in (heads, *weights))  # in float32, as attention is there
             return _NormRotate.apply(*given, rotary)  # pyright: ignore[reportReturnType]
         q, k, v = heads.split(self.num_heads, 1)
         q, k = apply_rotary(self.norm_q(q), rotary), apply_rotary(self.norm_k(k), rotary)

@@ -119,3 +119,24 @@ def test_the_averages_follow_the_weights(text_step):
     step(100, read(0))
     for name, now in step.ema.state_dict().items():
         torch.testing.assert_close(now, (before[name] + step.trained.state_dict()[name]) / 2)
+
+
+def test_without_a_decay_the_averages_are_the_weights(text_step):
+    """Whenever they are read, and a step does nothing for them."""
+    step, read = text_step(ema_decay=0.0)
+    for number in range(2):
+        step(number, read(number))
+        for name, now in step.ema.state_dict().items():
+            assert torch.equal(now, step.trained.state_dict()[name]), name
+    tensors = step.tensors()
+    for name, now in tensors["ema"].items():
+        assert torch.equal(now, tensors["model"][name]), name
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_gradients_are_clipped_where_their_norm_is_above_the_limit(text_step, limit):
+    step, read = text_step(optim={"name": "adamw", "grad_clip": limit})
+    report = step(0, read(0))
+    left = torch.nn.utils.get_total_norm([weight.grad for weight in step.parameters])
+    expected = min(float(report["grad_norm"]), limit)
+    assert float(left) == pytest.approx(expected, rel=1e-3)

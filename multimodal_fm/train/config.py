@@ -42,7 +42,7 @@ class TrainConfig:
     seed: int = 0  # of the weights, of the order of the samples and of every random view of them
     strict: bool = False  # the first thing that cannot be read ends the run, and is named
     max_bad_fraction: float = 0.05  # of a source's samples that may be bad before the run ends
-    ema_decay: float = 0.999  # of the averaged weights (exponential moving average), reached gradually
+    ema_decay: float = 0.999  # of the averaged weights (exponential moving average), reached gradually; 0: no average
     num_workers: int = 1  # processes that read ahead; results do not depend on it
     log_samples: bool = False  # write which samples each step read to RUN/samples.jsonl
     threads: int = 0  # 0: as many as PyTorch chooses

@@ -57,7 +57,8 @@ class TrainStep:
         self.model: Any = self.trained["model"]
         self.objectives: Any = self.trained["objectives"]
         averages = self._skeleton() if self.mesh else self._learner(self.device)
-        self.ema = nn.ModuleDict(dict(averages.items())).requires_grad_(False).eval()
+        self._averages = nn.ModuleDict(dict(averages.items())).requires_grad_(False).eval()
+        self._behind = False  # whether the averages are to be copied before they are read; see `ema`
         if device.type == "cpu":
             keep_freed_memory()
         for module in self.trained.modules():
@@ -74,6 +75,13 @@ class TrainStep:
         self._prepare_updates()
         if from_checkpoint:
             self.load(from_checkpoint)
+
+    @property
+    def ema(self) -> nn.ModuleDict:
+        """The averaged model and objectives. With `ema_decay: 0` they are the weights as they are, copied as needed."""
+        if self._behind:
+            self._copy_to_averages()
+        return self._averages
 
     def _is_sharded(self) -> bool:
         return self.ranks.size > 1 and self.config.parallel.kind != "ddp"
@@ -125,7 +133,7 @@ class TrainStep:
         if self.mesh is not None:
             most = -(-self.config.microbatches // self.ranks.size)
             layout = Sharded(self.trained, self.mesh, most, self.config.strict_numerics)
-            shard_averages(self.ema, self.mesh, self.config.precision)
+            shard_averages(self._averages, self.mesh, self.config.precision)
             return layout
         alone = self.ranks.size == 1 or self.config.strict_numerics  # strict sums are not DDP's
         return Alone(self.trained) if alone else Replicated(self.trained)
@@ -161,8 +169,8 @@ class TrainStep:
 
     @torch.no_grad()
     def _copy_to_averages(self) -> None:
-        own = self.trained.state_dict()
-        for name, tensor in self.ema.state_dict().items():
+        own, self._behind = self.trained.state_dict(), False
+        for name, tensor in self._averages.state_dict().items():
             local(tensor).copy_(local(own[name]))
 
     def _prepare_updates(self) -> None:
@@ -345,7 +353,9 @@ class TrainStep:
         if self.config.strict_numerics:
             norm = self.strict_norm
         elif self.mesh is None:
-            return nn.utils.clip_grad_norm_(self.parameters, limit)
+            norm = nn.utils.get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
+            if self.device.type == "cpu" and float(norm) <= limit:  # read back at no cost there, and a pass is spared
+                return norm
         else:
             numbers = [own.grad for w, own in self.held.items() if not w.ndim and own.grad is not None]
             others = [own.grad for w, own in self.held.items() if w.ndim and own.grad is not None]
@@ -370,8 +380,10 @@ class TrainStep:
         for objective in self.objectives.values():
             objective.after_update()
             objective.update_statistics(skipped, self.ranks.all_gather)
-        if not leave_out:
-            ema.update(self.ema, self.trained, step, self.config.ema_decay, skipped, fused=not is_strict)
+        if not self.config.ema_decay:
+            self._behind = True
+        elif not leave_out:
+            ema.update(self._averages, self.trained, step, self.config.ema_decay, skipped, fused=not is_strict)
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
