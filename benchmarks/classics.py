@@ -306,10 +306,12 @@ def against_specialists(results: dict) -> list[list]:
     runs = {name: said[0] for name, said in runs.items() if name in results["figures"]}
     rows: list[list] = [["specialist", "figure", "its own", *runs.values()]]
     minutes = [f"{results['runs'][name]['minutes']:.0f}" for name in runs]
+    tokens = [describe_tokens(results, name) for name in runs]
     for specialist, figures in SPECIALISTS.items():
         if specialist not in results["figures"]:
             continue
         rows.append([f"`{specialist}`", "minutes", f"{results['runs'][specialist]['minutes']:.0f}", *minutes])
+        rows.append([f"`{specialist}`", "million tokens read", describe_tokens(results, specialist), *tokens])
         for figure in figures:
             own = results["figures"][specialist][figure.name]["value"]
             theirs = [results["figures"][name][figure.name]["value"] for name in runs]
@@ -321,6 +323,12 @@ def against_specialists(results: dict) -> list[list]:
         cells = [f"{one['value']:.3f} ({one['value'] / own['value']:.0%})" if one else "" for one in theirs]
         rows.append(["`bert`", TUNED["trec"], f"{own['value']:.3f}", *cells])
     return rows
+
+
+def describe_tokens(results: dict, run: str) -> str:
+    """Millions of tokens, which the same backbone reads at the same cost on any machine; an early run did not count."""
+    count = results["runs"][run].get("tokens")
+    return "" if count is None else f"{count / 1e6:.2f}"
 
 
 def compare(results: dict, figure: Figure, ours: dict) -> list:

@@ -32,7 +32,7 @@ def serve(
     rate: float = 20.0,
     timeout: float = 20.0,
 ) -> None:
-    """Search an index in a browser, and by HTTP: `mmfm serve photos.index`, then open http://127.0.0.1:8000.
+    """Search an index in a browser, and by HTTP: `mmfm serve collection`, then open http://127.0.0.1:8000.
 
     Needs `pip install "multimodal_fm[serve]"`; the map is drawn by UMAP with the extra `map`, else by t-SNE.
 

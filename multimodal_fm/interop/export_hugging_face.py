@@ -34,7 +34,7 @@ OUTPUT = "sentence_embedding"
 
 def write(source: Source, work: Path) -> Written:
     """See the top of the file. Raises UserError without transformers."""
-    need("transformers", extra="peers")
+    need("transformers", extra="interop")
     shape = plain_shape(source)
     written = _write_plain(source, work, shape) if shape else _write_custom(source, work)
     (work / "README.md").write_text(_readme(source, shape), encoding="utf-8")

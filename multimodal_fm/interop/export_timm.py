@@ -32,7 +32,6 @@ LAYERS = {
 
 def write(source: Source, work: Path) -> Written:
     """See the top of the file. Raises UserError where the model has another shape."""
-    need("timm", extra="peers")
     import timm
 
     _check(source)
