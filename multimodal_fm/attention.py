@@ -104,9 +104,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Attention by the implementation that suits the device: q (Q, H, E), k and v (K, H, E) -> (Q, H, E).
 
     In float32 and without gradients a GPU too calls SDPA: flash kernels are for half precision only, and compiling
-    FlexAttention does not pay for a few forward passes. It does not for the few queries of a cache either.
+    FlexAttention does not pay for a few forward passes. It does not for the few queries of a cache either, and neither
+    takes heads whose width E is less than 16 or no multiple of 8.
     """
-    flash = q.is_cuda and q.shape[0] == k.shape[0] and (q.dtype in HALF or torch.is_grad_enabled())
+    fits = q.shape[-1] >= 16 and q.shape[-1] % 8 == 0
+    flash = q.is_cuda and fits and q.shape[0] == k.shape[0] and (q.dtype in HALF or torch.is_grad_enabled())
     return (attend_flash if flash else attend_sdpa)(q, k, v, plan)
 
 
@@ -253,9 +255,18 @@ def _rising(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 PART, MAX_PARTS = 128, 4  # rows of a call of `_rising`, and calls
 
 
-@functools.lru_cache(maxsize=64)
 def _lower_right(count: int, end: int) -> Tensor:
-    """Which of the keys before `end` the last `count` rows before it read (count, end). Cached: do not write to it."""
+    """Which of the keys before `end` the last `count` rows before it read (count, end). Small ones are kept: do not
+    write to them."""
+    make = _kept_lower_right if count * end <= KEPT else _kept_lower_right.__wrapped__
+    return make(count, end)
+
+
+KEPT = 1 << 18  # cells of a mask that is kept
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_lower_right(count: int, end: int) -> Tensor:
     return torch.ones(count, end, dtype=torch.bool).tril(end - count)
 
 

@@ -122,8 +122,15 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * scale, scale
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, whose weights may have come to this rank in another type than x; a CPU has no kernel for two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 def make_norm(config: Config) -> nn.Module:
-    return RMSNorm(config.width) if config.block == "modern" else nn.LayerNorm(config.width, eps=config.norm_eps)
+    return RMSNorm(config.width) if config.block == "modern" else LayerNorm(config.width, eps=config.norm_eps)
 
 
 def rotary_embedding(position: Tensor, head_width: int) -> Tensor:

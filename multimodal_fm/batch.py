@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention import Plan, plan_attention
 from .tokens import WHOLE, Tokens, classify_orders, concatenate, constant, layout
-from .transfer import move
+from .transfer import move, rebuild
 
 NOT_ASKED = -1  # the `match` of a sample that no objective asks whether its parts belong together
 
@@ -171,6 +171,9 @@ class Targets:
     def to(self, device) -> Targets:
         return move(self, device)
 
+    def clone(self) -> Targets:
+        return dataclasses.replace(rebuild(self, Tensor.clone, None), table=self.table.clone())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -193,6 +196,13 @@ class Batch:
     def to(self, device) -> Batch:
         """The batch on the device, in one copy; nothing waits for it."""
         return move(self, device, self._halved())
+
+    def clone(self) -> Batch:
+        """The same in memory of its own."""
+        tasks = {name: one.clone() for name, one in self.tasks.items()}
+        teacher, first_pass = (one and one.clone() for one in (self.teacher, self.first_pass))
+        own = rebuild(dataclasses.replace(self, tasks={}, teacher=None, first_pass=None), Tensor.clone, None)
+        return dataclasses.replace(own, tasks=tasks, teacher=teacher, first_pass=first_pass)
 
     def _halved(self) -> set[int]:
         own = {id(self.content[m]) for m in self.halved if m in self.content}

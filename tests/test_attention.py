@@ -106,6 +106,14 @@ def test_long_causal_sequences_are_read_in_parts_and_agree_with_the_reference(le
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_large_masks_are_not_kept():
+    attention._kept_lower_right.cache_clear()
+    for count, end in ((64, 100), (512, 2048)):
+        table = attention._lower_right(count, end)
+        assert table[-1].all() and int(table[0].sum()) == end - count + 1
+    assert attention._kept_lower_right.cache_info().currsize == 1
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_packed_equals_alone(name):
     torch.manual_seed(0)
@@ -199,20 +207,22 @@ def test_kernel_calls_read_no_value_back_from_the_device():
 
 
 @pytest.mark.parametrize(
-    "device, dtype, gradients, keys, expected",
+    "device, dtype, gradients, keys, width, expected",
     [
-        ("cpu", torch.float32, True, 8, "sdpa"),
-        ("cuda", torch.float32, True, 8, "flash"),
-        ("cuda", torch.float32, False, 8, "sdpa"),
-        ("cuda", torch.bfloat16, False, 8, "flash"),
-        ("cuda", torch.bfloat16, False, 64, "sdpa"),
+        ("cpu", torch.float32, True, 8, 16, "sdpa"),
+        ("cuda", torch.float32, True, 8, 16, "flash"),
+        ("cuda", torch.float32, False, 8, 16, "sdpa"),
+        ("cuda", torch.bfloat16, False, 8, 64, "flash"),
+        ("cuda", torch.bfloat16, False, 64, 64, "sdpa"),
+        ("cuda", torch.bfloat16, True, 8, 8, "sdpa"),  # the kernels have no such heads
+        ("cuda", torch.bfloat16, True, 8, 20, "sdpa"),
     ],
 )
-def test_the_implementation_suits_the_device(monkeypatch, device, dtype, gradients, keys, expected):
+def test_the_implementation_suits_the_device(monkeypatch, device, dtype, gradients, keys, width, expected):
     for name in ("sdpa", "flash"):
         monkeypatch.setattr(attention, f"attend_{name}", lambda *_, name=name: name)
     with torch.set_grad_enabled(gradients):
-        q, k = (SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(rows, 2, 8)) for rows in (8, keys))
+        q, k = (SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(rows, 2, width)) for rows in (8, keys))
         assert attend(q, k, None, None) == expected
 
 

@@ -1,5 +1,6 @@
 """What travels with a microbatch: the first pass of gradient caching, and the packed way to a device."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -83,6 +84,32 @@ def test_a_packed_batch_is_the_same_tensors(tmp_path, corpus):
     model = TrainStep(build(data), torch.device("cpu")).model
     with torch.no_grad():
         assert torch.equal(model(rebuilt).tokens.content, model(batch).tokens.content)
+
+
+def test_a_clone_lies_in_memory_of_its_own(tmp_path, corpus):
+    """What was read ahead are views of a large buffer, which a deep copy would take along."""
+    data = tiny(corpus, run_dir=str(tmp_path / "run"), microbatches=2)
+    batch = dataset_of(*fitted(build(data)))[0].batches[0]
+    buffer = torch.zeros(1 << 20, dtype=torch.uint8)
+
+    def lay(tensor):
+        place = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return place.copy_(tensor) if tensor.numel() else tensor
+
+    own = dataclasses.replace(batch, tokens=transfer.rebuild(batch.tokens, lay, None)).clone()
+    sizes = [tensor.untyped_storage().nbytes() for tensor in transfer.list_tensors(own)]
+    assert max(sizes) < 1 << 20
+    others = [(own.tasks[name].table, batch.tasks[name].table) for name in batch.tasks]
+    assert all(torch.equal(one.sample, other.sample) and one.sample is not other.sample for one, other in others)
+    assert batch.first_pass is not None and own.first_pass is not batch.first_pass
+    model = TrainStep(build(data), torch.device("cpu")).model
+    with torch.no_grad():
+        assert torch.equal(model(batch.clone()).tokens.content, model(batch).tokens.content)
+
+
+def test_figures_are_read_when_they_are_asked_for():
+    figures = {"loss": torch.tensor(2.5), "skipped": torch.tensor(0.0, dtype=torch.float64)}
+    assert transfer.read_later(figures)() == {"loss": 2.5, "skipped": 0.0}
 
 
 def test_sound_goes_in_half_precision_and_nothing_else(tmp_path, corpus):

@@ -1,5 +1,6 @@
 """The index in a folder: it finds what exact search finds, survives kills, and refuses whatever is damaged."""
 
+import dataclasses
 import json
 import os
 import random
@@ -343,6 +344,22 @@ def test_one_writer_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed and len(LocalIndex(tmp_path)) == 50
+
+
+def test_an_open_index_of_a_folder_that_is_made_anew(tmp_path):
+    """The names of its files come again, with other items in them."""
+    folder = tmp_path / "c"
+    fill(folder, 30)
+    index = LocalIndex(folder)
+    before = {hit.item.id for hit in index.search(make_vectors(1, 1), 30, "text")[0]}
+    shutil.rmtree(folder)
+    own = Collection(folder)
+    own.create(MODEL, "runs/x", DIM, "float32")
+    items, vectors = [dataclasses.replace(item, id=f"new{item.id}") for item in make_items(0, 30)], make_vectors(30, 5)
+    own.append(items[:15], vectors[:15])
+    own.append(items[15:], vectors[15:])
+    found = {hit.item.id for hit in index.search(make_vectors(1, 1), 30, "text")[0]}
+    assert found == {f"new{one}" for one in before}
 
 
 def test_a_reader_goes_on_while_the_index_is_replaced(copied, monkeypatch):

@@ -96,6 +96,21 @@ def test_blocks_travel_as_bfloat16_and_are_kept_as_float32(tmp_path, corpus, mon
     assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if "blocks" in name)
 
 
+@pytest.mark.parametrize("changes", [{"strict_numerics": True}, {"model.backbone": {
+    "width": 16, "depth": 2, "num_heads": 2, "block": "classic", "max_positions": 64, "grid": [64, 64]}}],
+    ids=["strict", "classic"])  # fmt: skip
+def test_shards_in_bfloat16_have_the_gradients_of_one_rank(tmp_path, corpus, changes):
+    settings = short(corpus, tmp_path, steps=2, save_every=2, precision="bfloat16")
+    for key, value in changes.items():
+        (settings["model"] if "." in key else settings)[key.rpartition(".")[2]] = value
+    for size, layout in ((1, {}), (2, FSDP)):
+        train(size, {**settings, "run_dir": str(tmp_path / str(size)), "parallel": layout})
+    one, two = records(tmp_path / "1"), records(tmp_path / "2")
+    for row, other in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert other[key] == pytest.approx(row[key], rel=0 if "strict_numerics" in changes else 2e-2), key
+
+
 def test_strict_numerics_give_the_same_bits_however_many_ranks(tmp_path, corpus):
     train(1, short(corpus, tmp_path / "one", strict_numerics=True))
     train(2, short(corpus, tmp_path / "run", strict_numerics=True, parallel=FSDP))

@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -629,6 +630,21 @@ def test_the_map_is_made_once_and_kept(index, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             while broken.get() is None:
                 time.sleep(0.02)
+
+
+def test_a_map_whose_process_was_killed_is_made_by_another(index, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    broken = Future()
+    broken.set_exception(BrokenExecutor("killed"))
+    with ThreadPoolExecutor(1) as pool:
+        made = layout.Map(index, tmp_path / "map.json", pool=SimpleNamespace(submit=lambda *_: broken))
+        monkeypatch.setattr(layout, "ProcessPoolExecutor", lambda *_, **__: pool)
+        with pytest.raises(BrokenExecutor):
+            made.get()
+        until = time.monotonic() + 60
+        while (data := made.get()) is None and time.monotonic() < until:
+            time.sleep(0.02)
+    assert data and len(data["x"]) == len(index)
 
 
 def test_a_sample_for_the_map_has_each_modality(index):

@@ -392,6 +392,13 @@ def test_a_run_that_was_killed_blames_nobody(tmp_path):
         log = CrashLog(tmp_path / "reading-0", 2)
         (tmp_path / "reading-0.fault").unlink()
     assert log.excludes(corpus, 0) and not log.excludes(corpus, 1)
+    with open(tmp_path / "crashes.jsonl", "a") as file:
+        file.write('{"sample": "a')  # the machine went down
+    log = CrashLog(tmp_path / "reading-0", 2)
+    log.begin(corpus, 1)
+    log.record_crash(0)
+    log = CrashLog(tmp_path / "reading-0", 2)
+    assert log.excludes(corpus, 0) and sorted(log.crash_counts.values()) == [1, 2]
 
 
 def _one(folder):

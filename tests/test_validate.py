@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 
 import pytest
@@ -84,6 +85,16 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, corpus, monkeyp
     }
     loop.pretrain(build({**data, "steps": 6}), resume=True)  # which knows the best one so far
     assert [folder.name for folder in checkpoint.steps(run)] == ["step-00000002", "step-00000006"]
+
+
+def test_a_figure_that_is_undefined_is_never_the_best(tmp_path, corpus, monkeypatch):
+    run, counter = tmp_path / "run", iter([math.nan, 2.0, math.nan, 1.0])
+    monkeypatch.setattr(Validation, "__call__", lambda self, averaged=None: {"validation/loss": next(counter)})
+    common = {"sources": sources(corpus), "save_every": 4, "validate_every": 1, "best": "validation/loss"}
+    loop.pretrain(build(text_only(corpus, run, steps=4, **common)))
+    assert json.loads((run / "best.json").read_text())["step"] == 4
+    (run / "best.json").write_text('{"figure": "validation/loss", "value": NaN, "step": 3}')
+    assert checkpoint.read_best(run) is None
 
 
 def test_a_best_checkpoint_that_is_gone_is_made_again(tmp_path, corpus, monkeypatch):

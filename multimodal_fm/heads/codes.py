@@ -21,6 +21,7 @@ from ..attention import Plan
 from ..backbone import Backbone
 from ..backbone import Config as BackboneConfig
 from ..errors import UserError
+from ..model import full
 from ..tokenizers.base import Reconstructor, Tokenizer
 from ..tokens import Tokens
 from . import base
@@ -117,7 +118,7 @@ class Head(base.Head):
         `tokens` says where they are, whatever its content, `plan` and `routing` how they are attended to; all in the
         order of `tokens.layout`.
         """
-        content = self.project_out(vectors.to(self.project_out.weight.dtype))
+        content = full(self.project_out(vectors.to(self.project_out.weight.dtype)))
         return self.reconstructor(self.decoder(tokens.replace(content=content), plan, routing).content)
 
     @property

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from .export_base import Source, Written, difference, examples, need, pad, read
+from .export_base import Source, Written, difference, examples, pad, read
 
 ARCHITECTURES = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}  # timm's, by the eps of their norms
 LAYERS = {

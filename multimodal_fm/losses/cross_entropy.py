@@ -9,7 +9,6 @@ M rows, D width, V ids.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -34,29 +33,7 @@ def linear_cross_entropy(vectors: Tensor, weight: Tensor, bias: Tensor, ids: Ten
         logits = F.linear(vectors, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, ids, ignore_index=ignored, reduction="none")
-    if vectors.is_cuda and _liger() is not None:
-        return fused(vectors.to(dtype), weight.to(dtype), bias.to(dtype), ids, ignored)
     return _LinearCrossEntropy.apply(vectors, weight, bias, ids, ignored, dtype)  # pyright: ignore[reportReturnType]
-
-
-@functools.cache
-def _liger() -> Any:
-    """The kernel of the extra `gpu`, None where it is not installed."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
-            LigerFusedLinearCrossEntropyFunction,
-        )
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyFunction
-
-
-def fused(vectors: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, ignored: int) -> Tensor:
-    """The same by Liger's Triton kernel, all in one type; gradients of the weights are summed up in float32."""
-    found = _liger().apply(
-        vectors, weight, ids, bias, None, ignored, 0.0, 0.0, "none", None, False, torch.float32
-    )  # fmt: skip
-    return found[0] if isinstance(found, tuple) else found
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -14,6 +14,7 @@ from ..backbone import Backbone
 from ..backbone import Config as BackboneConfig
 from ..batch import Batch, Example, Pairs, Reading, Sample, Targets, plan_reading
 from ..config import Plugin
+from ..model import full
 from ..tokenizers.base import Tokenizer
 from ..tokens import Tokens, concatenate, constant
 from ..transfer import move
@@ -277,7 +278,7 @@ class DecodingObjective(Objective):
             return {}
         plan: DecoderPlan = targets.plan
         reading = plan.reading
-        visible = self.decoder_embed(output.tokens.content.index_select(0, plan.visible))
+        visible = full(self.decoder_embed(output.tokens.content.index_select(0, plan.visible)))
         masks = [self.mask_tokens[m].to(visible.dtype).expand(len(t), -1) for m, t in targets.tokens.items()]
         vectors = torch.cat([visible, *masks]).index_select(0, reading.tokens.content)
         decoded = self.decoder(reading.tokens.replace(content=vectors), reading.attention, reading.routing).content

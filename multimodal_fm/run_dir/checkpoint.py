@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -329,6 +330,6 @@ def read_best(run: str | Path) -> dict | None:
     try:
         best = json.loads((Path(run) / "best.json").read_text(encoding="utf-8"))
         best.setdefault("since", best["step"])
-        return best if isinstance(best["step"], int) and isinstance(best["value"], float) else None
+        return best if isinstance(best["step"], int) and math.isfinite(best["value"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

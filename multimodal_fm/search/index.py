@@ -181,7 +181,7 @@ class LocalIndex:
         log = manifest.visible()
         later = [part for part in log if made_of.get(part.name) != part.sha256]
         groups = list(_group(later))
-        loaded = {tuple(p.name for p in group): self._read(group, manifest) for group in groups}
+        loaded = {_names(group): self._read(group, manifest) for group in groups}
         self._loaded = {names: one for names, one in loaded.items() if isinstance(one, tuple)}
         hashes = [one if isinstance(one, np.ndarray) else _in_order(*one) for one in loaded.values()]
         living = segment.last_of_each(hashes, [isinstance(one, np.ndarray) for one in loaded.values()])
@@ -196,8 +196,7 @@ class LocalIndex:
         """Rows and their places in the log, or the hashes of deleted ids."""
         if group[0].deletes:
             return segment.hash_ids(self.collection.read_ids(group[0]))
-        names = tuple(part.name for part in group)
-        return self._loaded.get(names) or segment.rows_of_parts(self.collection, group, manifest.dim)
+        return self._loaded.get(_names(group)) or segment.rows_of_parts(self.collection, group, manifest.dim)
 
     def _tell(self, unindexed: int) -> None:
         if unindexed > UNINDEXED and not self._told:
@@ -310,6 +309,11 @@ def _stamp(file: Path) -> tuple:
     except FileNotFoundError:
         return ()
     return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _names(parts: list[Part]) -> tuple[str, ...]:
+    """What tells parts from others, in a folder that was made anew too."""
+    return tuple(f"{part.name} {part.sha256}" for part in parts)
 
 
 def _group(parts: list[Part]) -> Iterable[list[Part]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,11 @@ class Map:
                 self._start()
             if self._future is not None and self._future.done():
                 future, self._future = self._future, None
-                self._data = self._finish(*future.result())
+                try:
+                    self._data = self._finish(*future.result())
+                except BrokenExecutor:  # its process was killed: the next who asks has a new one
+                    self.pool = None
+                    raise
             return self._data
 
     def _digest(self) -> str:
@@ -126,7 +130,11 @@ class Map:
         if self.pool is None:
             self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         vectors = np.array([vector for _, vector in self._drawn], np.float32).reshape(len(self._drawn), -1)
-        self._future = self.pool.submit(arrange, vectors, [item.modality for item, _ in self._drawn])
+        try:
+            self._future = self.pool.submit(arrange, vectors, [item.modality for item, _ in self._drawn])
+        except BrokenExecutor:
+            self.pool = None
+            raise
 
     def _finish(self, places: np.ndarray, method: str) -> dict:
         items = [item for item, _ in self._drawn]

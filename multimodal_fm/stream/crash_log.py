@@ -9,6 +9,7 @@ import mmap
 from pathlib import Path
 
 from ..corpus.shards import Corpus
+from ..run_dir.records import read_jsonl
 
 SLOT_BYTES = 1024
 
@@ -29,8 +30,7 @@ class CrashLog:
         self.file, self.fault_file, self.crashes_file = file, file.with_suffix(".fault"), file.parent / "crashes.jsonl"
         self.crash_counts: collections.Counter[str] = collections.Counter()
         self.messages: list[str] = []
-        if self.crashes_file.exists():
-            self.crash_counts.update(json.loads(row)["sample"] for row in self.crashes_file.read_bytes().splitlines())
+        self.crash_counts.update(row["sample"] for row in read_jsonl(self.crashes_file) if "sample" in row)
         if self.fault_file.exists() and self.fault_file.stat().st_size and file.exists():
             names = self.format(self._record(file.read_bytes())) or "no sample"
             self.messages.append(f"the previous run crashed while it decoded {names}")
@@ -73,7 +73,9 @@ class CrashLog:
     def _record(self, slots: bytes) -> list[str]:
         names = (slots[i : i + SLOT_BYTES].partition(b"\0")[0] for i in range(0, len(slots), SLOT_BYTES))
         samples = [name.decode(errors="replace") for name in names if name]
+        before = self.crashes_file.read_bytes() if self.crashes_file.exists() else b""
         with open(self.crashes_file, "a", encoding="utf-8") as file:
+            file.write("\n" if before and not before.endswith(b"\n") else "")  # the last row was cut off
             for sample in samples:
                 self.crash_counts[sample] += 1
                 file.write(json.dumps({"sample": sample, "times": self.crash_counts[sample]}) + "\n")

@@ -86,10 +86,11 @@ class Sharded:
     """
 
     def __init__(self, learner: Learner, mesh: DeviceMesh, most: int, keep_gradients: bool = False):
-        """most: microbatches that a rank has at most. keep_gradients: leave them whole where the backward made them."""
+        """most: microbatches that a rank has at most. keep_gradients: leave them whole where the backward made them;
+        then blocks travel in float32, since FSDP2 puts gradients of another type where it alone finds them."""
         self.learner, self.mesh, self._most = learner, mesh, most
         learner.in_step = True
-        self._root: Any = _shard(learner, learner["model"], mesh, learner.precision)
+        self._root: Any = _shard(learner, learner["model"], mesh, "float32" if keep_gradients else learner.precision)
         for module in _sharded_modules(learner):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

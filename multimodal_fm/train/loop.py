@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..stream.loader import Loader
 from ..stream.prefetch import Prefetcher
 from ..stream.quarantine import BadFraction, refused_row, strict_message
 from ..stream.tasks import Origin, build_stream, loss_weights
+from ..transfer import read_later
 from . import optim, parallel
 from .compute import Compute
 from .config import TrainConfig
@@ -238,7 +240,8 @@ class Run:
             pace["compile_seconds"] = self.train_step.compiled.seconds
         factor = optim.lr_factor(self.config.optim, self.step - 1, self.config.steps)
         weights = {f"weight/{name}": self.train_step.weights[name] for name in self.guards.factors}
-        self.pending = {"step": self.step, **report, "lr": self.config.optim.lr * factor, **weights, **counts, **pace}
+        self.pending = {"step": self.step, "lr": self.config.optim.lr * factor, **weights, **counts, **pace}
+        self.pending_report = read_later(report)
         self.pending_times = self.train_step.optimizer_times
         if self.config.log_samples:
             self.monitor.log_samples({"step": self.step, "samples": _in_stream_order(self.config, batch.samples)})
@@ -252,7 +255,7 @@ class Run:
         row, self.pending = self.pending, None
         if row is None:
             return
-        row = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+        row = {"step": row.pop("step"), **self.pending_report(), **row}
         row["skipped"] = int(row["skipped"])
         row["optimizer_share"] = self.train_step.seconds_between(*self.pending_times) / row["seconds"]
         if self.config.monitors:
@@ -329,7 +332,11 @@ class Run:
         with self.watchdog.paused():
             figure = self.ranks.on_first(lambda: self._measure(averaged)).get(self.config.best)
         sign = 1 if self.config.best_mode == "min" else -1
-        if figure is not None and (self.best is None or sign * figure <= sign * self.best["value"]):
+        if (
+            figure is not None
+            and math.isfinite(figure)
+            and (self.best is None or sign * figure <= sign * self.best["value"])
+        ):
             # of equal ones the later, which has learned more: on few samples a score is soon at its highest
             since = self.best["since"] if self.best and figure == self.best["value"] else self.step
             self.best = {"figure": self.config.best, "value": figure, "step": self.step, "since": since}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import math
 import time
@@ -133,7 +132,8 @@ class TrainStep:
         if self.mesh is not None:
             most = -(-self.config.microbatches // self.ranks.size)
             layout = Sharded(self.trained, self.mesh, most, self.config.strict_numerics)
-            shard_averages(self._averages, self.mesh, self.config.precision)
+            precision = "float32" if self.config.strict_numerics else self.config.precision
+            shard_averages(self._averages, self.mesh, precision)
             return layout
         alone = self.ranks.size == 1 or self.config.strict_numerics  # strict sums are not DDP's
         return Alone(self.trained) if alone else Replicated(self.trained)
@@ -312,6 +312,9 @@ class TrainStep:
         """Set the gradients of all that this rank updates, summed over the step; the report of the whole step."""
         first = self.ranks.rank * self.config.microbatches // self.ranks.size
         teacher: Any = self.ema["model"]
+        if self.mesh is not None:
+            for own in self.held.values():  # the rows' gradients, which `zero_grad` does not know
+                own.grad = None
         if self.config.strict_numerics:
             self.trained.zero_grad()
             step = Step(self.layout, self.weights, batches, self.ranks, teacher, measure, first, self._spare(batches))
@@ -344,7 +347,7 @@ class TrainStep:
         if self.ranks.size > 1 and self.spare is None:
             if not batches:
                 raise UserError("this rank's samples of its first step are all lost: look into quarantine.jsonl")
-            self.spare = copy.deepcopy(batches[0])  # what was read ahead lies in buffers that go round
+            self.spare = batches[0].clone()  # what was read ahead lies in buffers that go round
         return self.spare
 
     def _clip(self) -> Tensor:
@@ -408,6 +411,7 @@ class TrainStep:
     def _sharded_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The optimizers' state of all parameters, of which this rank has rows of some."""
         counter = next((value for key, value in state.items() if key.endswith("/step")), torch.zeros(()))
+        counter = torch.tensor(max(self.ranks.all_gather_objects(float(counter))))  # some ranks may update nothing
         muon, found = set(self._muon_matrices()), {}
         for name, weight in self.trained.named_parameters():
             if weight.requires_grad:
