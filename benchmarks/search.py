@@ -29,7 +29,7 @@ import numpy as np
 HERE = Path(__file__).parent
 BLOCK = 8192
 LINKS, ADDED = 32, 128  # of an item, and how many candidates are looked at for it, in all graphs: ours by default
-SWEEP = (16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
+SWEEP = (16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
 CONTESTANTS = ("ours", "ours-numbers", "usearch", "usearch-f16", "usearch-i8", "faiss-hnsw", "faiss-ivf")
 
 

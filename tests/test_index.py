@@ -16,7 +16,7 @@ pytest.importorskip("pyarrow")
 
 from multimodal_fm.errors import UserError
 from multimodal_fm.search import collection as collections
-from multimodal_fm.search import segment
+from multimodal_fm.search import graph, segment
 from multimodal_fm.search.base import Item
 from multimodal_fm.search.collection import Collection
 from multimodal_fm.search.graph import Settings
@@ -344,6 +344,18 @@ def test_one_writer_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed and len(LocalIndex(tmp_path)) == 50
+
+
+def test_a_graph_in_large_pages_finds_what_a_mapped_one_finds(copied, monkeypatch):
+    def graphs(index):
+        return list(index._current().pieces[0][0].graphs.values())
+
+    mapped, queries = LocalIndex(copied[0]), make_vectors(20, 1)
+    monkeypatch.setattr(graph, "LARGE_PAGE", 4096)
+    large = LocalIndex(copied[0])
+    assert all(one.memory is None for one in graphs(mapped)) and all(one.memory for one in graphs(large))
+    monkeypatch.setattr(segment, "FEW_ROWS", 10)
+    assert large.search(queries, 10, "image") == mapped.search(queries, 10, "image")
 
 
 def test_an_open_index_of_a_folder_that_is_made_anew(tmp_path):
