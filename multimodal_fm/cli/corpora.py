@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from .app import app
 
 
@@ -169,4 +169,4 @@ def pack(
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     facts = write(chosen, to, max(1, cores) if workers is None else workers, show=True, cluster=cluster)
     if facts:  # on the first of several ranks
-        print(summary(facts, to))
+        print("\n".join(map(printable, summary(facts, to).split("\n"))))

@@ -129,6 +129,7 @@ def index(
     """
     from ..pack.state import make_progress
     from ..search import index as indexing
+    from ..search import postgres
     from ..search.graph import Settings
 
     if delete:
@@ -136,7 +137,7 @@ def index(
         print(f"{folder}: {opened.delete(delete)} of {len(set(delete))} deleted, {len(opened)} items are left")
         return
     if to:
-        print(f"{indexing.copy_to(folder, to, name)} items copied to {to.rpartition('@')[2]}")
+        print(f"{indexing.copy_to(folder, to, name)} items copied to {postgres.shown(to)}")
         return
     with make_progress(sys.stderr.isatty()) as progress:
         task = progress.add_task("indexing", total=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from ..errors import SampleError
 
@@ -29,6 +30,25 @@ def lookup(row, name: str):
     for part in name.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
+
+
+def label_text(value, names: list[str] | None = None) -> str:
+    """A label as text: a whole number as such, whatever type it was read as; empty where it is none.
+
+    names: of classes that are stored as numbers.
+    """
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        value = int(value) if value.is_integer() else value
+    if names and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else ""
+    return str(value).strip()
+
+
+def label_texts(value) -> list[str]:
+    """The labels of a sample that may have several, as text."""
+    return [text for one in (value if isinstance(value, list) else [value]) if (text := label_text(one))]
 
 
 def matches(row: dict, values: dict[str, str]) -> bool:

@@ -83,7 +83,7 @@ def _read(model: Model, modality: str, raw: dict) -> Tokens:
     tokenizer, number = model.tokenizers[modality], model.modalities.index(modality)
     sequences = tokenizer.read({e: raw[e] for e in tokenizer.extensions if e in raw})
     if not sequences:
-        raise SampleError("captions", f"it has no {modality}")
+        raise SampleError("empty", f"it has no {modality}")
     return sequences[0].replace(modality=constant(number, len(sequences[0])))
 
 

@@ -20,6 +20,8 @@ from .metrics import estimate_difference
 LOWER_IS_BETTER = (
     "median_rank",
     "bits_per_byte",
+    "bits_per_token",
+    "aurc",
     "perplexity",
     "ece",
     "drop",
@@ -144,7 +146,7 @@ def difference_of_figures(a: dict, b: dict) -> dict:
 
 
 def _verdict(result: dict) -> str:
-    if result["low"] <= 0 <= result["high"]:
+    if not (result["low"] > 0 or result["high"] < 0):  # a figure that is not a number differs from nothing
         return "no difference"
     return "b higher" if result["difference"] > 0 else "a higher"
 
@@ -228,7 +230,9 @@ def measure_forgetting(base: str | Path, tuned: str | Path) -> dict:
 
 def _sign(name: str) -> int:
     """1 where more is better, -1 where less is, 0 where neither is."""
-    measure = name.rpartition("/")[2]
+    *of, measure = name.split("/")
+    if measure == "perplexity" and "reconstruction" in of:  # of a codebook, not of a text
+        return 1
     if any(measure == known or measure.endswith(f"_{known}") for known in LOWER_IS_BETTER):
         return -1
     return 0 if measure in ("alignment", "uniformity", "modality_gap", "effective_rank") else 1

@@ -71,7 +71,7 @@ class Evaluator(base.Evaluator):
             queries = read_labeled(model, embedded, modality, config)
             pool = read_labeled(model, embedded.train, modality, config) if embedded.train else queries
             classes = sorted(set(queries.names) | set(pool.names))
-            if len(classes) < 2 or len(pool.inputs) < 2:
+            if len(classes) < 2 or len(pool.inputs) < 2 or not queries.inputs:
                 continue
             figures |= self._measure(
                 embedded, config, Prompter(model, objective, modality, config, classes), queries, pool

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch import MAX_TOKENS, Batch, Example, Sample, count_targets
+from ..corpus.fields import label_text, label_texts
 from ..corpus.shards import Corpus
 from ..errors import SampleError
 from ..heads.base import TextView
@@ -178,9 +179,9 @@ def measure(model: Model, predictions: Predictions, clusters=None) -> dict[str, 
         if config.multi_label:
             truth = np.zeros(logits.shape)
             for row, one in enumerate(found):
-                truth[row, [numbers[str(name)] for name in _as_list(one.label)]] = 1
+                truth[row, [numbers[name] for name in label_texts(one.label)]] = 1
             return task_metrics.multi_label(logits.sigmoid().numpy(), truth, config.classes, clusters)
-        labels = np.array([numbers[str(one.label)] for one in found])
+        labels = np.array([numbers[label_text(one.label)] for one in found])
         return task_metrics.classification(logits.double().softmax(1).numpy(), labels, config.classes, clusters)
     decoded = [model.heads[predictions.head].decode(one.output, one.text) for one in found]  # pyright: ignore
     if kind == "tag":
@@ -188,7 +189,9 @@ def measure(model: Model, predictions: Predictions, clusters=None) -> dict[str, 
         pairs = [(said + ["O"] * (len(tags) - len(said)), tags) for said, tags in pairs]  # beyond the window: no entity
         return task_metrics.tagging([said for said, _ in pairs], [tags for _, tags in pairs], clusters)
     if kind == "span":
-        return task_metrics.spans([d["answer"] or None for d in decoded], [answer_text(one) for one in found], clusters)
+        return task_metrics.spans(
+            [d["answer"] or None for d in decoded], [right_answers(one) for one in found], clusters
+        )
     if kind == "regress":
         said, right = [d["score"] for d in decoded], [float(one.label) for one in found]
         return task_metrics.regression(np.array(said), np.array(right), clusters)
@@ -197,6 +200,15 @@ def measure(model: Model, predictions: Predictions, clusters=None) -> dict[str, 
 
 def answer_text(one: Prediction) -> str | None:
     return None if one.label is None else one.text.text[int(one.label["start"]) : int(one.label["end"])]
+
+
+def right_answers(one: Prediction) -> list[str] | None:
+    """All answers that count as right, of which a sample's JSON may have several."""
+    if one.label is None:
+        return None
+    own = one.text.row.get("answers")
+    several = isinstance(own, list) and own and all(isinstance(answer, str) for answer in own)
+    return own if several else [answer_text(one) or ""]
 
 
 def rows_of(model: Model, predictions: Predictions, corpus: Corpus) -> list[dict]:
@@ -208,19 +220,19 @@ def rows_of(model: Model, predictions: Predictions, corpus: Corpus) -> list[dict
         if plugin.name == "classify":
             predicted, shares = said["label"], said["probabilities"]
             if plugin.config.multi_label:
-                label = sorted(map(str, _as_list(label)))
+                label = sorted(label_texts(label))
                 predicted, confidence = sorted(predicted), None
                 both = len(set(label) & set(predicted))
                 score = 2 * both / (len(label) + len(predicted)) if label or predicted else 1.0
             else:
-                label = str(label)
+                label = label_text(label)
                 confidence, score = shares[predicted], float(predicted == label)
         elif plugin.name == "tag":
             predicted, label = said["tags"], [str(tag) for tag in label]
             score = sum(a == b for a, b in zip(predicted, label)) / max(1, len(label))
         elif plugin.name == "span":
             predicted, label, confidence = said["answer"], answer_text(one), said["margin"]
-            score = task_metrics.spans([predicted or None], [label])["f1"]["value"]
+            score = task_metrics.spans([predicted or None], [right_answers(one)])["f1"]["value"]
         else:
             predicted, label = said["score"], float(label)
             score = -abs(predicted - label)
@@ -234,7 +246,3 @@ def rows_of(model: Model, predictions: Predictions, corpus: Corpus) -> list[dict
             }
         )
     return rows
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]

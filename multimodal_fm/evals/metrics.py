@@ -38,15 +38,23 @@ def estimate(values, clusters, chance: float | None, median: bool = False, weigh
     return bootstrap_rows(middle, clusters, chance) | {"value": float(np.median(values))}
 
 
-def bootstrap(columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], clusters, chance) -> dict:
+def bootstrap(
+    columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], clusters, chance, biased: bool = False
+) -> dict:
     """A figure that is a function of the sums of `columns` (Q, K) over the rows, with an interval as of `estimate`.
 
     `statistic` takes sums (B, K) of B draws to B values. A draw costs one row of a product of matrices, whatever Q is.
+    biased: whether draws lie to one side of the value, as a calibration error's do, which each draw makes larger; their
+    mean is moved to the value then (Efron and Tibshirani 1993, chapter 10), and the interval stays within 0 and 1.
     """
     cluster = np.unique(clusters, return_inverse=True)[1]
     sums = np.stack([np.bincount(cluster, weights=column) for column in columns.T], 1)
     values = [statistic(draws @ sums) for draws in _draw(len(sums), sums.size)]
-    return _figure(statistic(columns.sum(0, keepdims=True)), values, chance, len(columns))
+    value = statistic(columns.sum(0, keepdims=True))
+    if biased:
+        drawn = np.concatenate(values)
+        values = [np.clip(drawn - (np.nanmean(drawn) - value[0]), 0, 1)]
+    return _figure(value, values, chance, len(columns))
 
 
 def bootstrap_rows(statistic: Callable[[np.ndarray], np.ndarray], clusters, chance) -> dict:

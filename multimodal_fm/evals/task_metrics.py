@@ -45,13 +45,17 @@ def classification(probabilities, labels, classes: Sequence[str], clusters=None)
     counts = np.concatenate([true * said, true, said], 1)
     figures = {
         "accuracy": estimate(right, clusters, float(commonest)),
-        "macro_f1": bootstrap(counts, macro_f1, clusters, 2 * commonest / (1 + commonest) / (true.any(0)).sum()),
+        "macro_f1": bootstrap(
+            counts, macro_f1, clusters, 2 * commonest / (1 + commonest) / (true.any(0)).sum(), biased=True
+        ),
     }
     if number == 2:
         figures["mcc"] = bootstrap(counts, _mcc, clusters, 0.0)
     bins = np.eye(BINS)[np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)]
     gaps = np.concatenate([bins * (confidence - right)[:, None], np.ones((count, 1))], 1)
-    figures["ece"] = bootstrap(gaps, lambda sums: np.abs(sums[:, :-1]).sum(1) / sums[:, -1], clusters, None)
+    figures["ece"] = bootstrap(
+        gaps, lambda sums: np.abs(sums[:, :-1]).sum(1) / sums[:, -1], clusters, None, biased=True
+    )
     order = np.argsort(-confidence, kind="stable")
     surest = right[order]
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..corpus.fields import label_text, label_texts
 from ..errors import SampleError
 from ..tokens import Tokens
 from . import base
@@ -44,9 +45,8 @@ class Head(base.LabelHead):
     @staticmethod
     def encode(config: Config, value, text: base.TextView) -> tuple[Tensor, Tensor]:
         """A class number (1,), or with `multi_label` ones and zeros (1, C). Raises SampleError."""
-        names = (value if isinstance(value, list) else [value]) if config.multi_label else [value]
         numbers = []
-        for name in map(str, names):
+        for name in label_texts(value) if config.multi_label else [label_text(value)]:
             if name not in config.classes:
                 raise SampleError("label", f"{name[:60]!r} is none of the {len(config.classes)} classes")
             numbers.append(config.classes.index(name))

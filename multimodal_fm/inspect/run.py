@@ -8,7 +8,7 @@ import sys
 from ..config import build, read_yaml
 from ..corpus.index import PIECE_BYTES
 from ..corpus.shards import list_shards
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..model import ModelConfig
 from ..stream.cluster import open_executor
 from ..stream.tasks import TaskConfig
@@ -58,17 +58,17 @@ def inspect(
         indexes = open_indexes(files, piece, rebuild, damage, tokenizers.values(), executor)
     if tasks:
         for line in order_tables(tasks, tokenizers, heads or {}, indexes):
-            print(line)
+            print(printable(line))
     elif samples:
         for row in describe_samples(indexes, tokenizers):
             print(json_.dumps(row))
         for row in damage.rows if damage else []:
-            print(format_row(row), file=sys.stderr)
+            print(printable(format_row(row)), file=sys.stderr)
     else:
         stats = count_corpus(indexes, tokenizers, config)
         if damage is not None:
             stats.data["damage"] = {"count": damage.count, "new_shards": damage.new_shards, "first": damage.rows}
-        print(json_.dumps(stats.data) if json else "\n".join(summarize(stats.data)))
+        print(json_.dumps(stats.data) if json else "\n".join(map(printable, summarize(stats.data))))
         if html:
             write_page(html, patterns, indexes, tokenizers, stats)
             print(html, file=sys.stderr if json else sys.stdout)

@@ -126,6 +126,8 @@ def _csv_rows(path: str) -> Iterator[tuple[str, dict | SampleError]]:
             for row in filter(None, csv.reader(lines, delimiter=max("\t;,", key=first.count))):
                 if header is None:
                     header = [name.strip() for name in row]
+                    if twice := [name for name in header if header.count(name) > 1]:
+                        raise UserError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
                     continue
                 number += 1
                 if len(row) == len(header):

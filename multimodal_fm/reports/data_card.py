@@ -18,6 +18,7 @@ from ..pack.samples import modality_of
 from ..pack.settings import SPLITS, Settings
 from ..pack.sources import Source, SourceIndex
 from ..tokenizers import audio, image, text
+from .model_card import escape
 
 MAX_DISTINCT = 10_000  # values of a field that are counted apart
 SHOWN = 12  # of them that the card shows
@@ -152,7 +153,7 @@ def markdown(facts: dict, shards: list[dict]) -> str:
     lines += _table(
         ["source", "samples kept", "copies", "near copies", "nothing readable"],
         [
-            [f"`{name}`", *(_n(c.get(k, 0)) for k in ("samples", "copy", "near-copy", "lost"))]
+            [f"`{escape(name)}`", *(_n(c.get(k, 0)) for k in ("samples", "copy", "near-copy", "lost"))]
             for name, c in list(facts["sources"].items())[:SHOWN_SOURCES]
         ],
     )
@@ -180,9 +181,10 @@ def describe_columns(facts: dict, quote: str = "") -> list[str]:
     """A line for each table: which column was read as what, and which are kept in the JSON alone."""
     lines = []
     for name, (columns, unused) in list(facts["columns"].items())[:SHOWN_SOURCES]:
-        used = ", ".join(f"{role} from column {column}" for role, column in columns.items())
-        rest = f"; in the JSON only: {', '.join(map(str, unused[:20]))}{', ...' * (len(unused) > 20)}" if unused else ""
-        lines.append(f"{quote}{name}{quote}: {used}{rest}")
+        used = ", ".join(f"{role} from column {escape(column)}" for role, column in columns.items())
+        others = ", ".join(map(escape, unused[:20])) + ", ..." * (len(unused) > 20)
+        rest = f"; in the JSON only: {others}" if unused else ""
+        lines.append(f"{quote}{escape(name)}{quote}: {used}{rest}")
     return lines
 
 

@@ -38,6 +38,7 @@ class Media:
     IMAGE_FORMATS, AUDIO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF"), ("FLAC", "OGG", "MP3", "WAV")
     AUDIO_SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "VORBIS", "OPUS")  # or any MPEG layer
     SIDE, SECONDS = 256, 5  # of reduced media
+    MAX_RATE = 192_000  # Hz: above 200,000 libsndfile's Vorbis encoder crashes
 
     def __init__(self, max_image: int, max_audio: int):
         self.max_image, self.max_audio, self.known = max_image, max_audio, {}
@@ -72,9 +73,10 @@ class Media:
             playable = sound.subtype in self.AUDIO_SUBTYPES or sound.subtype.startswith("MPEG")
             if len(data) <= self.max_audio and sound.format in self.AUDIO_FORMATS and playable:
                 return f"audio/{sound.format.lower().replace('mp3', 'mpeg')}", data
-            with soundfile.SoundFile(out, "w", sound.samplerate, 1, format="OGG", subtype="VORBIS") as short:
+            step = -(-sound.samplerate // self.MAX_RATE)
+            with soundfile.SoundFile(out, "w", sound.samplerate // step, 1, format="OGG", subtype="VORBIS") as short:
                 for _ in range(self.SECONDS):  # libsndfile's Vorbis encoder crashes on long blocks
-                    short.write(sound.read(sound.samplerate, always_2d=True).mean(1))
+                    short.write(sound.read(sound.samplerate, always_2d=True).mean(1)[::step])
         return "audio/ogg", out.getvalue()
 
 

@@ -6,6 +6,7 @@ Each entry is `{"on": [shards], "step": int, "seed": int, "figures": {name: figu
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..corpus.storage import write_atomic
 from ..errors import UserError
 from . import checkpoint, trust
 
-FILE = "evaluations.json"
+FILE, LOCK = "evaluations.json", ".evaluations.lock"
 
 
 def read(run: str | Path) -> dict[str, dict]:
@@ -23,17 +24,26 @@ def read(run: str | Path) -> dict[str, dict]:
         entries = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and evaluate again") from None
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise UserError(f"{path}: is not a map of evaluations; delete it and evaluate again")
     return entries
 
 
+def _is_entry(entry) -> bool:
+    figures = entry.get("figures") if isinstance(entry, dict) else None
+    return isinstance(figures, dict) and all(
+        isinstance(figure, dict) and {"value", "low", "high"} <= figure.keys() for figure in figures.values()
+    )
+
+
 def write(run: str | Path, name: str, entry: dict) -> None:
     """Add an entry, or replace that of the same name. Raises OSError where the folder cannot be written."""
-    entries = read(run) | {name: entry}
-    write_atomic(Path(run) / FILE, json.dumps(entries, indent=1).encode())
+    with open(Path(run) / LOCK, "w") as lock:  # several evaluations of a run may end at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        entries = read(run) | {name: entry}
+        write_atomic(Path(run) / FILE, json.dumps(entries, indent=1).encode())
 
 
 def keep(folder: Path, name: str, entry: dict) -> str:

@@ -175,6 +175,8 @@ class Mixture:
 
     def draws(self, start: int, stop: int) -> Draws:
         """What is read at the positions from `start` to `stop`."""
+        if start < self.starts[0]:
+            raise ValueError(f"position {start} is before the first phase, which begins at {self.starts[0]}")
         stretches = [self._stretch(number) for number in range(start // STRETCH, -(-stop // STRETCH))]
         begin = int(stretches[0].position[0])
         columns = zip(*(vars(stretch).values() for stretch in stretches), strict=True)

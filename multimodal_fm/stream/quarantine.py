@@ -49,7 +49,8 @@ class BadFraction:
 
     def add(self, rows: Iterable[dict]) -> None:
         for row in rows:
-            self.bad[row["source"]].add(hash((row["shard"], row["key"])))
+            if row["source"] in self.bad:  # else a source that the run has no more
+                self.bad[row["source"]].add(hash((row["shard"], row["key"])))
 
     def message(self, samples_read: dict[str, int]) -> str:
         """What a run that must end says; empty where it may go on. samples_read: by source."""

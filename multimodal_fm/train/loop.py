@@ -303,6 +303,8 @@ class Run:
         if folder is None:
             self._stop(act, "with no checkpoint from before")
         state = checkpoint.read_data(folder, "state")
+        if state.get("stream_step", state["step"]) < self.origin.step:
+            self._stop(act, "with no checkpoint since the mixture changed")
         self.loader.close()
         self.guards.roll_back(act, state["step"], state.get("monitors", {}))
         self.train_step.load(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..config import to_data
 from ..corpus.storage import write_atomic
 from ..errors import UserError
 from ..run_dir import checkpoint
@@ -138,6 +139,14 @@ def resize(config: TrainConfig, size: Size, run_dir: Path, seed: int) -> TrainCo
     return dataclasses.replace(config, model=model, run_dir=str(run_dir), seed=seed)
 
 
+def _check_same(config: TrainConfig, folder: Path) -> None:
+    """Raises UserError where a run that is there was trained by another configuration."""
+    there, own = checkpoint.read_data(folder, "config"), json.loads(json.dumps(to_data(config)))
+    for key in ("steps", "seed", "sources", "tasks", "optim", "microbatches"):
+        if there.get(key) != own[key]:
+            raise UserError(f"{config.run_dir}: was trained with another {key}; give another --to")
+
+
 def count_parameters(config: TrainConfig) -> dict[str, int]:
     """Those of the backbone, which the law counts, and of all that learns."""
     step = TrainStep(config, torch.device("meta"))
@@ -181,6 +190,8 @@ def scale(
             newest = checkpoint.steps(own.run_dir)[-1:]
             if not newest or newest[0] < checkpoint.folder_of(own.run_dir, own.steps):
                 pretrain(own, resume="auto")
+            else:
+                _check_same(own, newest[0])
             counts = count_parameters(own)
             loss = read_loss(Path(own.run_dir), figure)
             say(f"{size}, seed {seed}: {counts['parameters']:,} parameters in the backbone, {figure} {loss:.4f}")

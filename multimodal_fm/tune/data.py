@@ -120,7 +120,7 @@ def prepare(
             return prepared
     work.mkdir(parents=True, exist_ok=True)
     prepared = _Preparation(task, given, named, work, seed).run()
-    storage.write_atomic(done, json.dumps(dataclasses.asdict(prepared), ensure_ascii=False, indent=1).encode())
+    storage.write_atomic(done, json.dumps(dataclasses.asdict(prepared), indent=1).encode())
     shutil.rmtree(work / "packs", ignore_errors=True)
     return prepared
 

@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 from .. import objectives
 from ..batch import MAX_TOKENS, Sample
 from ..config import Plugin, to_data
+from ..corpus.fields import label_text, label_texts
 from ..corpus.shards import Config as Source
 from ..corpus.shards import Corpus
 from ..errors import SampleError, UserError
@@ -161,7 +164,7 @@ def _load(file: Path) -> dict[int, np.ndarray] | None:
     try:
         with np.load(file, allow_pickle=False) as saved:
             return dict(zip(saved["samples"].tolist(), saved["features"], strict=True))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
@@ -197,9 +200,9 @@ def numbers_of(labels: list[Any], prepared: Prepared) -> np.ndarray:
     if prepared.head.get("multi_label"):
         truth = np.zeros((len(labels), len(numbers)), int)
         for row, own in enumerate(labels):
-            truth[row, [numbers[str(name)] for name in (own if isinstance(own, list) else [own])]] = 1
+            truth[row, [numbers[name] for name in label_texts(own)]] = 1
         return truth
-    return np.array([numbers[str(label)] for label in labels])
+    return np.array([numbers[label_text(label)] for label in labels])
 
 
 def with_fitted_head(model: Model, prepared: Prepared, parts: dict[str, Part], how: str) -> tuple[Model, dict]:

@@ -242,8 +242,8 @@ def metric_name(prepared: Prepared) -> str:
         return f"{head}/{METRICS[head]}"
     if prepared.task == "captioning":
         return "captions/bits_per_token"
-    other = next(modality for modality in prepared.modalities if modality != "text")
-    return f"retrieval/text_to_{other}/r@10"
+    first, other = sorted(prepared.modalities, key=lambda modality: modality != "text")[:2]
+    return f"retrieval/{first}_to_{other}/r@10"
 
 
 def configure(start: Base, prepared: Prepared, settings: Settings, run_dir: Path) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..corpus.fields import lookup
+from ..corpus.fields import label_text, lookup
 from ..errors import SampleError, UserError
 from ..pack.samples import ID_FIELD, TEXT_COLUMNS
 from .sources import Source
@@ -193,21 +193,10 @@ def _label(row: dict, name: str, names: dict[str, list[str]]) -> str | list[str]
     """The label as text, or as texts where it is a list. Raises SampleError where there is none."""
     value = row[name] if name in row else lookup(row, name)
     if isinstance(value, (list, tuple)):
-        return [label_text(one, names.get(name)) for one in value if one not in (None, "")]
-    if value is None or (text := label_text(value, names.get(name))) == "":
+        return [_text(label_text(one, names.get(name))) for one in value if one not in (None, "")]
+    if value is None or (text := _text(label_text(value, names.get(name)))) == "":
         raise SampleError("label", f"nothing in {name!r}")
     return text
-
-
-def label_text(value, names: list[str] | None = None) -> str:
-    """A label as text: a whole number as such, whatever type it was read as."""
-    if isinstance(value, float):
-        if math.isnan(value):
-            return ""
-        value = int(value) if value.is_integer() else value
-    if names and isinstance(value, int):
-        return names[value] if 0 <= value < len(names) else ""
-    return _text(value) if isinstance(value, str) else str(value).strip()
 
 
 def _number(value, name: str) -> float:
@@ -230,7 +219,7 @@ def _read_tags(row: dict, columns: Columns, source: Source) -> Read:
     words = [_text(word) for word in words]
     if not all(words):
         raise SampleError("empty", f"word {words.index('') + 1} is empty")
-    tags = [label_text(tag, source.names.get(columns.tags)) for tag in tags]
+    tags = [_text(label_text(tag, source.names.get(columns.tags))) for tag in tags]
     if not all(tags):
         raise SampleError("label", f"no tag for word {tags.index('') + 1}")
     text = " ".join(words)
