@@ -24,6 +24,7 @@ from .attention import Cache, Plan, attend
 from .errors import UserError
 from .tokens import FILLER, Tokens
 
+MAX_DEPTH = 4096
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -55,6 +56,8 @@ class Config:
     def __post_init__(self):
         if min(self.width, self.num_heads, self.depth) < 1 or not 0 < self.mlp_ratio < 1000:
             raise ValueError("width, depth and num_heads are at least 1, mlp_ratio is above 0")
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"depth is at most {MAX_DEPTH}")
         if not 0 <= self.drop_path < 1:
             raise ValueError("drop_path is a share from 0 to below 1")
         (self._check_classic if self.block == "classic" else self._check_modern)()
@@ -117,8 +120,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., D) over its root mean square, and what it was multiplied by (..., 1)."""
-    root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-    scale = root_mean_square.clamp(min=torch.finfo(x.dtype).eps).reciprocal()
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    scale = (mean_square + torch.finfo(x.dtype).eps).rsqrt()
     return x * scale, scale
 
 

@@ -252,7 +252,12 @@ class Reading:
 
 
 def plan_reading(tokens: Tokens, num_modalities: int) -> Reading:
-    """The reading of these tokens (N,), whatever their content; on the CPU."""
+    """The reading of these tokens (N,), whatever their content; on the CPU.
+
+    Their sequences get numbers below N, of which a part of a microbatch may have others.
+    """
+    numbers = tokens.sequence.unique(return_inverse=True)[1]
+    tokens = tokens.replace(sequence=numbers.to(tokens.sequence.dtype).where(tokens.sequence >= 0, tokens.sequence))
     order = layout(tokens.sequence, tokens.order)
     rows = torch.empty_like(order)
     rows[order] = torch.arange(len(order))

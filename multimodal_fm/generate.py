@@ -281,9 +281,9 @@ def generate(
     check(model, fit, target, request, settings)
     judge = find_judge(model, objectives, list(read), target) if request.rerank else None
     prompts = make_prompts(model, fit, target, read, request, settings)
-    if fit.parallel and not settings.steps:
+    if fit.parallel and not settings.steps and request.fill is None:  # all prompts have the same holes then
         holes = max(sum(prompt.hidden or []) for prompt in prompts)
-        settings = dataclasses.replace(settings, steps=min(STEPS, holes) if request.fill is None else holes)
+        settings = dataclasses.replace(settings, steps=min(STEPS, holes))
     fit.objective.to(model.device)
     results = write_prompts(model, fit, target, prompts, request.candidates, settings, progress)
     if judge is not None:

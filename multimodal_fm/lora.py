@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Config:
     targets: list[str] = field(default_factory=lambda: list(PROJECTIONS))  # names of the linear layers that are adapted
 
     def __post_init__(self):
-        if self.rank < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if self.rank < 0 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise ValueError("rank is 0 or more, alpha above 0, dropout a share from 0 to below 1")
         if unknown := [name for name in self.targets if name not in PROJECTIONS]:
             raise ValueError(f"targets are {' and '.join(PROJECTIONS)}, not {unknown[0]!r}")
@@ -45,9 +46,8 @@ def inject(backbone: nn.Module, config: Config) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("lora needs Hugging Face peft: pip install 'multimodal_fm[lora]'") from None
-    settings = LoraConfig(
-        r=config.rank, lora_alpha=int(config.alpha), lora_dropout=config.dropout, target_modules=config.targets
-    )
+    alpha: Any = config.alpha  # peft divides it by the rank, whatever number it is
+    settings = LoraConfig(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=config.targets)
     inject_adapter_in_model(settings, backbone, adapter_name=NAME)
     backbone.requires_grad_(True)  # what learns is the run's to say
 
@@ -134,6 +134,6 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         if not isinstance(tokenizers, dict) or not all(isinstance(one, dict) for one in tokenizers.values()):
             raise ValueError("adapter.json: tokenizers are no map of settings")
         return about, load_file(folder / "adapter.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{folder}: no adapter can be read: {said}") from None

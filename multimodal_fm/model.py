@@ -326,6 +326,8 @@ class Model(nn.Module):
         for number, raw in enumerate(given):
             try:
                 inputs.append(tokenizer.read(str(raw) if isinstance(raw, Path) else raw))
+                if not inputs[-1]:
+                    raise SampleError("empty", f"there is no {modality} in it")
             except (SampleError, OSError) as error:
                 name = f" ({raw})" if isinstance(raw, (str, Path)) and modality != "text" else ""
                 raise UserError(f"{modality}[{number}]{name}: {error}") from None
@@ -356,11 +358,25 @@ def load(
     this package, whose code then runs. Raises UserError.
     """
     folder = checkpoint.newest(run)
-    model = Model(read_config(folder, plugins))
-    load_weights(model, checkpoint.read_tensors(folder, "ema" if ema else "model"), folder)
+    config, tensors = read_config(folder, plugins), checkpoint.read_tensors(folder, "ema" if ema else "model")
+    check_sizes(config, tensors, folder)
+    model = Model(config)
+    load_weights(model, tensors, folder)
     model = with_adapter(model, adapter, plugins) if adapter else model
     model.origin = (folder, ema, plugins)
     return model.to(pick_device(device)).eval()
+
+
+def check_sizes(config: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises UserError where a model of this configuration is another than the tensors, before it takes any memory."""
+    try:
+        with torch.device("meta"):
+            skeleton = Model(config)
+    except UserError:
+        raise
+    except Exception:  # a part reads numbers back while it is built, as a codec's quantizer does
+        return
+    check_weights(skeleton, {name: tensor.shape for name, tensor in tensors.items()}, folder)
 
 
 def with_adapter(model: Model, folder: str | Path, plugins: bool = False) -> Model:
@@ -378,7 +394,10 @@ def with_adapter(model: Model, folder: str | Path, plugins: bool = False) -> Mod
     data = to_data(model.config)
     data |= {"lora": about.get("lora", {}), "heads": about.get("heads", {})}
     for modality, settings in about["tokenizers"].items():
-        data["tokenizers"][modality] = data["tokenizers"].get(modality, {}) | settings
+        own = {
+            key: value for key, value in settings.items() if key not in ("file", "codec")
+        }  # what is opened is the base's
+        data["tokenizers"][modality] = data["tokenizers"].get(modality, {}) | own
     adapted = Model(build(ModelConfig, data, str(Path(folder) / "adapter.json"), plugins))
     known = {name: base[lora.plain_name(name)] for name in adapted.state_dict() if lora.plain_name(name) in base}
     load_weights(adapted, known | tensors, Path(folder))

@@ -39,26 +39,28 @@ class Canvas:
 def fill(
     model: Model, objective: Objective, target: str, canvases: list[Canvas], settings: Settings
 ) -> Iterator[float]:
-    """Fill in what is hidden, in place, in `settings.steps` readings; yields the share of the tokens that stands.
+    """Fill in what is hidden, in place, in `settings.steps` readings, or where that is 0 in as many as a canvas has
+    holes; yields the share of the tokens that stands.
 
     Each reading predicts all hidden tokens; those that the model is surest of stay, by a cosine schedule: after the
     share t of the readings cos(t π / 2) of the tokens are hidden. Sureness has Gumbel noise, `temperature` times what
     is left of the readings. With one reading and temperature 0 each token is the likeliest.
     """
     total = sum(canvas.total for canvas in canvases)
-    for step in range(1, settings.steps + 1):
+    for step in range(1, max((settings.steps or canvas.total for canvas in canvases), default=0) + 1):
         open_ones = [canvas for canvas in canvases if canvas.hidden.any()]
         if not open_ones:
             break
-        share = math.cos(step / settings.steps * math.pi / 2) if step < settings.steps else 0.0
         logits = _read(model, objective, target, open_ones)
         if settings.guidance_scale != 1:
             bare = [Canvas({}, canvas.tokens, canvas.hidden) for canvas in open_ones]
             alone = _read(model, objective, target, bare)
             logits = [guide(*pair, settings.guidance_scale) for pair in zip(logits, alone, strict=True)]
         for canvas, own in zip(open_ones, logits, strict=True):
+            done = step / (settings.steps or canvas.total)
+            share = math.cos(done * math.pi / 2) if done < 1 else 0.0
             left = min(math.floor(share * canvas.total), int(canvas.hidden.sum()) - 1)
-            _fill_in(canvas, own, left, 1 - step / settings.steps, settings)
+            _fill_in(canvas, own, left, 1 - done, settings)
         yield 1 - sum(int(canvas.hidden.sum()) for canvas in canvases) / max(total, 1)
 
 

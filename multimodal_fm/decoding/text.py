@@ -28,8 +28,13 @@ class TextStream:
         self._tail += text[self._decoded : len(text) - cut]
         self._decoded = len(text) - cut
         if not cut:
-            self._pending, self._decoded = [], 0
+            self._keep_last()
         return self._release(last=False)
+
+    def _keep_last(self) -> None:
+        """Keep the last id, without whose text a tokenizer of word pieces does not say whether a space follows it."""
+        text = self.decode(self._pending[-1:])
+        self._pending, self._decoded = ([], 0) if "\ufffd" in text else (self._pending[-1:], len(text))
 
     def finish(self) -> str:
         """The rest of the text, where no more ids come."""

@@ -45,7 +45,7 @@ TARGETS = {
 }
 LIMIT = 1e-4  # the largest difference from the original that is published, of its largest value or of 1
 TEXT, IMAGE = ("vocab_size", "causal", "max_tokens"), ("patch", "max_tokens", "enlarge", "square")
-AUDIO = ("sample_rate", "n_mels", "hop_length", "win_length", "patch_frames", "patch_mels", "max_tokens")
+AUDIO = ("sample_rate", "n_mels", "hop_length", "win_length", "patch_frames", "patch_mels", "max_tokens", "features")
 
 
 @dataclass

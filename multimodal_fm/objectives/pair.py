@@ -83,7 +83,8 @@ class Objective(base.Objective):
         if config.kind != "next_sentence" or config.modality not in tokens:
             return None
         tokenizer: Any = tokenizers[config.modality]
-        return find_starts([tokenizer.decode([token]) for token in tokens[config.modality].content.tolist()])
+        ids = tokens[config.modality].content.tolist()
+        return find_starts([decode_after(tokenizer, *pair) for pair in zip([None, *ids], ids)])
 
     @staticmethod
     def prepare(config: Config, sample: Sample, generator: torch.Generator | None = None) -> Sample:
@@ -126,7 +127,10 @@ class Objective(base.Objective):
 
 
 def check_positions(model, modality: str) -> None:
-    """Raises ValueError where the backbone learns its positions and has none for the second segment."""
+    """Raises ValueError where the backbone learns its positions and has none for the second segment, and where not
+    every text ends in END, which ends a segment."""
+    if not getattr(model.tokenizers[modality].config, "end_cuts", True):
+        raise ValueError("pair: a segment ends in END: set tokenizers.text.end_cuts=true")
     backbone, extent = model.config.backbone, model.tokenizers[modality].extent()
     times, rows, _ = backbone.extent()
     if backbone.block == "classic" and not (backbone.grid and rows > 1):
@@ -136,6 +140,15 @@ def check_positions(model, modality: str) -> None:
             f"pair: two segments have up to {extent[0] + 1} tokens, one END more than max_tokens, and the backbone "
             f"learns {times} times: set backbone.max_positions={extent[0] + 1}"
         )
+
+
+def decode_after(tokenizer, before: int | None, token: int) -> str:
+    """What a token adds to the text of the one before it, the space between two word pieces too."""
+    return (
+        tokenizer.decode([token])
+        if before is None
+        else tokenizer.decode([before, token])[len(tokenizer.decode([before])) :]
+    )
 
 
 def find_starts(pieces: list[str]) -> list[int]:

@@ -63,9 +63,8 @@ def look_up(file: Path, path: Sequence) -> Any:
     all. .safetensors: `["elements"]`, the number of numbers in it.
     """
     if file.suffix == ".safetensors":
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+        files = [file] if file.exists() else sorted(file.parent.glob(f"{file.stem}-*.safetensors"))  # a large one
+        return sum(map(_count_elements, files))
     if file.suffix == ".jsonl":
         what, *path = path
         if what == "sum":
@@ -97,6 +96,12 @@ def _left_out(file: Path) -> Counter[str]:
     """How many different parts were left out, by reason."""
     names = ("source", "shard", "key", "part", "reason")
     return Counter(row[-1] for row in {tuple(one[name] for name in names) for one in read_jsonl(file)})
+
+
+def _count_elements(file: Path) -> int:
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
+    return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
 
 
 class Table:

@@ -189,7 +189,7 @@ def verify(folder: Path) -> str:
             path = folder / Path(name).name
             if path.stat().st_size != wanted["bytes"] or _hash(path) != wanted["sha256"]:
                 return f"{path} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder}: {error}"
     return ""
 
@@ -256,7 +256,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         listing = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return all((folder / Path(name).name).stat().st_size == one["bytes"] for name, one in listing.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -268,7 +268,7 @@ def _tensor_files(folder: Path, name: str) -> list[Path]:
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [folder / Path(file).name for file in sorted(files)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} cannot be read: {error}") from None
 
 

@@ -27,7 +27,7 @@ from ..heads.codes import Head
 from ..model import Model, ModelConfig, load_weights
 from ..tokenizers import image
 from ..tokens import Tokens, constant, join, make_sequence
-from . import checkpoint, trust
+from . import checkpoint, hub, trust
 
 FORMAT = "multimodal_fm codec 1"
 
@@ -89,10 +89,15 @@ def load(file: str) -> Codec:
 def load_own(run: str) -> Codec:
     """The codec of a run, or of one checkpoint's folder, that was trained here by this user: what else a setting names
     may be a stranger's choice, and is not opened. Raises UserError."""
-    folder = checkpoint.newest(run)
-    if not trust.is_own(folder, checkpoint.MANIFEST):
-        raise UserError(f"{folder}: was not trained here by you: set `file` of the tokenizer to a copy (codec.export)")
-    return _load_folder(folder)
+    if hub.is_hub(run):
+        raise UserError(f"{run}: a codec of a setting is not fetched: set `file` of the tokenizer to a copy of it")
+    folders = [Path(run)] if (Path(run) / checkpoint.MANIFEST).exists() else checkpoint.steps(run)
+    for folder in folders:  # before anything in it is read
+        if not trust.is_own(folder, checkpoint.MANIFEST):
+            raise UserError(
+                f"{folder}: was not trained here by you: set `file` of the tokenizer to a copy (codec.export)"
+            )
+    return _load_folder(checkpoint.newest(run))
 
 
 @functools.lru_cache(maxsize=4)

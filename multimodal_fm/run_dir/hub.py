@@ -6,6 +6,7 @@ nothing else, so that there is neither code nor a pickle among them. Its manifes
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -104,8 +105,18 @@ def _release(run: Path, folder: Path, work: Path) -> Path:
     for name in ("model.json", "config.json", "state.json"):
         shutil.copyfile(folder / name, work / name)
     for target, source in AVERAGED.items():
-        if (folder / f"{source}.safetensors").exists():
+        index = folder / f"{source}.safetensors.index.json"
+        if index.exists():  # a large one lies in several files
+            data = json.loads(index.read_text(encoding="utf-8"))
+            names = {name: Path(name).name.replace(source, target, 1) for name in set(data["weight_map"].values())}
+            for old, new in names.items():
+                shutil.copyfile(folder / Path(old).name, work / new)
+            data["weight_map"] = {key: names[name] for key, name in data["weight_map"].items()}
+            (work / f"{target}.safetensors.index.json").write_text(json.dumps(data), encoding="utf-8")
+        elif (folder / f"{source}.safetensors").exists():
             shutil.copyfile(folder / f"{source}.safetensors", work / f"{target}.safetensors")
+        elif source in ("model", "ema"):
+            raise UserError(f"{folder}: has no {source}.safetensors")
     for file in folder.glob("tokenizer-*"):
         shutil.copyfile(file, work / file.name)
     checkpoint.write_manifest(work)

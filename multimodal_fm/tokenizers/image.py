@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import re
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -83,7 +85,8 @@ class Tokenizer(base.Tokenizer):
         Without a generator the whole picture is squeezed into its grid; with one, a random crop of it, augmented. The
         crop is drawn first, so that a JPEG is decoded at the smallest scale that the crop needs. Raises SampleError.
         """
-        config, jpeg = self.config, self._parse_jpeg(raw)
+        config, raw = self.config, self._open(raw)
+        jpeg = self._parse_jpeg(raw)
         if jpeg is None:
             side = 1.5 * config.patch * math.sqrt(config.max_tokens / config.min_crop_scale)
             whole = self._decode_with_pillow(raw, side)
@@ -136,10 +139,19 @@ class Tokenizer(base.Tokenizer):
 
         EXIF orientation is applied, transparency becomes white, 16 bits become 8.
         """
+        raw = self._open(raw)
         jpeg = self._parse_jpeg(raw)
         if jpeg is None:
             return self._decode_with_pillow(raw)
         return self._decode_jpeg(jpeg, jpeg.height, jpeg.width, fast=False)
+
+    def _open(self, raw):
+        """A file's bytes, so that a path is read as the same bytes of a shard are; anything else as it is."""
+        if not isinstance(raw, (str, Path)):
+            return raw
+        if (size := os.path.getsize(raw)) > self.config.max_bytes:
+            raise SampleError("byte-limit", f"{size} bytes, the limit is {self.config.max_bytes}")
+        return Path(raw).read_bytes()
 
     def _parse_jpeg(self, raw) -> _Jpeg | None:
         """The header of a plain JPEG in memory; None for all else, which is left to Pillow. Raises SampleError."""
@@ -304,7 +316,8 @@ def _jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation of a JPEG. Pillow is asked only where there is an EXIF segment before the pixels."""
     offset = 2
     while data[offset : offset + 1] == b"\xff" and data[offset + 1 : offset + 2] not in (b"\xda", b"\xe1"):
-        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4])
+        fill = data[offset + 1 : offset + 2] == b"\xff"  # any number of which may come before a marker
+        offset += 1 if fill else 2 + int.from_bytes(data[offset + 2 : offset + 4])
     if data[offset : offset + 2] != b"\xff\xe1":
         return 1
     try:

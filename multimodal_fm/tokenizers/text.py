@@ -88,6 +88,7 @@ class Tokenizer(base.Tokenizer):
         room = self.config.max_tokens - 2
         if generator is None:
             ids = self._encode_documents(next(iter(texts.values()))[0], room * MAX_WINDOWS)
+            _check_ids(ids)
             whole = len(ids) < room * MAX_WINDOWS
             return [self._window(ids, start, whole) for start in range(0, len(ids), room)]
         draws = [generator.random() for _ in range(4)]
@@ -96,6 +97,7 @@ class Tokenizer(base.Tokenizer):
         length = len(text) if isinstance(text, str) else sum(map(len, text))
         first = _index(draws[2], max(length - reach, 0) + 1)
         ids = self._encode_documents(_crop(text, first, first + reach))
+        _check_ids(ids)
         start = _index(draws[3], max(len(ids) - room, 0) + 1)
         return [self._window(ids, start, first + reach >= length)]
 
@@ -171,7 +173,7 @@ class Tokenizer(base.Tokenizer):
         ids, merges, start = [], self._merges(), 0
         while start < len(text) and (limit is None or len(ids) < limit):
             stop = start + CHUNK
-            if isinstance(merges, Vocabulary) and stop < len(text):  # no word is cut
+            if stop < len(text):  # no word is cut
                 space = text.rfind(" ", start + 1, stop)
                 stop = space if space > 0 else stop
             ids += merges.encode_ordinary(text[start:stop])
@@ -332,7 +334,7 @@ def load_merges(file: str):
         with open(file, encoding="utf-8") as opened:
             ranks, split = _parse_merges(json.load(opened))
         return tiktoken.Encoding(file, pat_str=split, mergeable_ranks=ranks, special_tokens={})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}: not a tokenizer of byte-level BPE ({error or type(error).__name__}); for another kind set "
             "tokenizers.text.format: hugging_face"
@@ -439,6 +441,12 @@ def _decode_utf8(data: bytes) -> str:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SampleError("text-decode", f"not UTF-8 at byte {error.start}") from None
+
+
+def _check_ids(ids: np.ndarray) -> None:
+    """Raises SampleError where a tokenizer has left nothing of a text, such as of a zero-width space alone."""
+    if not len(ids):
+        raise SampleError("empty", "its tokenizer makes no ids of it")
 
 
 def _index(draw: float, count: int) -> int:

@@ -162,6 +162,10 @@ def _to_pixels(picture: Any) -> Tensor:
         return picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits, or numbers up to any
+            values = np.asarray(picture, dtype=np.float64)
+            top = 65535.0 if picture.mode.startswith("I") else max(float(values.max(initial=0)), 1e-9)
+            picture = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
         if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
