@@ -209,6 +209,11 @@ class Tokenizer(base.Tokenizer):
         most = merges.n_vocab + 2
         return [len(merges.decode_single_token_bytes(i - 2)) if END < i < most else 0 for i in ids]
 
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether `count_bytes` can say how many bytes ids stand for."""
+        return self.config.format != "hugging_face"
+
     def count_bytes(self, ids: list[int]) -> int:
         """How many bytes of text `ids` stand for."""
         return sum(self.token_bytes(ids))
