@@ -27,7 +27,11 @@ class Evaluator(base.Evaluator):
         """`text/bits_per_byte`; nothing where no objective was trained to predict text from the text before it, or the
         tokenizer's ids stand for no certain number of bytes (`format: hugging_face`)."""
         name = next((name for name, objective in objectives.items() if objective.has_likelihood("text")), None)
-        if name is None or "text" not in embedded.inputs or not getattr(model.tokenizers["text"], "counts_bytes", False):
+        if (
+            name is None
+            or "text" not in embedded.inputs
+            or not getattr(model.tokenizers["text"], "counts_bytes", False)
+        ):
             return {}
         texts = [text or "" for text in embedded.inputs["text"].texts]
         bits, sizes = measure_bits(model, objectives[name], texts)
