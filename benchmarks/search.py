@@ -3,9 +3,9 @@ and time to build each takes.
 
 Each contestant is in a process of its own and uses all cores that it is given; they take turns at the same queries, in
 batches and one by one; beside queries a second stands the least CPU time of a query in all turns, which other work on
-the machine changes less. Each is searched as far as it has to be for the recall@10 that is asked for (of exact search,
-on queries that are not those of the turns, less one standard error). Ours answers with items (texts and fields from the disk), `ours-numbers`
-and the others with numbers of rows.
+the machine changes less. Each is searched as far as it has to be for the recall@10 that is asked for: that of exact
+search, on queries that are not those of the turns, less one standard error. Ours answers with items (texts and fields
+from the disk), `ours-numbers` and the others with numbers of rows.
 
 The vectors are not embeddings: mixtures of 2,000 Gaussian clusters of unequal size on the sphere, each of 48 directions
 of its own beside noise in all directions, rounded to float16. Queries are further draws of the same mixture.
