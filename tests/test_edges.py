@@ -1,4 +1,4 @@
-"""Small things that once went wrong: labels of several spellings, figures that are no number, sounds of bats, long paths.
+"""Small things that once went wrong: labels of several spellings, figures that are no number, sounds of bats.
 
 Each is a sentence of what must hold; what belongs to a larger test stands there.
 """
