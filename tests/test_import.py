@@ -372,7 +372,7 @@ HUGE = 10**15
         ({"hidden_size": 1 << 23}, "its weights do not fit"),
         ({"intermediate_size": 1 << 14}, "its weights do not fit"),
         ({"intermediate_size": 1 << 24}, "mlp_ratio"),
-        ({"num_hidden_layers": 1 << 24}, "has no tensor encoder.layer.2"),
+        ({"num_hidden_layers": 1 << 24}, "has no tensor encoder.layer.2|depth is at most"),
         ({"num_attention_heads": True}, "num_attention_heads is a whole number"),
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776, its table has 300 rows"),
         ({"max_position_embeddings": HUGE}, "max_position_embeddings is"),
