@@ -16,13 +16,18 @@ from ..model import Model, Output, autocast
 Reading = tuple[Tensor, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
-class Learner(nn.ModuleDict):
+class Learner(nn.Module):
     """`learner(batch, weights)` is one forward of all that learns; `learner["model"]` and `learner["objectives"]`."""
 
     def __init__(self, model: Model, objectives: nn.ModuleDict, precision: str = "float32"):
-        super().__init__({"model": model, "objectives": objectives})
+        super().__init__()
+        self.model, self.objectives = model, objectives
         self.precision = precision
         self.in_step = False  # whether all ranks must call the same modules, as shards ask for
+
+    def __getitem__(self, name: str) -> nn.Module:
+        """As a `ModuleDict`, which torch 2.11 does not shard."""
+        return getattr(self, name)
 
     def forward(
         self,

@@ -8,8 +8,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from torch import nn
-
 from ..corpus.shards import Corpus, list_shards
 from ..corpus.storage import write_atomic
 from ..errors import UserError
@@ -19,6 +17,7 @@ from ..run_dir import checkpoint
 from ..stream.quarantine import refused_row, strict_message
 from ..stream.tasks import Origin, build_stream, fit_tokenizers
 from .config import TrainConfig
+from .learner import Learner
 from .parallel import Ranks
 from .resume import keep_tokenizers, resume_config
 
@@ -75,7 +74,7 @@ def _with_inherited_tokenizers(config: TrainConfig) -> TrainConfig:
     return keep_tokenizers(config, files) if files else config
 
 
-def init_weights(trained: nn.ModuleDict, init: str | dict[str, str]) -> list[str]:
+def init_weights(trained: Learner, init: str | dict[str, str]) -> list[str]:
     """Copy the averaged weights of other runs into a model and its objectives by name; what does not fit stays.
 
     Returns lines that name what was taken, what has another shape and so starts anew, and what is new. Raises UserError
@@ -97,7 +96,7 @@ def init_weights(trained: nn.ModuleDict, init: str | dict[str, str]) -> list[str
     return lines
 
 
-def _init_part(trained: nn.ModuleDict, init: dict[str, str], part: str) -> str:
+def _init_part(trained: Learner, init: dict[str, str], part: str) -> str:
     """Copy one part of the model from the run that `init` names for it; returns the line that says so."""
     folder, own = checkpoint.newest(init[part]), trained["model"].state_dict()
     tensors = checkpoint.read_tensors(folder, "ema")

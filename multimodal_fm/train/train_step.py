@@ -56,7 +56,7 @@ class TrainStep:
         self.model: Any = self.trained["model"]
         self.objectives: Any = self.trained["objectives"]
         averages = self._skeleton() if self.mesh else self._learner(self.device)
-        self._averages = nn.ModuleDict(dict(averages.items())).requires_grad_(False).eval()
+        self._averages = nn.ModuleDict(dict(averages.named_children())).requires_grad_(False).eval()
         self._behind = False  # whether the averages are to be copied before they are read; see `ema`
         if device.type == "cpu":
             keep_freed_memory()
@@ -434,7 +434,7 @@ class TrainStep:
             rows = whole(tensor)
             if together:
                 own[name].copy_(rows)
-        return nn.ModuleDict(dict(together.items())).requires_grad_(False).eval() if together else self.ema
+        return nn.ModuleDict(dict(together.named_children())).requires_grad_(False).eval() if together else self.ema
 
 
 def _check_types(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
