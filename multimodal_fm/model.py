@@ -394,9 +394,8 @@ def with_adapter(model: Model, folder: str | Path, plugins: bool = False) -> Mod
     data = to_data(model.config)
     data |= {"lora": about.get("lora", {}), "heads": about.get("heads", {})}
     for modality, settings in about["tokenizers"].items():
-        own = {
-            key: value for key, value in settings.items() if key not in ("file", "codec")
-        }  # what is opened is the base's
+        # what is opened is what the base names
+        own = {key: value for key, value in settings.items() if key not in ("file", "codec")}
         data["tokenizers"][modality] = data["tokenizers"].get(modality, {}) | own
     adapted = Model(build(ModelConfig, data, str(Path(folder) / "adapter.json"), plugins))
     known = {name: base[lora.plain_name(name)] for name in adapted.state_dict() if lora.plain_name(name) in base}

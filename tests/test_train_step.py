@@ -124,8 +124,11 @@ def test_the_averages_follow_the_weights(text_step):
 def test_without_a_decay_the_averages_are_the_weights(text_step):
     """Whenever they are read, and a step does nothing for them."""
     step, read = text_step(ema_decay=0.0)
+    copies, copy = [], step._copy_to_averages
+    step._copy_to_averages = lambda: copies.append(copy())
     for number in range(2):
         step(number, read(number))
+        assert len(copies) == number
         for name, now in step.ema.state_dict().items():
             assert torch.equal(now, step.trained.state_dict()[name]), name
     tensors = step.tensors()

@@ -311,7 +311,8 @@ class TrainStep:
     def _gradients(self, batches: list[Batch], measure: bool) -> dict[str, Tensor]:
         """Set the gradients of all that this rank updates, summed over the step; the report of the whole step."""
         first = self.ranks.rank * self.config.microbatches // self.ranks.size
-        teacher: Any = self.ema["model"]
+        asked = any(objective.teacher_layers for objective in self.objectives.values())
+        teacher: Any = self.ema["model"] if asked else None
         if self.mesh is not None:
             for own in self.held.values():  # the rows' gradients, which `zero_grad` does not know
                 own.grad = None
