@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default tests are for the CPU; `gpu` ones ask for more
@@ -14,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from multimodal_fm import cli
 from multimodal_fm.corpus import shards
 from multimodal_fm.stream.tasks import build_stream
 
@@ -152,6 +155,26 @@ def write_config(tmp_path, corpus):
         return path
 
     return write
+
+
+@pytest.fixture
+def mmfm(monkeypatch, capsys):
+    """The command line, in this process: `mmfm("evaluate", run)` returns its exit code and what it has printed."""
+
+    def call(*words) -> subprocess.CompletedProcess:
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        monkeypatch.setattr(sys, "argv", ["mmfm", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return subprocess.CompletedProcess(sys.argv, caught.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def output(done: subprocess.CompletedProcess) -> str:
+    """What a command has printed that succeeded."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(autouse=True)

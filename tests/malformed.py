@@ -56,10 +56,10 @@ RECIPES: dict[str, Callable[[Path], Case]] = {}
 """What writes a case's file into a folder, by the case's name."""
 
 
-def make(folder: str | Path) -> list[Case]:
-    """Writes all files into the folder, which is made where it is missing."""
+def make(folder: str | Path, part: slice = slice(None)) -> list[Case]:
+    """Writes the files, or those of a part of the cases, into the folder, which is made where it is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return [recipe(Path(folder)) for recipe in RECIPES.values()]
+    return [recipe(Path(folder)) for recipe in list(RECIPES.values())[part]]
 
 
 # --- sound samples ---
@@ -615,6 +615,7 @@ for _name, _fault, _ending, _says, _content in (
      lambda: gzip.compress(bytes(100 * MB), 6, mtime=0)),
     ("zip-bomb", 32, "zip", "a zip archive of 64 MB of zeros", lambda: _zipped("zeros", bytes(64 * MB))),
 ):  # fmt: skip
+    _content = functools.cache(_content)
     tar(f"extra-{_name}", _fault, f"{_says}: delivered as bytes, never opened",
         lambda e=_ending, c=_content: _extra(e, c()),
         own=lambda e=_ending, c=_content: {"hurt": {**sound_sample("hurt"), e: c()}}, outcome=OK)  # fmt: skip
@@ -871,6 +872,7 @@ def _floats(*odd: float) -> bytes:
 PCM = (np.sin(np.arange(8000) / 5) * 9000).astype("<i2").tobytes()
 
 
+@functools.cache
 def _silence(seconds: int, rate: int, channels: int) -> bytes:
     data = io.BytesIO()
     piece = np.zeros((rate * 10, channels), np.int16)
@@ -997,6 +999,7 @@ def _around_binary() -> tuple[bytes, list[bytes]]:
     return data, PARAGRAPHS[:2] + PARAGRAPHS[4:]
 
 
+@functools.cache
 def _long_line() -> tuple[bytes, list[bytes]]:
     line = "".join(random.Random(7).choices("abcdefgh\u00e4\u65e5", k=4 * MB)).encode()
     return b"\n\n".join([*PARAGRAPHS[:2], line, *PARAGRAPHS[2:]]), [PARAGRAPHS[0], line, PARAGRAPHS[-1]]

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import struct
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 import yaml
 from conftest import losses, samples, text_only, tiny
 
-from multimodal_fm import cli
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.reports.model_card import Card
@@ -176,15 +174,12 @@ def test_a_run_that_was_not_measured_says_so(tmp_path, corpus):
     assert "is not declared: there is no data card beside its shards" in " ".join(Card(run).problems())
 
 
-def gate(run, capsys, monkeypatch, *words) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["mmfm", "card", str(run), *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code or 0, capsys.readouterr().out
+def test_the_gate(mmfm, run, card, tmp_path, corpus):
+    def gate(run, *words) -> tuple[int, str]:
+        done = mmfm("card", run, "--check", *words)
+        return done.returncode, done.stdout
 
-
-def test_the_gate(run, card, capsys, monkeypatch, tmp_path, corpus):
-    assert gate(run, capsys, monkeypatch, "--check") == (0, "")
+    assert gate(run) == (0, "")
     name = "held/retrieval/text_to_image/r@10"
     for words, said in (
         ((f"require={{{name}: 0.6}}",), f"{name} is 0.5123, required is at least 0.6"),
@@ -193,22 +188,20 @@ def test_the_gate(run, card, capsys, monkeypatch, tmp_path, corpus):
         (("require={held/absent: 0}",), "held/absent is required to be at least 0 and was not measured"),
         (('license=""',), "the license of the weights is not declared"),
     ):
-        code, out = gate(run, capsys, monkeypatch, "--check", *words)
+        code, out = gate(run, *words)
         assert code == 1 and said in out
     measure(run, 3, "old")
-    code, out = gate(run, capsys, monkeypatch, "--check")
+    code, out = gate(run)
     assert code == 1 and "evaluation old is of step 3, the checkpoint of step 4" in out
     assert "README.md is not of the run as it stands" in out
     bare = train(tmp_path, text_only(corpus, tmp_path / "run", steps=1))
-    code, out = gate(bare, capsys, monkeypatch, "--check")
+    code, out = gate(bare)
     assert code == 1 and "the run has no evaluation" in out and "README.md is missing" in out
 
 
-def test_wrong_settings_of_the_card(run, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mmfm", "card", str(run), "licence=mit"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2 and "did you mean license" in capsys.readouterr().err
+def test_wrong_settings_of_the_card(mmfm, run):
+    done = mmfm("card", run, "licence=mit")
+    assert done.returncode == 2 and "did you mean license" in done.stderr
     with pytest.raises(UserError, match="is one checkpoint"):
         Card(run / "checkpoints/step-00000004")
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from scipy.stats import chi2
-from test_config import mmfm
 
 from multimodal_fm.cli import evaluation
 from multimodal_fm.errors import UserError
@@ -197,7 +196,7 @@ def test_forgetting_by_modality(runs):
         compare.measure_forgetting(base, tuned)
 
 
-def test_the_command(runs, capsys):
+def test_the_command(mmfm, runs, capsys):
     a, b = runs
     write(a, [1, 0, 1, 1] * 20, name="cifar \x1b[31m/test")
     write(b, [1, 1, 1, 1] * 20, name="cifar \x1b[31m/test")

@@ -4,16 +4,14 @@ import io
 import re
 import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLORS, jpeg, tone
+from conftest import COLORS, jpeg, output, tone
 
 import multimodal_fm
-from multimodal_fm import cli
 from multimodal_fm.config import read_yaml
 from multimodal_fm.corpus import shards
 from multimodal_fm.errors import REASONS
@@ -28,20 +26,10 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def mmfm(monkeypatch, tmp_path, capsys):
-    """The command line, in `tmp_path`, where it finds modules too; returns what it prints."""
+def here(monkeypatch, tmp_path):
+    """`tmp_path` is the folder of the command line, which finds modules there too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-
-    def run(*words) -> str:
-        monkeypatch.setattr(sys, "argv", ["mmfm", *words])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        said = capsys.readouterr()
-        assert not caught.value.code, said.err
-        return said.out
-
-    return run
 
 
 def test_the_reference_of_the_configuration_is_up_to_date():
@@ -94,7 +82,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-def test_the_files_of_extending_work_together(mmfm, tmp_path):
+def test_the_files_of_extending_work_together(mmfm, here, tmp_path):
     """A modality, an objective, a head and an evaluation, one file each: trained, loaded, embedded, evaluated."""
     for language in ("python", "yaml"):
         for block in blocks(ROOT / "docs/extending.md", language):
@@ -110,14 +98,14 @@ def test_the_files_of_extending_work_together(mmfm, tmp_path):
         samples.append({"__key__": f"{number:03d}", **member})
     (tmp_path / "shards").mkdir()
     shards.write(tmp_path / "shards/machines-0.tar", samples)
-    mmfm("pretrain", "mine.yaml", "num_workers=0", "threads=1")
-    said = mmfm("evaluate", "runs/mine", "--trust")
+    output(mmfm("pretrain", "mine.yaml", "num_workers=0", "threads=1"))
+    said = output(mmfm("evaluate", "runs/mine", "--trust"))
     assert "series → text" in said and "uniformity series" in said
     model = multimodal_fm.load("runs/mine", plugins=True)
     assert model.embed(series=[np.zeros(100), np.ones(600)])["series"].shape == (2, 256)
 
 
-def test_the_first_run_of_the_readme(mmfm, tmp_path):
+def test_the_first_run_of_the_readme(mmfm, here, tmp_path):
     """From an empty folder with media to a report, and the Python that follows, as they stand there but for sizes."""
     (tmp_path / "media").mkdir()
     for number in range(48):
@@ -140,7 +128,7 @@ def test_the_first_run_of_the_readme(mmfm, tmp_path):
     for command in commands.splitlines():
         program, name, *words = shlex.split(command, comments=True)
         assert program == "mmfm"
-        said[name] = mmfm(name, *words)
+        said[name] = output(mmfm(name, *words))
     assert "train" in said["pack"] and "48 samples" not in said["inspect"]
     assert all(direction in said["evaluate"] for direction in ("text → image", "audio → text"))
     assert "square" in said["search"] and (tmp_path / "runs/mine/report.html").exists()

@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
-from test_config import mmfm
 from test_evaluate import by_hand
 
 from multimodal_fm import load as load_model
@@ -374,7 +373,7 @@ def test_what_needs_no_embedding_pays_for_none(headless, corpus, monkeypatch):
     assert not embedded.is_read and not embedded.skipped
 
 
-def test_suites(headless, corpus, tmp_path):
+def test_suites(mmfm, headless, corpus, tmp_path):
     folder = checkpoint.newest(headless)
     quick, full = (load_suite(name, folder) for name in ("quick", "full"))
     assert list(quick) == list(full) == ["held", "texts"]

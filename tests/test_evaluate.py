@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import jpeg, samples, tiny, tone
 from PIL import Image
-from test_config import mmfm
 
 from multimodal_fm import batch as batching
 from multimodal_fm import load as load_model
@@ -485,7 +484,7 @@ def test_a_trained_model_is_better_than_chance(run, model, corpus):
     assert 0.1 < bits["value"] < 8 and bits["low"] <= bits["value"] <= bits["high"] and bits["chance"] is None
 
 
-def test_the_commands(run, corpus, tmp_path):
+def test_the_commands(mmfm, run, corpus, tmp_path):
     shard = corpus / "validation-0.tar"
     fields = ("--group", "color", "--within", "language", "--labels", "color")
     done = mmfm("evaluate", run, "--on", shard, "--json", *fields)
@@ -511,7 +510,7 @@ def test_the_commands(run, corpus, tmp_path):
         assert done.stderr.startswith("mmfm: ")
 
 
-def test_what_was_trained_on_is_said_beside_the_score(run, model, corpus, tmp_path):
+def test_what_was_trained_on_is_said_beside_the_score(mmfm, run, model, corpus, tmp_path):
     folder = checkpoint.newest(run)
     trained = objectives.load(run, model)
     figures, embedded = evaluate(model, trained, Evaluation(f"{corpus}/train-1.tar", modalities=["text"]), folder)
@@ -552,7 +551,7 @@ def forge(run, folder, **changes):
     return folder
 
 
-def test_a_strangers_config_names_nothing_that_is_read(run, corpus, tmp_path, monkeypatch):
+def test_a_strangers_config_names_nothing_that_is_read(mmfm, run, corpus, tmp_path, monkeypatch):
     shards.write(tmp_path / "private.tar", samples(12))
     (tmp_path / "theirs.py").write_text(
         f"open({str(tmp_path / 'imported')!r}, 'w')\nfrom multimodal_fm.evals.base import Evaluator"

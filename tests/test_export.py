@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import output
 
 from multimodal_fm.config import build
 from multimodal_fm.errors import UserError
@@ -122,22 +123,13 @@ def test_onnx(tmp_path):
     assert about["manifest_sha256"] == export_base.hash_file(manifest)
 
 
-def test_torch_export_by_the_command(tmp_path, monkeypatch, capsys):
-    import sys
-
-    from multimodal_fm import cli
-
+def test_torch_export_by_the_command(mmfm, tmp_path):
     model = make({**MODERN, "depth": 1}, ["image"])
-    run, codes = run_of(model, tmp_path / "run"), []
-    for out in ("out", "out", "run"):
-        words = ["export", str(run), "--to", "torch-export", "--out", str(tmp_path / out)]
-        monkeypatch.setattr(sys, "argv", ["mmfm", *words])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        codes.append(caught.value.code or 0)
-    said = capsys.readouterr()
-    assert codes == [0, 2, 2] and "image: differs from the original by at most embeddings" in said.out
-    assert said.err.count("is there already and not empty") == said.err.count("mmfm: ") == 2
+    run = run_of(model, tmp_path / "run")
+    first, *others = (mmfm("export", run, "--to", "torch-export", "--out", tmp_path / o) for o in ("out", "out", "run"))
+    assert "image: differs from the original by at most embeddings" in output(first)
+    for done in others:
+        assert done.returncode == 2 and "is there already and not empty" in done.stderr
     tower = torch.export.load(tmp_path / "out/image.pt2").module()
     sequences = export_base.examples(model, "image", seed=5)[:1]
     content, mask, position = export_base.pad(sequences)

@@ -66,7 +66,6 @@ import pytest
 import test_malformed
 import torch
 from conftest import dataset_of, samples, tiny
-from test_config import mmfm
 from test_stream import fitted, rows
 
 from multimodal_fm.batch import Example, with_counts
@@ -255,7 +254,7 @@ def test_a_substitute_takes_the_place_of_what_is_lost(tmp_path):
     assert list(found) == list(range(8))
 
 
-def test_a_missing_shard_ends_the_run_before_it_begins(tmp_path, write_config, corpus):
+def test_a_missing_shard_ends_the_run_before_it_begins(mmfm, tmp_path, write_config, corpus):
     """8. A list of which one is gone; a pattern that finds fewer than before is other data (10)."""
     here = {"all": {"shards": [f"{corpus}/train-0.tar", f"{tmp_path}/gone-7.tar"]}}
     done = mmfm("pretrain", write_config(sources=here))

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import jpeg, samples, tiny, tone
+from conftest import jpeg, output, samples, tiny, tone
 from PIL import Image
 from plugins import tiny_codes
 from torch import nn
 
 import multimodal_fm
-from multimodal_fm import cli, generate
+from multimodal_fm import generate
 from multimodal_fm.backbone import Config as BackboneConfig
 from multimodal_fm.batch import Example, Sample, count_targets
 from multimodal_fm.corpus import shards
@@ -568,31 +567,18 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def mmfm(monkeypatch, capsys):
-    def call(*words, code=0):
-        monkeypatch.setattr(sys, "argv", ["mmfm", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        said = capsys.readouterr()
-        assert (caught.value.code or 0) == code, said
-        return said.err.strip() if code else said.out
-
-    return call
-
-
 def test_the_command_line(mmfm, run, tmp_path):
-    base_ = ("generate", run / "run", "--trust")
-    said = mmfm(*base_, "a red", "--max-new-tokens", 6, "--temperature", 0.8)
-    assert said == mmfm(*base_, "a red", "--max-new-tokens", 6, "--temperature", 0.8)
+    def generate(*words) -> str:
+        return output(mmfm("generate", run / "run", "--trust", *words))
+
+    said = generate("a red", "--max-new-tokens", 6, "--temperature", 0.8)
+    assert said == generate("a red", "--max-new-tokens", 6, "--temperature", 0.8)
     model = multimodal_fm.load(run / "run", plugins=True)
     (same,) = model.generate(text=["a red"], max_new_tokens=6, temperature=0.8)
     assert said == "\n".join(printable(line) for line in same.value.split("\n")) + "\n" and said.startswith("a red")
     drawn = tmp_path / "drawn.png"
-    lines = mmfm(
-        *base_, "a red square", "--to", "image", "--out", drawn, "--candidates", 5, "--rerank", "--json"
-    ).splitlines()
-    rows = [json.loads(line) for line in lines]
+    lines = generate("a red square", "--to", "image", "--out", drawn, "--candidates", 5, "--rerank", "--json")
+    rows = [json.loads(line) for line in lines.splitlines()]
     assert len(rows) == 5 and rows[0]["file"] == str(drawn) and rows[0]["modality"] == "image_codes"
     similarities = [row["similarity"] for row in rows]
     assert similarities == sorted(similarities, reverse=True) and similarities[0] > similarities[-1]
@@ -600,12 +586,12 @@ def test_the_command_line(mmfm, run, tmp_path):
     assert (pixels == model.tokenizers["image_codes"].decode(rows[0]["ids"])).all()
     vectors = model.embed(text=["a red square"], image=[model.tokenizers["image_codes"].decode(r["ids"]) for r in rows])
     assert similarities == pytest.approx((vectors["image"] @ vectors["text"][0]).tolist(), abs=1e-4)
-    caption = json.loads(mmfm(*base_, "--image", run / "red.jpg", "--num-beams", 3, "--json", "--max-new-tokens", 5))
+    caption = json.loads(generate("--image", run / "red.jpg", "--num-beams", 3, "--json", "--max-new-tokens", 5))
     assert caption["stopped"] in ("end", "length") and isinstance(caption["text"], str)
-    filled = json.loads(mmfm(*base_, "--fill", "a [MASK] square", "--json"))
+    filled = json.loads(generate("--fill", "a [MASK] square", "--json"))
     assert filled["stopped"] == "filled" and filled["text"].endswith(" square")
-    mmfm(*base_, "a red square", "--to", "image_codes", "--steps", 4, "--out", drawn)
-    mmfm(*base_, "a red square", "--to", "image", "--guidance-scale", 2, "--out", drawn, "--objective", "draw")
+    generate("a red square", "--to", "image_codes", "--steps", 4, "--out", drawn)
+    generate("a red square", "--to", "image", "--guidance-scale", 2, "--out", drawn, "--objective", "draw")
 
 
 @pytest.mark.parametrize(
@@ -631,9 +617,9 @@ def test_the_command_line(mmfm, run, tmp_path):
 )
 def test_what_is_wrong_is_one_line(mmfm, run, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(run)
-    said = mmfm("generate", "run", "--trust", *[str(w).replace("{}", str(tmp_path)) for w in words], code=2)
-    assert len(said.splitlines()) == 1
-    assert re.search(message, said), said
+    done = mmfm("generate", "run", "--trust", *[str(w).replace("{}", str(tmp_path)) for w in words])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.search(message, done.stderr), done.stderr
 
 
 def test_python(run):

@@ -36,4 +36,5 @@ def test_a_step_that_asks_for_as_much_again_gets_the_same_pages():
         return int(done.stdout)
 
     # where the system has put something behind the heap, it cannot grow in one piece: then not all is found again
-    assert min(count("keep") for _ in range(4)) < count("default") / 2
+    default = count("default")
+    assert any(count("keep") < default / 2 for _ in range(4))

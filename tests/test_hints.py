@@ -65,16 +65,6 @@ def test_keys_that_the_file_leaves_out_are_known_too(corpus, tmp_path):
     assert "optim.weight_decay" in str(caught.value)
 
 
-def run(words, monkeypatch, capfd) -> str:
-    monkeypatch.setattr(sys, "argv", ["mmfm", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    said = capfd.readouterr()
-    assert not said.out and said.err.count("\n") == 1
-    return said.err
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -87,8 +77,10 @@ def run(words, monkeypatch, capfd) -> str:
         (["evaluat"], 'Did you mean "evaluate"?'),
     ],
 )
-def test_a_wrong_command_line_is_named(words, said, monkeypatch, capfd):
-    assert said in run(words, monkeypatch, capfd)
+def test_a_wrong_command_line_is_named(mmfm, words, said):
+    done = mmfm(*words)
+    assert done.returncode == 2 and not done.stdout
+    assert said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_of_several_processes_the_first_says_what_is_wrong(tmp_path):
@@ -110,11 +102,11 @@ def test_of_several_processes_the_first_says_what_is_wrong(tmp_path):
         assert "RUN is missing" in json.loads((tmp_path / f"{rank}.json").read_text())["message"]["message"]
 
 
-def test_a_process_that_fails_alone_says_so_after_a_while(tmp_path, monkeypatch, capfd):
+def test_a_process_that_fails_alone_says_so_after_a_while(mmfm, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(cli, "SECONDS_FOR_THE_FIRST", 0)
-    assert "RUN is missing" in run(["evaluate"], monkeypatch, capfd)
+    assert "RUN is missing" in mmfm("evaluate").stderr
 
 
 def test_resume_takes_auto_in_pretrain_alone():

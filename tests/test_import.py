@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import text_only
+from conftest import output, text_only
 from safetensors.torch import load_file, save_file
 from test_interop import MEAN, PICTURE, SMALL, STD, TEXT, hf, saved, timm_vit  # noqa: F401
 from torch import nn
@@ -496,25 +496,15 @@ def test_names_that_cannot_be_had(tmp_path, monkeypatch):
     )
 
 
-def test_the_command(bert, tmp_path, capsys, monkeypatch):
-    from multimodal_fm import cli
-
-    def mmfm(*words):
-        monkeypatch.setattr("sys.argv", ["mmfm", *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as exit:
-            return exit.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    code, out, error = mmfm("import", bert, "--to", tmp_path / "run")
-    assert code == 0 and "bert of transformers" in out and "hidden states differ from transformers" in out
-    assert "strings cannot be read" in error and "bert.pooler" not in error
-    code, out, error = mmfm("import", bert, "--to", tmp_path / "run")
-    assert code == 2 and error.count("\n") == 1 and "is there already" in error
+def test_the_command(mmfm, bert, tmp_path):
+    done = mmfm("import", bert, "--to", tmp_path / "run")
+    assert "bert of transformers" in output(done) and "hidden states differ from transformers" in done.stdout
+    assert "strings cannot be read" in done.stderr and "bert.pooler" not in done.stderr
+    done = mmfm("import", bert, "--to", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is there already" in done.stderr
     shutil.rmtree(bert)
-    code, out, error = mmfm("import", bert, "--to", tmp_path / "new")
-    assert code == 2 and "no such folder" in error and not (tmp_path / "new").exists()
+    done = mmfm("import", bert, "--to", tmp_path / "new")
+    assert done.returncode == 2 and "no such folder" in done.stderr and not (tmp_path / "new").exists()
 
 
 def test_a_run_starts_from_a_trunk_of_one_import_and_the_texts_of_another(hf, corpus, tmp_path, capsys):

@@ -255,3 +255,10 @@ def test_the_average_keeps_no_graph(step, decay):
     assert all(weight.grad_fn is None and weight.is_leaf for weight in average.parameters())
     torch.testing.assert_close(average[1].running_mean, (1 - decay) * model[1].running_mean)  # from 0
     assert torch.equal(average[1].num_batches_tracked, model[1].num_batches_tracked)
+
+
+def test_the_norm_of_many_numbers_is_exact_to_rounding():
+    gradients = [torch.randn(4000, 2000), torch.randn(300), torch.tensor(5.0)]
+    expected = sum(one.double().square().sum() for one in gradients).sqrt()
+    assert float(optim.total_norm(gradients)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(optim.total_norm([])) == 0

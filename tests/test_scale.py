@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from conftest import text_only
-from test_config import mmfm
 
 from multimodal_fm.errors import UserError
 from multimodal_fm.reports import scale as page
@@ -83,7 +82,7 @@ def test_the_page_shows_what_was_fitted_and_what_was_held_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_toy_ladder(corpus, tmp_path):
+def test_a_toy_ladder(mmfm, corpus, tmp_path):
     import yaml
 
     data = text_only(corpus, tmp_path / "run", steps=30, validate_every=30, save_every=30)

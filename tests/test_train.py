@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,6 @@ import soundfile
 import torch
 import yaml
 from conftest import losses, records, samples, text_only, tiny
-from test_config import mmfm
 
 from multimodal_fm.corpus import index, shards
 from multimodal_fm.errors import UserError
@@ -26,6 +26,7 @@ from multimodal_fm.stream.tasks import build_stream, fit_tokenizers
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build, load
 from multimodal_fm.train.setup import open_sources
+from multimodal_fm.train.signals import StopSignal
 from multimodal_fm.train.smoke import toy
 from multimodal_fm.train.train_step import TrainStep
 
@@ -146,7 +147,13 @@ def uninterrupted(tmp_path_factory, corpus):
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+    "number, code",
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, uninterrupted, number, code):
     path, expected = uninterrupted
@@ -161,6 +168,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, uninterrupted, nu
         assert "--resume" in err and "Traceback" not in err
     loop.pretrain(load(path, [f"run_dir={run}"]), resume=True)
     assert losses(run) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_remembered_until_the_step_is_saved(number):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        stop = StopSignal()
+        stop.catch_interrupts()
+        os.kill(os.getpid(), number)
+        assert stop.number == number
+        stop.restore()
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_second_signal_leaves_at_once(tmp_path, write_config):
@@ -213,7 +234,7 @@ def broken_corpus(folder: Path) -> None:
     shards.write(folder / "train-0.tar", made)
 
 
-def test_four_broken_parts_are_named_and_stop_nothing(tmp_path, write_config):
+def test_four_broken_parts_are_named_and_stop_nothing(mmfm, tmp_path, write_config):
     broken_corpus(tmp_path)
     done = mmfm("pretrain", write_config(sources={"all": {"shards": f"{tmp_path}/train-*.tar"}}, steps=20))
     assert done.returncode == 0, done.stderr

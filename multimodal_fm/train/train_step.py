@@ -320,7 +320,7 @@ class TrainStep:
             self.trained.zero_grad()
             step = Step(self.layout, self.weights, batches, self.ranks, teacher, measure, first, self._spare(batches))
             report, gradients = strict.forward_backward(step)
-            self.strict_norm = nn.utils.get_total_norm(gradients)
+            self.strict_norm = optim.total_norm(gradients)
             if isinstance(self.layout, Sharded):
                 self.layout.reshard()
             for weight, gradient in zip(self.parameters, gradients, strict=True):
@@ -357,15 +357,15 @@ class TrainStep:
         if self.config.strict_numerics:
             norm = self.strict_norm
         elif self.mesh is None:
-            norm = nn.utils.get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
+            norm = optim.total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
             if self.device.type == "cpu" and float(norm) <= limit:  # read back at no cost there, and a pass is spared
                 return norm
         else:
             numbers = [own.grad for w, own in self.held.items() if not w.ndim and own.grad is not None]
             others = [own.grad for w, own in self.held.items() if w.ndim and own.grad is not None]
-            norm = torch.zeros((), device=self.device) + nn.utils.get_total_norm(others).square()
+            norm = torch.zeros((), device=self.device) + optim.total_norm(others).square()
             dist.all_reduce(norm, group=self.mesh.get_group("shard"))
-            norm = (norm + nn.utils.get_total_norm(numbers).to(self.device).square()).sqrt()
+            norm = (norm + optim.total_norm(numbers).to(self.device).square()).sqrt()
         nn.utils.clip_grads_with_norm_(list(self.held.values()), limit, norm)
         return norm
 
