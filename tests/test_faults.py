@@ -919,6 +919,7 @@ def trained(name: str, cases: list, folder: Path) -> list[str]:
 def examine(folder: Path):
     """Prints a JSON line for each of `folder/cases.pickle`: its name, its complaints, seconds and MB."""
     torch.set_num_threads(1)
+    mixture.STRETCH = 16  # of corpora of a few samples, which would go round a hundred times in a longer one
     plugins = plugins_at(folder)
     cases = pickle.loads((folder / "cases.pickle").read_bytes())
     sound = sound_parts(folder, plugins)
