@@ -218,21 +218,26 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attend_sdpa(q.float(), k.float(), v.float(), plan)
+    if len(plan.groups) == 1:  # a split in one would cost a copy of all gradients
+        return _attend_group(q, k, v, plan, plan.groups[0])
     query_rows = [g.count * g.num_queries for g in plan.groups]
     key_rows = [g.count * g.num_keys for g in plan.groups]
-    outs = []
-    for group, qs, ks, vs in zip(plan.groups, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True):
-        if group.pattern == NOTHING:
-            outs.append(torch.zeros_like(qs))
-            continue
-        qs, ks, vs = (t.unflatten(0, (group.count, -1)).transpose(1, 2) for t in (qs, ks, vs))  # (B, H, L, E)
-        if group.pattern == RISING:
-            out = _rising(qs, ks, vs)
-        else:
-            mask = _mask(plan, group) if group.pattern == MIXED else None
-            out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+    parts = zip(plan.groups, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True)
+    outs = [_attend_group(qs, ks, vs, plan, group) for group, qs, ks, vs in parts]
     return torch.cat(outs) if outs else q
+
+
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: Group) -> Tensor:
+    """Attention among the rows of one group alone: q (Q, H, E), k and v (K, H, E) -> (Q, H, E)."""
+    if group.pattern == NOTHING:
+        return torch.zeros_like(q)
+    q, k, v = (rows.unflatten(0, (group.count, -1)).transpose(1, 2) for rows in (q, k, v))  # (B, H, L, E)
+    if group.pattern == RISING:
+        out = _rising(q, k, v)
+    else:
+        mask = _mask(plan, group) if group.pattern == MIXED else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _rising(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -283,14 +288,18 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     Flash kernels exist for half precision only, so that float32 takes FlexAttention throughout.
     """
     calls = plan.half_calls if q.dtype in HALF else plan.float_calls
+    if len(calls) == 1:
+        return _call_kernel(q, k, v, calls[0])
     query_rows, key_rows = [call.num_queries for call in calls], [call.num_keys for call in calls]
-    outs = []
-    for call, qs, ks, vs in zip(calls, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True):
-        if call.pattern == NOTHING:
-            outs.append(torch.zeros_like(qs))
-        else:
-            outs.append((_flex if call.pattern == MIXED else _varlen)(qs, ks, vs, call))
+    parts = zip(calls, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True)
+    outs = [_call_kernel(qs, ks, vs, call) for call, qs, ks, vs in parts]
     return torch.cat(outs) if outs else q
+
+
+def _call_kernel(q: Tensor, k: Tensor, v: Tensor, call: KernelCall) -> Tensor:
+    if call.pattern == NOTHING:
+        return torch.zeros_like(q)
+    return (_flex if call.pattern == MIXED else _varlen)(q, k, v, call)
 
 
 def _kernel_calls(plan: Plan, flash: bool) -> list[KernelCall]:
