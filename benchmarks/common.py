@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,6 +83,14 @@ def save(out: Path, name: str, results: dict, tables: dict[str, list[list]]) -> 
 def markdown(rows: list[list]) -> str:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
+
+
+def write_results(folder: Path, name: str, title: str, where: dict, rows: list[dict], text: str) -> None:
+    """NAME.json and NAME.md: the rows, the text about them, and the machine, versions and commit of `about`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"about": where, "rows": rows}, indent=1) + "\n")
+    lines = "".join(f"- {key}: {value}\n" for key, value in where.items())
+    (folder / f"{name}.md").write_text(f"# {title}\n\n{text}\n\n{lines}")
 
 
 def about(*packages: str) -> dict[str, str]:

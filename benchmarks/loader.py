@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter turns, within ten minutes")
     parser.add_argument("--peers", default=sys.executable, help="an interpreter that has the peers (README.md)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--save", action="store_true", help="write results/loader.json and loader.md")
     given = parser.parse_args()
     rounds, seconds = (3, 2.0) if given.quick else (7, 5.0)
     rows = []
@@ -55,12 +56,14 @@ def main() -> int:
             rows.append(row(name, *contest(Path(folder), name, given.peers), rounds, seconds))
             if given.json:
                 print(json.dumps(rows[-1]), flush=True)
-    if not given.json:
-        from common import markdown
+    from common import RESULTS, about, markdown, write_results
 
-        table = [["", "ours", "theirs", "peer", "ratio", "others"]]
-        table += [[*(shown(one[key]) for key in ("name", "ours", "theirs", "peer", "ratio", "others"))] for one in rows]
+    table = [["", "ours", "theirs", "peer", "ratio", "others"]]
+    table += [[*(shown(one[key]) for key in ("name", "ours", "theirs", "peer", "ratio", "others"))] for one in rows]
+    if not given.json:
         print(markdown(table))
+    if given.save:
+        write_results(RESULTS, "loader", "Reading samples", about(), rows, markdown(table))
     return int(any(one["ratio"] is None for one in rows))
 
 

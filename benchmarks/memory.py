@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import about, device, markdown, synchronise
+from common import RESULTS, about, device, markdown, synchronise, write_results
 from torch import Tensor
 
 from multimodal_fm.backbone import Backbone
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer and smaller, in some minutes")
     parser.add_argument("--json", action="store_true", help="one object a line")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=PARTS, help="one measurement, in this process")
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--who", default="ours")
@@ -192,12 +192,9 @@ def main() -> None:
 
 
 def write(out: Path, machine: dict, rows: list[dict]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps({"about": machine, "rows": rows}, indent=1) + "\n")
     table = markdown([["", "ours", "theirs", "who", "theirs / ours", "", "processes"], *map(describe, rows)])
-    said = ", ".join(f"{key} {value}" for key, value in machine.items())
     note = "Memory above the inputs of one forward and backward, each in a process of its own."
-    (out / "memory.md").write_text(f"# Memory\n\n{note}\n\n{table}\n\n{said}\n")
+    write_results(out, "memory", "Memory", machine, rows, f"{note}\n\n{table}")
 
 
 if __name__ == "__main__":

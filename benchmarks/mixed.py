@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import about, alternate, device, markdown
+from common import RESULTS, about, alternate, device, markdown, write_results
 from parts import synthetic
 
 from multimodal_fm.backbone import Backbone, few_sizes
@@ -184,17 +184,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the batch, fewer turns")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--compiled", action="store_true", help="mixed-recompiled too, some minutes on a CPU")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     rows, machine = [], {**about(), "threads": torch.get_num_threads(), "quick": given.quick}
     for found in compare(given.quick, given.compiled):
         rows.append(found)
         print(json.dumps(found) if given.json else "  ".join(describe(found)), flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "mixed.json").write_text(json.dumps({"about": machine, "rows": rows}, indent=1) + "\n")
     table = markdown([["", "ours", "theirs", "who", "ratio", "unit", "runs"], *map(describe, rows)])
-    said = ", ".join(f"{key} {value}" for key, value in machine.items())
-    (given.out / "mixed.md").write_text(f"# A step of three modalities\n\n{table}\n\n{said}\n")
+    write_results(given.out, "mixed", "A step of three modalities", machine, rows, table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import about, markdown, seconds
+from common import RESULTS, about, markdown, seconds, write_results
 
 from multimodal_fm.batch import Batch
 from multimodal_fm.config import to_data
@@ -58,7 +58,7 @@ def main() -> int:
     if not given.json:
         print(text)
     if given.save:
-        save(rows, text)
+        write_results(RESULTS, "scale", "One, two and four ranks", about(), rows, text)
     return int(any("error" in one or not one["equal"] for one in rows))
 
 
@@ -187,14 +187,6 @@ def table(rows: list[dict]) -> list[list]:
         shown = ["" if number is None else f"{number:.3f}" for number in numbers]
         cells.append([one["name"], f"{one['ours']:,.0f}", f"{one['ratio']:.2f}", *shown, f"{one['difference']:.1e}"])
     return [head, *cells]
-
-
-def save(rows: list[dict], text: str) -> None:
-    folder = Path(__file__).parent / "results"
-    where = about()
-    (folder / "scale.json").write_text(json.dumps({"on": where, "rows": rows}, indent=1) + "\n")
-    lines = "".join(f"- {key}: {value}\n" for key, value in where.items())
-    (folder / "scale.md").write_text(f"# One, two and four ranks\n\n{text}\n\n{lines}")
 
 
 if __name__ == "__main__":

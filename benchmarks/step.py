@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import about, device, first_line, markdown, timed
+from common import RESULTS, about, device, first_line, markdown, timed, write_results
 from contests import CONTESTS, Contest, count_real, draw_step, make_batches, make_config
 from flops import counted, product_rate
 from peers import BUILDERS, make_step
 
 UTILISATION = 0.85  # of the matrix product's rate, asked of ours
-RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 
 
@@ -259,16 +258,13 @@ def show(cell: Any) -> str:
 
 def save(rows: list[dict]) -> None:
     """results/step.json and step.md, with the machine, the versions and the commit; names not run stay as they were."""
-    RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "step.json"
     where = about("transformers", "open_clip_torch") | {"threads": torch.get_num_threads()}
     kept = {row["name"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
     kept |= {row["name"]: {**row, "on": where} for row in rows}
     ordered = [kept[name] for name in CONTESTS if name in kept]
-    file.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
-    lines = "".join(f"- {key}: {value}\n" for key, value in where.items())
-    text = markdown(table(ordered))
-    (RESULTS / "step.md").write_text(f"# Training steps against peers\n\n{text}\n\nThe last run:\n\n{lines}")
+    text = f"{markdown(table(ordered))}\n\nThe last run:"
+    write_results(RESULTS, "step", "Training steps against peers", where, ordered, text)
 
 
 if __name__ == "__main__":
