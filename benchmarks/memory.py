@@ -59,7 +59,8 @@ def contrastive(count: int, who: str) -> Callable[[], None]:
 
 def vocabulary(rows: int, who: str) -> Callable[[], None]:
     width = 256
-    vectors, weight = (torch.randn(n, width, device=device(), requires_grad=True) for n in (rows, VOCABULARY))
+    vectors = torch.randn(rows, width, device=device(), requires_grad=True)
+    weight = (torch.randn(VOCABULARY, width, device=device()) / width**0.5).requires_grad_()  # logits of unit variance
     bias = torch.zeros(VOCABULARY, device=device(), requires_grad=True)
     ids = torch.randint(VOCABULARY, (rows,), device=device())
 

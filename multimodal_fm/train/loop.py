@@ -29,6 +29,7 @@ from ..transfer import read_later
 from . import optim, parallel
 from .compute import Compute
 from .config import TrainConfig
+from .cpu import prepare_cpu
 from .guards import Guards, describe
 from .machine import deterministic, headline, memory_gb
 from .monitor import Monitor, Silent
@@ -77,6 +78,8 @@ def start(config: TrainConfig, resume: bool | str, allow_data_change: bool, prof
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
+    if device.type == "cpu":
+        prepare_cpu()
     ranks = parallel.init(device)
     run_dir, stop_signal = Path(config.run_dir), StopSignal()
     try:

@@ -25,8 +25,8 @@ from ..stream.tasks import loss_weights
 from . import ema, optim, strict
 from .compiled import Compiled
 from .config import TrainConfig
+from .cpu import prepare_cpu
 from .grad_cache import Alone, Layout, Step, forward_backward
-from .heap import keep_freed_memory
 from .layouts import Replicated, Sharded, fill, like, local, make_mesh, own_rows, shard_averages, whole
 from .learner import Learner
 from .muon import Muon, orthogonalize_all, orthogonalize_each
@@ -45,6 +45,8 @@ class TrainStep:
     def __init__(
         self, config: TrainConfig, device: torch.device, ranks: Ranks = ALONE, from_checkpoint: Path | None = None
     ):
+        if device.type == "cpu":
+            prepare_cpu()
         self.config, self.device, self.ranks = config, device, ranks
         self.weights = loss_weights(config.tasks)
         self.said: list[str] = []  # what `init` took, in lines
@@ -58,8 +60,6 @@ class TrainStep:
         averages = self._skeleton() if self.mesh else self._learner(self.device)
         self._averages = nn.ModuleDict(dict(averages.named_children())).requires_grad_(False).eval()
         self._behind = False  # whether the averages are to be copied before they are read; see `ema`
-        if device.type == "cpu":
-            keep_freed_memory()
         for module in self.trained.modules():
             if isinstance(module, Backbone):
                 module.checkpointing = config.activation_checkpointing

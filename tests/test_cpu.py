@@ -1,4 +1,4 @@
-"""Memory that is kept; that steps are the same with it stands in the tests of resuming."""
+"""What a training asks of its process; that steps are the same with it stands in the tests of resuming."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 GROWTH = """
 import sys, torch
-from multimodal_fm.train.heap import keep_freed_memory
+from multimodal_fm.train.cpu import keep_freed_memory
 
 def faults():
     return int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[7])  # minflt
@@ -38,3 +38,18 @@ def test_a_step_that_asks_for_as_much_again_gets_the_same_pages():
     # where the system has put something behind the heap, it cannot grow in one piece: then not all is found again
     default = count("default")
     assert any(count("keep") < default / 2 for _ in range(4))
+
+
+SUBNORMAL = """
+import torch
+from multimodal_fm.train.cpu import prepare_cpu
+
+torch.set_num_threads(2)
+prepare_cpu()
+print(int((torch.full((1 << 22,), 1e-30) * 1e-10).count_nonzero()))
+"""
+
+
+def test_what_is_too_small_is_zero_in_every_thread():
+    done = subprocess.run([sys.executable, "-c", SUBNORMAL], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
