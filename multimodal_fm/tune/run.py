@@ -248,36 +248,15 @@ def metric_name(prepared: Prepared) -> str:
 
 def configure(start: Base, prepared: Prepared, settings: Settings, run_dir: Path) -> dict:
     """The configuration of a tune, in plain data: sensible settings for the size of the data, then the user's own."""
-    head, count = TASKS[prepared.task], prepared.counts["train"]
+    head, count, how = TASKS[prepared.task], prepared.counts["train"], settings.how
     model = to_data(start.config)
-    how = settings.how
+    objective = _choose_objective(model, start.config, prepared)
+    trainable = _choose_trainable(model, prepared, how)
     batch_size = max(2, min(64, count // 4))
     epochs = next(epochs for most, epochs in EPOCHS if count <= most)
     steps = max(MIN_STEPS, math.ceil(count * epochs / batch_size))
     steps = apply_overrides({"steps": steps}, [one for one in settings.overrides if one.startswith("steps=")])["steps"]
     every = max(1, steps // 10)
-    trainable: list[str] = []
-    if head:
-        model["heads"][head] = {"head": head, **prepared.head, **_label_statistics(prepared)}
-        objective = {"supervised": {"head": head, "label": prepared.label, "fuse": prepared.fuse}}
-        _read_labeled_text(model, start.config, prepared)
-    elif prepared.task == "captioning":
-        others = [modality for modality in prepared.modalities if modality != "text"]
-        objective = {"causal": {"fuse": True, "prefix": others}}
-    else:
-        objective = {"contrastive": {}}
-        model["heads"].setdefault("retrieval", {"head": "retrieval"})
-    own_heads = [f"heads.{head}.*"] if head else ["heads.retrieval.*"] if prepared.task == "retrieval" else []
-    if how == "lora":
-        model["lora"] = {"rank": 4, "alpha": 8.0}
-        trainable = ["*lora_*", *own_heads]
-    elif how == "prompt":
-        model["tokenizers"]["prompt"] = {"tokenizer": "prompt", "count": 8}
-        trainable = ["embedders.prompt.*", "modality_vectors.prompt", *own_heads]
-    elif how == "probe":
-        trainable = own_heads
-    if trainable and not head and prepared.task == "captioning":
-        trainable.append("objectives.*")
     random_start, deep = start.folder is None, start.config.backbone.depth >= DEEP
     data: dict[str, Any] = {
         "sources": {"train": {"shards": prepared.train, **({"validation": prepared.validation} if not head else {})}},
@@ -315,6 +294,35 @@ def configure(start: Base, prepared: Prepared, settings: Settings, run_dir: Path
     if settings.rehearsal:
         _add_rehearsal(data, start, settings.rehearsal)
     return apply_overrides(data, settings.overrides)
+
+
+def _choose_objective(model: dict, base: ModelConfig, prepared: Prepared) -> dict:
+    """The objective of a tune, in plain data; `model` is given the head that it needs."""
+    head = TASKS[prepared.task]
+    if head:
+        model["heads"][head] = {"head": head, **prepared.head, **_label_statistics(prepared)}
+        _read_labeled_text(model, base, prepared)
+        return {"supervised": {"head": head, "label": prepared.label, "fuse": prepared.fuse}}
+    if prepared.task == "captioning":
+        others = [modality for modality in prepared.modalities if modality != "text"]
+        return {"causal": {"fuse": True, "prefix": others}}
+    model["heads"].setdefault("retrieval", {"head": "retrieval"})
+    return {"contrastive": {}}
+
+
+def _choose_trainable(model: dict, prepared: Prepared, how: str) -> list[str]:
+    """Patterns of the parameters that learn, of which none stand for all; `model` is given those that `how` adds."""
+    own = TASKS[prepared.task] or ("retrieval" if prepared.task == "retrieval" else "")
+    patterns = [f"heads.{own}.*"] if own else []
+    if how == "lora":
+        model["lora"] = {"rank": 4, "alpha": 8.0}
+        patterns = ["*lora_*", *patterns]
+    elif how == "prompt":
+        model["tokenizers"]["prompt"] = {"tokenizer": "prompt", "count": 8}
+        patterns = ["embedders.prompt.*", "modality_vectors.prompt", *patterns]
+    elif how != "probe":
+        return []
+    return [*patterns, "objectives.*"] if patterns and prepared.task == "captioning" else patterns
 
 
 def _read_labeled_text(model: dict, base: ModelConfig, prepared: Prepared) -> None:
