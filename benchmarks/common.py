@@ -107,7 +107,9 @@ def about(*packages: str) -> dict[str, str]:
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(RESULTS.parent.parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found["commit"] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+        changed = [*git, "diff", "--quiet", "HEAD", "--", ":!benchmarks/results"]
+        found["commit"] = commit.stdout.strip() + "-dirty" * bool(subprocess.run(changed).returncode)
     return found
