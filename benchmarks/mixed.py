@@ -33,7 +33,7 @@ from multimodal_fm.corpus.shards import Corpus
 from multimodal_fm.stream.tasks import build_stream
 from multimodal_fm.tokens import Tokens
 from multimodal_fm.train.config import TrainConfig, build, load
-from multimodal_fm.train.cpu import prepare_cpu
+from multimodal_fm.train.cpu import keep_freed_memory
 from multimodal_fm.train.train_step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def against_padded(quick: bool) -> dict:
 
 def backbone_step(config: TrainConfig, lengths: torch.Tensor):
     """Forward and backward of the backbone over sequences of these lengths, with its memory kept as in a run."""
-    prepare_cpu()
+    keep_freed_memory()
     settings = config.model.backbone
     torch.manual_seed(0)
     backbone = Backbone(settings).to(device())

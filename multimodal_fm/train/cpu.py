@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -12,15 +13,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 NEVER = -1
 
 
-def prepare_cpu() -> None:
-    """To be called before anything starts torch's threads, which take the second setting over from the one that does.
+@contextlib.contextmanager
+def without_subnormals() -> Iterator[None]:
+    """Numbers below 1.2e-38 count as zero inside, in this thread and in those that torch starts from it.
 
-    Numbers below 1.2e-38 count as zero from here on. A processor takes a hundred times as long for them, and a training
-    makes many: the moments of an embedding that no batch has read for a thousand steps, which AdamW goes on with, or
-    the softmax of a large vocabulary (benchmarks/LOG.md).
+    A processor takes a hundred times as long for them, and a training makes many: the moments of an embedding that no
+    batch has read for a thousand steps, which AdamW goes on with, or the softmax of a large vocabulary
+    (benchmarks/LOG.md). To be entered before torch starts its threads, which keep the setting that they began with.
     """
-    keep_freed_memory()
+    before = float(torch.tensor([torch.finfo(torch.float32).tiny]) * 0.5) == 0
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def keep_freed_memory() -> bool:

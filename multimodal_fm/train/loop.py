@@ -29,7 +29,7 @@ from ..transfer import read_later
 from . import optim, parallel
 from .compute import Compute
 from .config import TrainConfig
-from .cpu import prepare_cpu
+from .cpu import without_subnormals
 from .guards import Guards, describe
 from .machine import deterministic, headline, memory_gb
 from .monitor import Monitor, Silent
@@ -78,8 +78,6 @@ def start(config: TrainConfig, resume: bool | str, allow_data_change: bool, prof
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    if device.type == "cpu":
-        prepare_cpu()
     ranks = parallel.init(device)
     run_dir, stop_signal = Path(config.run_dir), StopSignal()
     try:
@@ -87,6 +85,8 @@ def start(config: TrainConfig, resume: bool | str, allow_data_change: bool, prof
         corpora = ranks.first_then_others(lambda: open_sources(config))
         with contextlib.ExitStack() as stack:
             stack.enter_context(deterministic(config.deterministic))
+            if device.type == "cpu":
+                stack.enter_context(without_subnormals())
             ranks.on_first(lambda: stack.enter_context(locked(run_dir)))
             checkpoint_dir = ranks.on_first(lambda: find_start(run_dir, resume))
             config, origin = prepare_tokenizers(config, corpora, ranks, checkpoint_dir, allow_data_change)

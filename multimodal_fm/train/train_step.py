@@ -25,7 +25,7 @@ from ..stream.tasks import loss_weights
 from . import ema, optim, strict
 from .compiled import Compiled
 from .config import TrainConfig
-from .cpu import prepare_cpu
+from .cpu import keep_freed_memory
 from .grad_cache import Alone, Layout, Step, forward_backward
 from .layouts import Replicated, Sharded, fill, like, local, make_mesh, own_rows, shard_averages, whole
 from .learner import Learner
@@ -46,7 +46,7 @@ class TrainStep:
         self, config: TrainConfig, device: torch.device, ranks: Ranks = ALONE, from_checkpoint: Path | None = None
     ):
         if device.type == "cpu":
-            prepare_cpu()
+            keep_freed_memory()
         self.config, self.device, self.ranks = config, device, ranks
         self.weights = loss_weights(config.tasks)
         self.said: list[str] = []  # what `init` took, in lines
