@@ -18,8 +18,8 @@ def step():
 keep = sys.argv[1] == "keep"
 if keep and not keep_freed_memory():
     sys.exit("skip")
-step()
-step()
+for _ in range(8):  # until the heap has the shape that a step needs
+    step()
 before = faults()
 step()
 print(faults() - before)
@@ -35,9 +35,7 @@ def test_a_step_that_asks_for_as_much_again_gets_the_same_pages():
         assert not done.returncode, done.stderr
         return int(done.stdout)
 
-    # where the system has put something behind the heap, it cannot grow in one piece: then not all is found again
-    default = count("default")
-    assert any(count("keep") < default / 2 for _ in range(4))
+    assert count("keep") < count("default") / 10
 
 
 SUBNORMAL = """
