@@ -335,7 +335,7 @@ def test_50_kills_of_the_command(run, media, broken, tmp_path, monkeypatch):
 
     took = seconds_of(lambda: work(tmp_path / "whole"))
     wanted, kills, number, some = contents(tmp_path / "whole"), 0, 0, 0
-    while kills < 50:
+    while kills < 50 or (some < 6 and kills < 300):
         number += 1
         folder, held, died = tmp_path / str(number), {}, True
         while died and len(held) < len(wanted):
@@ -349,7 +349,7 @@ def test_50_kills_of_the_command(run, media, broken, tmp_path, monkeypatch):
             held = now
         work(folder)
         assert same(wanted, contents(folder))
-    assert some, "they hit something"
+    assert some > 5, "they hit something"
 
 
 @pytest.mark.slow

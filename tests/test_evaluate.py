@@ -556,7 +556,7 @@ def test_a_strangers_config_names_nothing_that_is_read(mmfm, run, corpus, tmp_pa
     (tmp_path / "theirs.py").write_text(
         f"open({str(tmp_path / 'imported')!r}, 'w')\nfrom multimodal_fm.evals.base import Evaluator"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{sys.path[0]}", prepend=":")
+    monkeypatch.syspath_prepend(tmp_path)
     evaluation = Evaluation(str(tmp_path / "private.tar"), modalities=["text", "image"], evaluators=["theirs"])
     stranger = forge(run, tmp_path / "stranger", evaluate={"x": dataclasses.asdict(evaluation)})
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -570,6 +570,8 @@ def test_a_strangers_config_names_nothing_that_is_read(mmfm, run, corpus, tmp_pa
     with pytest.raises(UserError, match="trust"):
         load_evaluations(checkpoint.newest(stranger))
     assert load_evaluations(checkpoint.newest(stranger), trusted=True) == {"x": evaluation}
+    mmfm("evaluate", stranger, "--trust")
+    assert (tmp_path / "imported").exists(), "it could have been imported"
 
 
 def test_a_run_is_its_users_wherever_it_lies(corpus, tmp_path, monkeypatch):

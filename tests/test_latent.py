@@ -324,8 +324,9 @@ def test_two_ranks_give_the_same_losses(tmp_path, corpus):
     assert records(tmp_path / "two", "samples") == records(tmp_path / "run", "samples")
     one, two = losses(tmp_path / "run"), losses(tmp_path / "two")
     for step, row in one.items():
-        smooth = {name: value for name, value in row.items() if not name.endswith("accuracy")}  # which a tie turns
-        assert {name: two[step][name] for name in smooth} == pytest.approx(smooth, rel=2e-3, abs=2e-3), step
+        for name, value in row.items():
+            abs = 0.17 if name.endswith("accuracy") else 2e-3  # a tie may turn, of which there are six pairs
+            assert two[step][name] == pytest.approx(value, rel=2e-3, abs=abs), (step, name)
 
 
 @pytest.mark.parametrize("augment", [True, False])

@@ -464,7 +464,7 @@ def test_50_kills_of_one_who_copies_and_indexes(server, tmp_path, monkeypatch):
     copy = lambda: copy_to(tmp_path / "c", server, "copied")  # noqa: E731
     took, draw, some, kills = seconds_of(copy), random.Random(0), 0, 0
     PostgresIndex.drop(at(server, "copied"))
-    while kills < 50:
+    while kills < 50 or (some < 6 and kills < 300):
         kills += killed_after(copy, draw.uniform(0, took))
         wait_for_clients(server)
         with contextlib.suppress(UserError):  # it was killed before there was a collection
@@ -484,4 +484,4 @@ def test_50_kills_of_one_who_copies_and_indexes(server, tmp_path, monkeypatch):
             assert valid == [(True,)] * 3
             index.close()
             PostgresIndex.drop(at(server, "copied"))
-    assert some, "they hit something"
+    assert some > 5, "they hit something"
