@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,16 +218,24 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attend_sdpa(q.float(), k.float(), v.float(), plan)
-    if len(plan.groups) == 1:  # a split in one would cost a copy of all gradients
-        return _attend_group(q, k, v, plan, plan.groups[0])
     query_rows = [g.count * g.num_queries for g in plan.groups]
     key_rows = [g.count * g.num_keys for g in plan.groups]
-    parts = zip(plan.groups, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True)
-    outs = [_attend_group(qs, ks, vs, plan, group) for group, qs, ks, vs in parts]
+    return _in_parts(functools.partial(_attend_group, plan), plan.groups, q, k, v, query_rows, key_rows)
+
+
+def _in_parts(attend: Callable, parts: Sequence, q: Tensor, k: Tensor, v: Tensor, query_rows, key_rows) -> Tensor:
+    """`attend(part, q, k, v)` of each part's rows, laid end to end (Q, H, E).
+
+    One part takes the rows as they are: a split and a join of one would copy them and their gradients.
+    """
+    if len(parts) == 1:
+        return attend(parts[0], q, k, v)
+    rows = zip(parts, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True)
+    outs = [attend(*one) for one in rows]
     return torch.cat(outs) if outs else q
 
 
-def _attend_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: Group) -> Tensor:
+def _attend_group(plan: Plan, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention among the rows of one group alone: q (Q, H, E), k and v (K, H, E) -> (Q, H, E)."""
     if group.pattern == NOTHING:
         return torch.zeros_like(q)
@@ -288,15 +296,11 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     Flash kernels exist for half precision only, so that float32 takes FlexAttention throughout.
     """
     calls = plan.half_calls if q.dtype in HALF else plan.float_calls
-    if len(calls) == 1:
-        return _call_kernel(q, k, v, calls[0])
     query_rows, key_rows = [call.num_queries for call in calls], [call.num_keys for call in calls]
-    parts = zip(calls, q.split(query_rows), k.split(key_rows), v.split(key_rows), strict=True)
-    outs = [_call_kernel(qs, ks, vs, call) for call, qs, ks, vs in parts]
-    return torch.cat(outs) if outs else q
+    return _in_parts(_call_kernel, calls, q, k, v, query_rows, key_rows)
 
 
-def _call_kernel(q: Tensor, k: Tensor, v: Tensor, call: KernelCall) -> Tensor:
+def _call_kernel(call: KernelCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if call.pattern == NOTHING:
         return torch.zeros_like(q)
     return (_flex if call.pattern == MIXED else _varlen)(q, k, v, call)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,32 @@ print(inside, between, kept(1))
 def test_what_is_too_small_is_zero_in_every_thread_while_a_run_goes_on():
     done = subprocess.run([sys.executable, "-c", SUBNORMAL], capture_output=True, text=True)
     assert done.stdout.split() == ["0", "0", "1"], done.stderr
+
+
+RUN = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from conftest import samples, text_only
+from multimodal_fm.corpus import shards
+from multimodal_fm.train import loop
+from multimodal_fm.train.config import build
+
+update, kept = loop.Run.update, []
+
+def counted(self, microbatches):
+    kept.append(int((torch.full((1 << 22,), 1e-30) * 1e-10).count_nonzero()))
+    return update(self, microbatches)
+
+loop.Run.update = counted
+shards.write("train-0.tar", samples(16))
+loop.pretrain(build(text_only(Path.cwd(), "run", steps=2, save_every=2, threads=2)))
+print(kept, file=sys.stderr)
+"""
+
+
+def test_a_run_counts_them_as_zero(tmp_path):
+    """In a process whose threads torch starts in the run."""
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert not done.returncode and done.stderr.splitlines()[-1] == "[0, 0]", done.stderr
