@@ -59,6 +59,24 @@ def assert_same(run: Path, other: Path, tolerance: float = 0.0) -> None:
             torch.testing.assert_close(b[key], a[key], rtol=100 * tolerance, atol=100 * tolerance, msg=f"{name} {key}")
 
 
+class Rounded(TrainStep):
+    """Begins with each weight one rounding away from what it should be, up or down."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.trained.parameters():
+                up = torch.rand(weight.shape, generator=generator) < 0.5
+                weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf)))
+
+
+def largest_difference(run: Path, other: Path) -> float:
+    """That of any figure of any step, relative or absolute, whichever is less."""
+    one, two = losses(run), losses(other)
+    return max(abs(two[step][key] - row[key]) / max(1.0, abs(row[key])) for step, row in one.items() for key in row)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, corpus):
     """A run of one rank."""
@@ -120,8 +138,12 @@ def test_strict_numerics_give_the_same_bits_however_many_ranks(tmp_path, corpus)
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_every_layout_gives_the_losses_of_one_rank(tmp_path, corpus, optimizer, strict):
-    """The whole tiny configuration, by DDP, FSDP2 and HSDP of two and four ranks."""
+def test_every_layout_gives_the_losses_of_one_rank(tmp_path, corpus, monkeypatch, optimizer, strict):
+    """The whole tiny configuration, by DDP, FSDP2 and HSDP of two and four ranks.
+
+    Muon makes the rounding of a gradient of low rank larger from step to step, and how much depends on the processor.
+    So a layout may differ by twice what one rank differs by when each of its first weights is one rounding away.
+    """
     optim = OPTIM | {"name": optimizer}
     common = {"steps": 6, "save_every": 3, "optim": optim, "microbatches": 4, "strict_numerics": strict}
 
@@ -129,10 +151,17 @@ def test_every_layout_gives_the_losses_of_one_rank(tmp_path, corpus, optimizer, 
         return tiny(corpus, run_dir=str(tmp_path / name), **common, **changes)
 
     train(1, settings("one"))
+    tolerance = 0.0
+    if not strict:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "TrainStep", Rounded)
+            train(1, settings("rounded"))
+        tolerance = max(2e-6, 2 * largest_difference(tmp_path / "one", tmp_path / "rounded"))
+        assert tolerance < 1e-4, tolerance
     for size, layout in ((2, {}), (4, {}), (2, FSDP), (4, FSDP), (4, {"kind": "hsdp", "shard_size": 2})):
         name = f"{layout.get('kind', 'ddp')}-{size}"
         train(size, settings(name, parallel=layout))
-        assert_same(tmp_path / "one", tmp_path / name, 0.0 if strict else 2e-6)
+        assert_same(tmp_path / "one", tmp_path / name, tolerance)
 
 
 @pytest.mark.slow
