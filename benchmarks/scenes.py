@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import markdown
+from common import RESULTS, markdown
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the scenes that the runs were trained on")
     parser.add_argument("--train", type=int, default=12_000, help="how many of them were trained on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
