@@ -6,8 +6,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import malformed
@@ -507,10 +505,10 @@ def test_patterns_pieces_and_urls(shard, capsys, tmp_path):
     assert run(capsys, "memory://bucket/a.tar", "--verify")[0] == 0
 
 
-def test_its_exit_codes_are_those_of_the_program(shard):
+def test_its_exit_codes_are_those_of_the_program(shard, mmfm):
     def code(*words) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "multimodal_fm", "inspect", *map(str, words)], capture_output=True)
-        return done.returncode, done.stderr.decode()
+        done = mmfm("inspect", *words)
+        return done.returncode, done.stderr
 
     assert code(shard, "--json") == (0, "")
     assert code(shard.parent / "none.tar") == (2, f"mmfm: shards: no file matches {shard.parent / 'none.tar'}\n")

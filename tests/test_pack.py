@@ -21,7 +21,7 @@ import pytest
 import soundfile
 import test_malformed
 import webdataset
-from conftest import jpeg, samples, tone
+from conftest import jpeg, output, samples, tone
 from PIL import Image
 
 from multimodal_fm.corpus import shards
@@ -930,7 +930,7 @@ def command(given, to, *more) -> list[str]:
     return [sys.executable, "-m", "multimodal_fm", "pack", *map(str, given), "--to", str(to), *more]
 
 
-def test_kill_9_with_workers_then_the_same_command(several, tmp_path):
+def test_kill_9_with_workers_then_the_same_command(several, tmp_path, mmfm):
     pack(several, tmp_path / "0" / "out", **SETTINGS)
     out = tmp_path / "1" / "out"
     running = subprocess.Popen(command(several, out, *FLAGS, "--workers", "2"), stderr=subprocess.DEVNULL)
@@ -940,9 +940,8 @@ def test_kill_9_with_workers_then_the_same_command(several, tmp_path):
     running.kill()
     running.wait()
     assert not (out / "card.md").exists()
-    done = subprocess.run(command(several, out, *FLAGS, "--workers", "1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "samples" in done.stdout and "quarantine.jsonl" in done.stdout
+    said = output(mmfm("pack", *several, "--to", out, *FLAGS, "--workers", "1"))
+    assert "samples" in said and "quarantine.jsonl" in said
     assert bytes_of(tmp_path / "0" / "out") == bytes_of(out)
 
 

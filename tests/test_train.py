@@ -140,7 +140,7 @@ def wait_for_step(run: Path, step: int, process) -> None:
 def uninterrupted(tmp_path_factory, corpus):
     """The configuration of a run that is long enough to be stopped on a busy machine, and what such a run loses."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    data = tiny(corpus, run_dir=str(folder / "run"), steps=100, save_every=5, num_workers=1)
+    data = tiny(corpus, run_dir=str(folder / "run"), steps=60, save_every=5, num_workers=1)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     loop.pretrain(build(data))
     return folder / "tiny.yaml", losses(folder / "run")
