@@ -28,6 +28,7 @@ from multimodal_fm.stream.loader import Loader
 from multimodal_fm.stream.quarantine import BadFraction
 from multimodal_fm.stream.tasks import build_tasks, fit_tokenizers
 from multimodal_fm.stream.token_counts import TokenCounter
+from multimodal_fm.tokenizers import audio
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import build
 
@@ -622,3 +623,14 @@ def test_what_was_skipped_is_told_once_and_the_first_by_name():
         and lines[4] == "  all: a.tar sample03 text: json (cut; 3 times)"
     )
     assert len(lines) == 22 and lines[-1] == "  and 6 more, see quarantine.jsonl"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_torchaudio_that_does_not_fit_is_a_line(tmp_path, corpus, monkeypatch, workers):
+    """Its releases do not say which of torch they fit; where one does not, no sound is blamed for it."""
+    audio._transforms.cache_clear()
+    audio._torchaudio.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    with pytest.raises(UserError, match="torchaudio does not work beside torch .*; install releases that fit"):
+        loop.pretrain(build(tiny(corpus, run_dir=str(tmp_path / "run"), num_workers=workers)))
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import SampleError
+from ..errors import SampleError, UserError
 from ..tokens import Tokens, make_sequence
 from . import base
 
@@ -209,19 +209,21 @@ class Tokenizer(base.Tokenizer):
 
     def _patchify_fbank(self, wave: Tensor, generator: Random | None) -> Tokens:
         """Kaldi's log-mel filter bank of a window (T,) in patches, band by band: position (0, band, time)."""
-        from torchaudio.compliance import kaldi
-
         config = self.config
         wave = F.pad(wave, (0, max(0, config.win_length - len(wave))))
         milliseconds = 1000 / config.sample_rate
-        mel = kaldi.fbank(
-            wave[None],
-            sample_frequency=config.sample_rate,
-            window_type="hanning",
-            num_mel_bins=config.n_mels,
-            frame_length=config.win_length * milliseconds,
-            frame_shift=config.hop_length * milliseconds,
-        ).T[:, : config.fbank_frames]
+        mel = (
+            _torchaudio()
+            .compliance.kaldi.fbank(
+                wave[None],
+                sample_frequency=config.sample_rate,
+                window_type="hanning",
+                num_mel_bins=config.n_mels,
+                frame_length=config.win_length * milliseconds,
+                frame_shift=config.hop_length * milliseconds,
+            )
+            .T[:, : config.fbank_frames]
+        )
         if not torch.isfinite(mel).all():
             raise SampleError("not-finite", "too loud: its spectrum overflows")
         if generator is not None and config.spec_augment:
@@ -306,8 +308,7 @@ PEAK = 0.5  # of a rendered waveform
 
 def griffin_lim(power: Tensor, config: Config) -> Tensor:
     """The waveform (frames * hop_length,) of the power in mel bands (n_mels, frames) (Griffin and Lim 1984)."""
-    import torchaudio
-
+    torchaudio = _torchaudio()
     n_fft = 1 << (config.win_length - 1).bit_length()
     bins = n_fft // 2 + 1
     inverse = torchaudio.transforms.InverseMelScale(bins, config.n_mels, config.sample_rate, 20.0, driver="gelsd")
@@ -341,6 +342,19 @@ def resample(wave: Tensor, rate: int, to: int) -> Tensor:
 BLOCK = 32  # samples that one matrix product gives
 
 
+@functools.cache
+def _torchaudio() -> Any:
+    """The library, imported where the first sound is read. Raises UserError where its release does not fit torch's."""
+    try:
+        import torchaudio
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchaudio does not work beside torch {torch.__version__}: {str(error).splitlines()[0]}; "
+            "install releases that fit each other, such as torch 2.14.1 and torchaudio 2.11.1, or 2.11.0 and 2.11.0"
+        ) from error
+    return torchaudio
+
+
 @functools.lru_cache(maxsize=64)
 def _filter(rate: int, to: int) -> tuple[int, int, list[tuple[int, Tensor]]]:
     """The filter of torchaudio without its zeros, a fifth of the work.
@@ -348,9 +362,7 @@ def _filter(rate: int, to: int) -> tuple[int, int, list[tuple[int, Tensor]]]:
     Returns the zeros to be put before the wave, the samples that a row of outputs moves on by, and for each block of
     a row's outputs the first sample that it needs and the weights (samples in, samples out).
     """
-    import torchaudio
-
-    transform = torchaudio.transforms.Resample(rate, to)
+    transform = _torchaudio().transforms.Resample(rate, to)
     weights: Any = transform.kernel
     kernel, width = weights[:, 0], transform.width  # (out, samples in)
     step, out = (n // math.gcd(rate, to) for n in (rate, to))
@@ -370,8 +382,7 @@ def _filter(rate: int, to: int) -> tuple[int, int, list[tuple[int, Tensor]]]:
 @functools.lru_cache(maxsize=8)
 def _transforms(rate: int, win_length: int, hop_length: int, n_mels: int):
     """From a wave to its complex spectrogram (bins, frames), and from power to mel bands."""
-    import torchaudio
-
+    torchaudio = _torchaudio()
     n_fft = 1 << (win_length - 1).bit_length()
     spectrogram = torchaudio.transforms.Spectrogram(n_fft, win_length, hop_length, power=None)
     return spectrogram, torchaudio.transforms.MelScale(n_mels, rate, 20.0, n_stft=n_fft // 2 + 1)
