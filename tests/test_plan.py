@@ -154,6 +154,12 @@ def test_what_cannot_be_planned_is_a_line(write_plan_config, options, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_shards_that_do_not_divide_the_devices_are_refused_before_anything_is_read(write_plan_config):
+    path = write_plan_config(parallel={"kind": "hsdp", "shard_size": 8}, sources={"all": {"shards": "none-*.tar"}})
+    with pytest.raises(UserError, match="shard_size=8 does not divide the 12 ranks"):
+        plan(str(path), gpus=12, kind="h100")
+
+
 def test_a_plan_writes_nothing(write_plan_config, tmp_path):
     path = write_plan_config()
     plan(path, kind="l4")

@@ -204,7 +204,6 @@ class _Sharding:
 
     def __init__(self, config: TrainConfig, count: int):
         self.config, self.count, self.kind = config, count, config.parallel.kind
-        config.parallel.check(count)
         sizes = {"ddp": 1, "fsdp": count, "hsdp": config.parallel.shard_size}
         self.shards = min(sizes[self.kind], count)
 

@@ -60,6 +60,8 @@ def plan(
         config = dataclasses.replace(config, device="cpu")
     if named and config.precision not in named.tflops:
         raise UserError(f"--kind {kind}: {named.name} has no products in {config.precision}: set another precision")
+    if named:
+        config.parallel.check(gpus)
     with tempfile.TemporaryDirectory(prefix="multimodal_fm-plan-") as folder:
         corpora = open_sources(config)
         tokenizers = fit_tokenizers(config.tasks, corpora, config.model.tokenizers, config.seed, Path(folder))
