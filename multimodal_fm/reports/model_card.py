@@ -27,6 +27,7 @@ from ..corpus.storage import is_remote, write_atomic
 from ..errors import UserError, printable
 from ..run_dir import checkpoint, evaluations, trust
 from ..run_dir.records import read_jsonl
+from .page import format_number
 
 GROUPS = ("subgroups", "robustness", "leakage")  # first words of figures that have a section of their own
 CLEAN = "/without_leaks"  # ends the name of a figure that was measured again without near copies of training data
@@ -157,8 +158,8 @@ def rate(value: float | None) -> str:
 
 
 def amount(value: Any) -> str:
-    """A measured quantity, three digits of it; a text where it was not measured."""
-    return value if isinstance(value, str) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """A measured quantity; a text where it was not measured."""
+    return value if isinstance(value, str) else format_number(value)
 
 
 class Card:

@@ -133,7 +133,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def format_number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    """Three digits of it, or all before the point: 0.0123, 12.3, 12,345."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def format_time(seconds: float) -> str:

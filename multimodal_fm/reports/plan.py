@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from .page import format_number
+
 NAMES = 30  # columns
 
 Row = tuple[str, str, str]  # a name, a figure, a note
@@ -21,13 +23,13 @@ def render(plan: dict) -> str:
 def _sections(plan: dict) -> Iterator[Section]:
     device, energy = plan["device"], plan["energy"]
     count = f"{device['count']} x " if device["count"] > 1 else ""
-    products = ("products", f"{device['tflops']:,.3g} TFLOP/s", device["from"])
+    products = ("products", f"{format_number(device['tflops'])} TFLOP/s", device["from"])
     yield f"{plan['target']} on {count}{device['name']}", [products]
     yield "parameters", _parameters(plan["parameters"])
     yield "a step", _step(plan)
     yield "memory of a device, at most", _memory(plan["memory"])
     yield "time of a step, what goes on at the same time", _time(plan)
-    kwh = "not known" if energy["kwh"] is None else f"{energy['kwh']:,.3g} kWh"
+    kwh = "not known" if energy["kwh"] is None else f"{format_number(energy['kwh'])} kWh"
     disk = plan["disk"]
     yield (
         "energy and disk",
@@ -84,14 +86,14 @@ def _time(plan: dict) -> list[Row]:
 
 
 def _corpus(corpus: dict) -> list[Row]:
-    rows = [
-        (row["source"], f"{row['tokens']:,}", f"tokens of {row['samples']:,} samples, read {row['passes']:,.3g} times")
-        for row in corpus["sources"]
-    ]
+    rows = []
+    for row in corpus["sources"]:
+        note = f"tokens of {row['samples']:,} samples, read {format_number(row['passes'])} times"
+        rows.append((row["source"], f"{row['tokens']:,}", note))
     return [
         *rows,
         ("all", f"{corpus['tokens']:,}", "tokens"),
-        ("the run reads", f"{corpus['run_tokens']:,}", f"tokens: {corpus['passes']:,.3g} passes"),
+        ("the run reads", f"{corpus['run_tokens']:,}", f"tokens: {format_number(corpus['passes'])} passes"),
         ("a model of this size wants", f"{corpus['wanted']:,}", corpus["hint"]),
     ]
 
@@ -122,8 +124,8 @@ def _bytes(number: float) -> str:
 def _flops(number: float) -> str:
     for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if number >= size:
-            return f"{number / size:,.3g} {unit}"
-    return f"{number / 1e6:,.3g} MFLOP"
+            return f"{format_number(number / size)} {unit}"
+    return f"{format_number(number / 1e6)} MFLOP"
 
 
 def _duration(hours: float) -> str:
