@@ -309,6 +309,8 @@ def _value(hint, data, path: str, problems: Problems):
     if hint is str and isinstance(data, (int, float)) and not isinstance(data, bool):
         return str(data)
     if hint is not Any and (not isinstance(data, hint) or (hint is int and isinstance(data, bool))):
+        if hint is str and data is None:
+            return problems.add(path, "is text, not null: '' is an empty one")
         return problems.add(path, f"is {_describe(hint)}, not {data!r}")
     return data
 

@@ -122,6 +122,7 @@ TASK = "{objectives: {masked: {}}, modalities: [text], batch_size: 1, sources: {
         ("validate_every=5", "needs `validation` shards"),
         ("evaluate_every=5", "needs something to measure"),
         ("best=validation/loss", "needs validate_every or evaluate_every"),
+        ("best=", "best is text, not null: '' is an empty one"),
         ("track=[tensorbord]", "did you mean tensorboard?"),
         ("run_dir=2024-13-45", "the value is not YAML"),
         ("steps", "is not key=value"),
