@@ -212,18 +212,15 @@ class Tokenizer(base.Tokenizer):
         config = self.config
         wave = F.pad(wave, (0, max(0, config.win_length - len(wave))))
         milliseconds = 1000 / config.sample_rate
-        mel = (
-            _torchaudio()
-            .compliance.kaldi.fbank(
-                wave[None],
-                sample_frequency=config.sample_rate,
-                window_type="hanning",
-                num_mel_bins=config.n_mels,
-                frame_length=config.win_length * milliseconds,
-                frame_shift=config.hop_length * milliseconds,
-            )
-            .T[:, : config.fbank_frames]
-        )
+        fbank = _torchaudio().compliance.kaldi.fbank
+        mel = fbank(
+            wave[None],
+            sample_frequency=config.sample_rate,
+            window_type="hanning",
+            num_mel_bins=config.n_mels,
+            frame_length=config.win_length * milliseconds,
+            frame_shift=config.hop_length * milliseconds,
+        ).T[:, : config.fbank_frames]
         if not torch.isfinite(mel).all():
             raise SampleError("not-finite", "too loud: its spectrum overflows")
         if generator is not None and config.spec_augment:
