@@ -46,12 +46,13 @@ def train(size: int, data: dict, resume="auto") -> None:
     run_ranks(size, lambda: loop.pretrain(build(data), resume=resume))
 
 
-def assert_same(run: Path, other: Path, tolerance: float = 0.0) -> None:
-    """The histories of losses agree, and the checkpoints' tensors do."""
+def assert_same(run: Path, other: Path, tolerance: float = 0.0, by_step: dict[int, float] | None = None) -> None:
+    """The histories of losses agree, to `by_step` where that is more, and the checkpoints' tensors do."""
     one, two = losses(run), losses(other)
     assert list(one) == list(two)
     for step, row in one.items():
-        assert two[step] == pytest.approx(row, rel=tolerance, abs=tolerance) if tolerance else two[step] == row, step
+        near = max(tolerance, (by_step or {}).get(step, 0.0))
+        assert two[step] == pytest.approx(row, rel=near, abs=near) if near else two[step] == row, step
     for name in ("model", "objectives", "ema", "ema_objectives", "optimizer"):
         a, b = (checkpoint.read_tensors(checkpoint.newest(r), name) for r in (run, other))
         assert a.keys() == b.keys()
@@ -60,21 +61,26 @@ def assert_same(run: Path, other: Path, tolerance: float = 0.0) -> None:
 
 
 class Rounded(TrainStep):
-    """Begins with each weight one rounding away from what it should be, up or down."""
+    """Begins with each weight one rounding away from what it should be, up or down by `seed`."""
+
+    seed = 0
 
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for weight in self.trained.parameters():
                 up = torch.rand(weight.shape, generator=generator) < 0.5
                 weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf)))
 
 
-def largest_difference(run: Path, other: Path) -> float:
-    """That of any figure of any step, relative or absolute, whichever is less."""
+def largest_differences(run: Path, other: Path) -> dict[int, float]:
+    """That of any figure of each step, relative or absolute, whichever is less."""
     one, two = losses(run), losses(other)
-    return max(abs(two[step][key] - row[key]) / max(1.0, abs(row[key])) for step, row in one.items() for key in row)
+    return {
+        step: max(abs(two[step][key] - value) / max(1.0, abs(value)) for key, value in row.items())
+        for step, row in one.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +148,8 @@ def test_every_layout_gives_the_losses_of_one_rank(tmp_path, corpus, monkeypatch
     """The whole tiny configuration, by DDP, FSDP2 and HSDP of two and four ranks.
 
     Muon makes the rounding of a gradient of low rank larger from step to step, and how much depends on the processor.
-    So a layout may differ by twice what one rank differs by when each of its first weights is one rounding away.
+    So in a step a layout may differ by twice what one rank differs by, in the worst of four runs, when each of its
+    first weights is one rounding away. Weights and averages are held to the same tolerance as by AdamW.
     """
     optim = OPTIM | {"name": optimizer}
     common = {"steps": 6, "save_every": 3, "optim": optim, "microbatches": 4, "strict_numerics": strict}
@@ -151,17 +158,19 @@ def test_every_layout_gives_the_losses_of_one_rank(tmp_path, corpus, monkeypatch
         return tiny(corpus, run_dir=str(tmp_path / name), **common, **changes)
 
     train(1, settings("one"))
-    tolerance = 0.0
-    if not strict:
+    by_step: dict[int, float] = {}
+    for seed in range(4) if optimizer == "muon" and not strict else ():
         with monkeypatch.context() as patch:
+            patch.setattr(Rounded, "seed", seed)
             patch.setattr(loop, "TrainStep", Rounded)
-            train(1, settings("rounded"))
-        tolerance = max(2e-6, 2 * largest_difference(tmp_path / "one", tmp_path / "rounded"))
-        assert tolerance < 1e-4, tolerance
+            train(1, settings(f"rounded-{seed}"))
+        for step, found in largest_differences(tmp_path / "one", tmp_path / f"rounded-{seed}").items():
+            by_step[step] = max(by_step.get(step, 0.0), 2 * found)
+    assert all(near < 2e-5 for near in by_step.values()), by_step
     for size, layout in ((2, {}), (4, {}), (2, FSDP), (4, FSDP), (4, {"kind": "hsdp", "shard_size": 2})):
         name = f"{layout.get('kind', 'ddp')}-{size}"
         train(size, settings(name, parallel=layout))
-        assert_same(tmp_path / "one", tmp_path / name, tolerance)
+        assert_same(tmp_path / "one", tmp_path / name, 0.0 if strict else 2e-6, by_step)
 
 
 @pytest.mark.slow

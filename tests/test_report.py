@@ -19,6 +19,7 @@ from multimodal_fm.corpus import shards
 from multimodal_fm.errors import UserError
 from multimodal_fm.evals.run import table
 from multimodal_fm.reports import run
+from multimodal_fm.reports.page import format_number
 from multimodal_fm.run_dir import evaluations
 from multimodal_fm.train import loop
 from multimodal_fm.train.config import load as load_config
@@ -189,3 +190,10 @@ def test_without_evaluate(write_config):
     with pytest.raises(UserError, match="evaluate"):
         run.write(folder, "cpu")
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "value, said", [(0.01234, "0.0123"), (12.34, "12.3"), (999.7, "1,000"), (-11_216.4, "-11,216")]
+)
+def test_numbers_have_three_digits_or_all_before_the_point(value, said):
+    assert format_number(value) == said
